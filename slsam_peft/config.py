@@ -1,0 +1,243 @@
+"""The settings of SL-SAM: one frozen dataclass that checks itself.
+
+This module imports neither torch nor any framework, so that a command line can list the settings at once.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+BANDITS = ("paper", "scale_free", "uniform")
+DESIGNS = ("bernoulli", "fixed_size", "window", "depth")
+ASCENTS = ("two_pass", "partial", "remembered")
+DESCENTS = ("active", "all")
+GRANULARITIES = ("block", "module", "tensor")
+ADAPTER_DTYPES = ("float32", "keep")
+
+PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
+
+
+def choices(allowed: tuple[str, ...], callable_too: bool = False) -> str:
+    """Return the allowed names as a phrase for help texts and errors."""
+    return ", ".join(f"'{name}'" for name in allowed) + (" or a callable" if callable_too else "")
+
+
+def check_name(what: str, value: Any, allowed: tuple[str, ...], callable_too: bool = False) -> None:
+    """Raise `ValueError` naming the nearest match unless `value` is one of `allowed` (or a callable, if those count)."""
+    if isinstance(value, str) and value in allowed:
+        return
+    if callable_too and callable(value):
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4) if isinstance(value, str) else []
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise ValueError(f"{what}={value!r} is not known; allowed: {choices(allowed, callable_too)}.{hint}")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLSAMConfig:
+    r"""Settings of sparse-layer sharpness-aware minimisation (SL-SAM, arXiv 2602.09395).
+
+    One update draws the active set $S$, takes the gradient $g$ over $S$ at $w$ and the gradient $g'$ at
+    $w + e$, $e = \rho\, g / (\|g\|_2 + 10^{-12})$, and hands $g'$ to the base optimizer.
+
+    | paper | here |
+    |---|---|
+    | layer $l$ | arm, see `granularity` |
+    | $s$ | `active_fraction` |
+    | $p_l$ | inclusion probability, learned by `bandit`, drawn by `design` |
+    | $\rho$ | `rho` |
+
+    Each field's meaning is its `metadata["help"]`; `slsam-peft sft --help` prints them. Fields that take a name or a
+    callable are annotated `str` for command-line parsers and accept callables in Python.
+
+    Raises:
+        ValueError: a value is outside what its field allows. The message names the value, what is allowed and, for
+            names, the nearest match.
+
+    Example:
+
+        >>> from slsam_peft import SLSAMConfig
+        >>> SLSAMConfig(rho=0.05, active_fraction=0.2).fraction
+        0.2
+    """
+
+    rho: float = field(
+        default=0.05,
+        metadata=_help(
+            "Radius of the perturbation (L2 norm over the perturbed arms), rho in the paper. 0 trains without an "
+            "ascent pass. Below about 0.02 a bfloat16 forward drowns it in rounding. Default 0.05: Foret et al. 2021."
+        ),
+    )
+    active_fraction: float | None = field(
+        default=None,
+        metadata=_help(
+            "Expected share of arms that are active in an update, s in the paper, in (0, 1]. Unset: 0.2 (the paper's "
+            "LLM setting), or derived from cost_budget where that is set. 1 activates every arm in every update."
+        ),
+    )
+    granularity: str = field(
+        default="block",
+        metadata=_help(
+            "What an arm is: 'block' (all adapters of a transformer block), 'module' (one adapter module), 'tensor' "
+            "(one parameter) or, in Python, a callable from parameter name to arm name."
+        ),
+    )
+    bandit: str = field(
+        default="scale_free",
+        metadata=_help(
+            "Rule that learns the inclusion probabilities: 'paper' (arXiv 2602.09395 as it stands), 'scale_free' "
+            "(learns at every gradient scale, keeps a floor), 'uniform' (learns nothing) or, in Python, a callable "
+            "(probabilities, mask, norms, inclusion) -> probabilities."
+        ),
+    )
+    design: str = field(
+        default="bernoulli",
+        metadata=_help(
+            "How arms are drawn from their probabilities: 'bernoulli' (independently, as in the paper), 'fixed_size' "
+            "(constant number), 'window' (contiguous in depth), 'depth' (every arm above a drawn floor) or, in "
+            "Python, a callable (probabilities, generator) -> boolean mask."
+        ),
+    )
+    ascent: str = field(
+        default="two_pass",
+        metadata=_help(
+            "Where the ascent direction comes from: 'two_pass' (the update's whole batch, exact SAM), 'partial' (a "
+            "part of it, see ascent_fraction), 'remembered' (the last descent gradient of the same arm; one pass)."
+        ),
+    )
+    ascent_fraction: float = field(
+        default=0.25,
+        metadata=_help(
+            "Share of the update's sequences that ascent='partial' uses, in (0, 1]; whole micro-batches under "
+            "gradient accumulation; at least one. Default 0.25: Bahri et al., ACL 2022."
+        ),
+    )
+    descent: str = field(
+        default="active",
+        metadata=_help(
+            "Which arms are trained: 'active' (only the drawn ones, as in the paper) or 'all' (the drawn arms are "
+            "perturbed, every arm is trained)."
+        ),
+    )
+    cost_budget: float | None = field(
+        default=None,
+        metadata=_help(
+            "Expected cost of an update in units of a plain LoRA update, for example 1.0. Sets the expected number of "
+            "active arms, so active_fraction must stay unset."
+        ),
+    )
+    probability_floor: float = field(
+        default=0.1,
+        metadata=_help(
+            "Least inclusion probability the 'scale_free' bandit leaves an arm, as a share of the mean probability, "
+            "in [0, 1). 0.1 keeps every arm explored at a tenth of the uniform rate."
+        ),
+    )
+    bandit_rate: float = field(
+        default=0.05,
+        metadata=_help(
+            "Learning rate of the 'scale_free' bandit: the log-weight an arm of the largest norm gains per update "
+            "when it is drawn at the mean probability."
+        ),
+    )
+    prefix_limit_mib: float = field(
+        default=1024.0,
+        metadata=_help(
+            "Most memory, in MiB, for hidden states kept between the two passes of an update. Micro-batches beyond "
+            "it run the blocks below the floor again."
+        ),
+    )
+    adapter_dtype: str = field(
+        default="float32",
+        metadata=_help(
+            "Precision of adapters on a quantised base: 'float32', or 'keep' what the trainer chose (TRL: bfloat16)."
+        ),
+    )
+    max_skipped_updates: int = field(
+        default=10,
+        metadata=_help(
+            "Updates in a row that may be skipped for a NaN or infinite loss or gradient before training stops."
+        ),
+    )
+    seed: int = field(default=0, metadata=_help("Seed of the sampler's own random generator."))
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        check_name("granularity", self.granularity, GRANULARITIES, callable_too=True)
+        check_name("bandit", self.bandit, BANDITS, callable_too=True)
+        check_name("design", self.design, DESIGNS, callable_too=True)
+        check_name("ascent", self.ascent, ASCENTS)
+        check_name("descent", self.descent, DESCENTS)
+        check_name("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
+        self._check_combinations()
+
+    def _check_numbers(self) -> None:
+        _require_number("rho", self.rho, "a finite number >= 0", lambda x: x >= 0)
+        if self.active_fraction is not None:
+            _require_number("active_fraction", self.active_fraction, "in (0, 1]", lambda x: 0 < x <= 1)
+        _require_number("ascent_fraction", self.ascent_fraction, "in (0, 1]", lambda x: 0 < x <= 1)
+        if self.cost_budget is not None:
+            _require_number("cost_budget", self.cost_budget, "a finite number > 0", lambda x: x > 0)
+        _require_number("probability_floor", self.probability_floor, "in [0, 1)", lambda x: 0 <= x < 1)
+        _require_number("bandit_rate", self.bandit_rate, "a finite number > 0", lambda x: x > 0)
+        _require_number("prefix_limit_mib", self.prefix_limit_mib, "a finite number >= 0", lambda x: x >= 0)
+        for name in ("max_skipped_updates", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r} is not allowed; it must be an integer >= 0.")
+
+    def _check_combinations(self) -> None:
+        if self.cost_budget is not None and self.active_fraction is not None:
+            raise ValueError(
+                f"cost_budget={self.cost_budget} and active_fraction={self.active_fraction} are both set; cost_budget "
+                "decides how many arms are active, so leave active_fraction unset."
+            )
+        if self.descent == "all" and self.ascent == "remembered":
+            raise ValueError(
+                "descent='all' needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass'."
+            )
+
+    @property
+    def fraction(self) -> float:
+        """`active_fraction`, or the paper's 0.2 where it is unset."""
+        return PAPER_FRACTION if self.active_fraction is None else self.active_fraction
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values; callables become their qualified name, `"module:qualname"`."""
+        return {
+            name: f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SLSAMConfig":
+        """Rebuild a config from `to_dict`'s result.
+
+        Raises:
+            ValueError: a key is unknown (with the nearest match), or a value is the stored name of a callable: no code
+                is loaded from a file, so pass the callable itself with `dataclasses.replace`.
+        """
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                check_name("SLSAMConfig field", key, tuple(sorted(known)))
+        for key in ("granularity", "bandit", "design"):
+            value = values.get(key)
+            if isinstance(value, str) and ":" in value:
+                raise ValueError(
+                    f"{key}={value!r} names a callable, and no code is loaded from stored settings; drop the key and "
+                    f"pass the callable itself: dataclasses.replace(config, {key}=...)."
+                )
+        return cls(**values)
+
+
+def _require_number(name: str, value: Any, allowed: str, test: Callable[[float], bool]) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not test(value):
+        raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}.")
