@@ -1,0 +1,96 @@
+"""Expected cost of an update under a sampling design, and the active fraction that meets a budget."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+SOLVE_STEPS = 60  # bisections: to the last bit of a fraction in (0, 1]
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    r"""Expected cost of an update with block arms, in units of a plain LoRA update.
+
+    $$\mathrm{const} + \sum_l \mathrm{reached}_l P(f \le l) + \mathrm{active}_l p_l + \mathrm{floor}_l P(f = l)$$
+
+    Exact for every design, and for a single active set with indicators in place of the probabilities.
+
+    Args:
+        const (`float`): What runs in every update.
+        reached (`tuple[float, ...]`): Added by a block at or above the floor.
+        active (`tuple[float, ...]`): Added where it is active.
+        floor (`tuple[float, ...]`): Added where it is the floor (negative: a floor block's input needs no gradient).
+    """
+
+    const: float
+    reached: tuple[float, ...]
+    active: tuple[float, ...]
+    floor: tuple[float, ...]
+
+    def expected(self, reach: Sequence[float], inclusion: Sequence[float]) -> float:
+        """Expected cost for `reach`, $P(f <= l)$, and `inclusion`, $p_l$, both with one entry a block."""
+        at = [later - earlier for later, earlier in zip(reach, [0.0, *reach[:-1]], strict=True)]
+        terms = zip(self.reached, reach, self.active, inclusion, self.floor, at, strict=True)
+        return self.const + math.fsum(r * q + a * p + s * d for r, q, a, p, s, d in terms)
+
+    def depth_terms(self) -> tuple[float, tuple[float, ...]]:
+        """Return `(const, c)` such that the nested design, every block above a floor, costs `const + sum(c * p)`."""
+        above = [*self.floor[1:], 0.0]
+        return self.const, tuple(
+            r + a + s - n for r, a, s, n in zip(self.reached, self.active, self.floor, above, strict=True)
+        )
+
+
+def independent_reach(probabilities: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return `(reach, inclusion)` of arms that are drawn independently, and drawn again when none came up.
+
+    Args:
+        probabilities (`Sequence[float]`): Probability of each block, lowest first.
+    """
+    empty, reach = 1.0, []
+    for p in probabilities:
+        empty *= 1.0 - p
+        reach.append(1.0 - empty)
+    return [r / reach[-1] for r in reach], [p / reach[-1] for p in probabilities]
+
+
+def reach_of(draws: Sequence[Sequence[bool]]) -> tuple[list[float], list[float]]:
+    """Return `(reach, inclusion)`, the frequencies in a sample of active sets of one flag a block."""
+    blocks = range(len(draws[0]))
+    floors = [next(i for i, on in enumerate(draw) if on) for draw in draws]
+    reach = [sum(floor <= i for floor in floors) / len(draws) for i in blocks]
+    return reach, [sum(bool(draw[i]) for draw in draws) / len(draws) for i in blocks]
+
+
+def solve_active_fraction(
+    expected: Callable[[float], float], budget: float, least: float = 0.0, most: float = 1.0
+) -> float:
+    """Return the active fraction at which the expected cost meets a budget.
+
+    Args:
+        expected (`Callable[[float], float]`): Expected cost in units of a plain LoRA update; must not fall with the
+            fraction.
+        budget (`float`): What it should be.
+        least (`float`, *optional*, defaults to `0.0`): Smallest fraction the design can draw (one arm, or every arm
+            at its floor).
+        most (`float`, *optional*, defaults to `1.0`): Largest fraction.
+
+    Raises:
+        ValueError: the budget is out of reach. The message names the least and the most reachable cost.
+    """
+    low, high = expected(least), expected(most)
+    if not low <= budget <= high:
+        advice = (
+            "use a cheaper ascent (ascent='partial' with a smaller ascent_fraction, or 'remembered'), or "
+            "design='depth', whose active sets cost least"
+            if budget < low
+            else f"set cost_budget={high:.3g} or active_fraction=1 to train every arm in every update"
+        )
+        raise ValueError(
+            f"cost_budget={budget:g} is out of reach: with these settings an update costs between {low:.3f} and "
+            f"{high:.3f} plain LoRA updates on average; {advice}."
+        )
+    for _ in range(SOLVE_STEPS):
+        middle = (least + most) / 2
+        least, most = (middle, most) if expected(middle) < budget else (least, middle)
+    return (least + most) / 2
