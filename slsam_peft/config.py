@@ -165,6 +165,13 @@ class SLSAMConfig:
             "Updates in a row that may be skipped for a NaN or infinite loss or gradient before training stops."
         ),
     )
+    accept_state_mismatch: bool = field(
+        default=False,
+        metadata=_help(
+            "Resume although the checkpoint has no SL-SAM state, or one of other arms or settings: the sampler then "
+            "starts afresh."
+        ),
+    )
     seed: int = field(default=0, metadata=_help("Seed of the sampler's own random generator."))
 
     def __post_init__(self) -> None:

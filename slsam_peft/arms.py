@@ -1,0 +1,316 @@
+"""Arms: named parameters grouped into what is switched on or off as one.
+
+Blocks and adapter modules are found by structure, never by their names:
+
+- the *block stack* is the outermost `nn.ModuleList` of composite modules that holds trainable parameters;
+- an *adapter module* is the largest module below a block whose frozen parameters all belong to one leaf, the layer it
+  adapts (entries of module and parameter dictionaries, where PEFT keeps further adapters, do not count).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from slsam_peft.config import GRANULARITIES, check_name
+
+Granularity = str | Callable[[str], str]
+
+_CONTAINERS = (nn.ModuleDict, nn.ParameterDict, nn.ModuleList, nn.ParameterList)
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """A group of trainable parameters that is active or inactive as one (a "layer" in arXiv 2602.09395).
+
+    Args:
+        name (`str`): Name of the block, module or parameter it stands for.
+        parameter_names (`tuple[str, ...]`): Names as in `model.named_parameters()`.
+        parameters (`tuple[nn.Parameter, ...]`): The parameters, in the same order.
+        linears (`tuple[nn.Module | None, ...]`): For each parameter the linear module that uses it as its weight and
+            can be perturbed by an additive branch, or `None` where it must be perturbed in place.
+        depth (`int` or `None`): Index of the lowest transformer block it reaches; -1 below the stack, the number of
+            blocks above it, `None` in a model without blocks.
+    """
+
+    name: str
+    parameter_names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    linears: tuple[nn.Module | None, ...]
+    depth: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of scalar parameters."""
+        return sum(p.numel() for p in self.parameters)
+
+
+class Arms(Sequence[Arm]):
+    """The arms of a model, in order, with the block stack they sit in.
+
+    Args:
+        arms (`Sequence[Arm]`): The arms.
+        blocks (`Sequence[nn.Module]`, *optional*, defaults to `()`): The blocks of the one stack that holds trainable
+            parameters; empty where there is none or more than one (encoder-decoder models).
+    """
+
+    def __init__(self, arms: Sequence[Arm], blocks: Sequence[nn.Module] = ()) -> None:
+        self._arms = tuple(arms)
+        self.blocks = tuple(blocks)
+
+    def __len__(self) -> int:
+        return len(self._arms)
+
+    def __getitem__(self, index):  # noqa: D105
+        return self._arms[index]
+
+    def __iter__(self) -> Iterator[Arm]:
+        return iter(self._arms)
+
+    def __repr__(self) -> str:
+        return f"Arms({len(self)} arms, {sum(a.size for a in self):,} parameters, {len(self.blocks)} blocks)"
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where one trainable parameter lives."""
+
+    name: str
+    parameter: nn.Parameter
+    owner: nn.Module
+    attribute: str
+    block_index: int | None  # counted over all stacks
+    block_name: str | None
+    module_name: str  # the adapter module, or the owner
+    depth: int | None
+    shared: bool
+
+
+def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
+    """Group the trainable parameters of `model` into ordered arms.
+
+    Args:
+        model (`nn.Module`): The model, adapters included. Parameters with `requires_grad=False` belong to no arm.
+        granularity (`str` or callable, *optional*, defaults to `"block"`): `"block"`: all adapters of one transformer
+            block, what lies outside the blocks being one arm a module; `"module"`: one adapter module (its factors
+            and magnitude together); `"tensor"`: one parameter, in `named_parameters()` order; or a callable from
+            parameter name to arm name.
+
+    Returns:
+        `Arms`: In depth order (order of first appearance within a depth); `"tensor"` keeps `named_parameters()`
+        order and a callable's arms come in order of first appearance. Embeddings come first, the head last, a
+        parameter shared by several modules at its lowest place.
+
+    Raises:
+        ValueError: no parameter is trainable, the granularity is unknown, or `"block"` on a model without blocks.
+    """
+    if not callable(granularity):
+        check_name("granularity", granularity, GRANULARITIES, callable_too=True)
+    places, stacks = _places(model)
+    if not places:
+        raise ValueError(
+            "the model has no trainable parameter; pass a peft_config, or a PeftModel whose adapter is trainable "
+            "(PeftModel.from_pretrained(..., is_trainable=True))."
+        )
+    if granularity == "block" and not stacks:
+        raise ValueError(
+            "granularity='block' needs a stack of transformer blocks (an nn.ModuleList of composite modules) and "
+            f"{type(model).__name__} has none with trainable parameters; use granularity='module' or 'tensor'."
+        )
+    groups: dict[str, list[_Place]] = {}
+    for place in places:
+        groups.setdefault(_arm_name(place, granularity), []).append(place)
+    in_place = _perturbed_in_place(places)
+    arms = [_arm(name, members, in_place) for name, members in groups.items()]
+    if granularity in ("block", "module") and stacks:
+        arms.sort(key=lambda arm: arm.depth)  # stable
+    return Arms(arms, stacks[0] if len(stacks) == 1 else ())
+
+
+def _arm_name(place: _Place, granularity: Granularity) -> str:
+    if callable(granularity):
+        return granularity(place.name)
+    if granularity == "tensor":
+        return place.name
+    if granularity == "block" and place.block_name is not None:
+        return place.block_name
+    return place.module_name
+
+
+def _arm(name: str, members: list[_Place], in_place: set[str]) -> Arm:
+    depths = [m.depth for m in members if m.depth is not None]
+    return Arm(
+        name=name,
+        parameter_names=tuple(m.name for m in members),
+        parameters=tuple(m.parameter for m in members),
+        linears=tuple(None if m.name in in_place else m.owner for m in members),
+        depth=min(depths) if depths else None,
+    )
+
+
+def _perturbed_in_place(places: list[_Place]) -> set[str]:
+    """Names of parameters that no additive branch can carry.
+
+    That is everything but the weight of a plain linear module, and such weights too where they share an adapter
+    module with anything else: there the module combines its parameters itself (DoRA normalises by the factors).
+    """
+    mixed = {p.module_name for p in places if not _is_linear_weight(p)}
+    return {p.name for p in places if p.module_name in mixed}
+
+
+def _is_linear_weight(place: _Place) -> bool:
+    return (
+        isinstance(place.owner, nn.Linear)
+        and type(place.owner).forward is nn.Linear.forward
+        and place.attribute == "weight"
+        and not place.shared
+        and not parametrize.is_parametrized(place.owner)
+    )
+
+
+def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]]:
+    """Locate every trainable parameter; return the places and the block stacks that hold some of them."""
+    stacks = list(_block_stacks(model, ""))
+    blocks = {f"{path}.{i}" if path else str(i): block for path, stack in stacks for i, block in enumerate(stack)}
+    block_names = list(blocks)
+    block_index = {name: i for i, name in enumerate(block_names)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    order = {name: i for i, name in enumerate(modules)}
+    first_block = min((order[name] for name in block_names), default=0)
+    base_leaves = _BaseLeaves()
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            owners.setdefault(parameter, []).append(name)
+
+    def depth_of(name: str) -> int | None:
+        if not block_names:
+            return None
+        path = name.rpartition(".")[0]
+        inside = _block_of(path, block_index)
+        if inside is not None:
+            return block_index[inside]
+        # What is not certainly above the stack counts as below it: that only costs time.
+        below = _is_embedding(path, modules) or order[path] < first_block
+        return -1 if below else len(block_names)
+
+    places = []
+    for parameter, names in owners.items():
+        name = names[0]
+        path, _, attribute = name.rpartition(".")
+        block_name = _block_of(path, block_index)
+        depths = [d for d in map(depth_of, names) if d is not None]
+        if len(names) > 1 and any(_block_of(n.rpartition(".")[0], block_index) != block_name for n in names):
+            block_name = None  # shared between blocks, or with the outside: an arm of its own
+        places.append(
+            _Place(
+                name=name,
+                parameter=parameter,
+                owner=modules[path],
+                attribute=attribute,
+                block_index=None if block_name is None else block_index[block_name],
+                block_name=block_name,
+                module_name=_adapter_module(path, modules, block_index, base_leaves) or name,
+                depth=min(depths) if depths else None,
+                shared=len(names) > 1,
+            )
+        )
+    return places, [tuple(stack) for _, stack in stacks]
+
+
+def _block_stacks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    if (
+        isinstance(module, nn.ModuleList)
+        and any(p.requires_grad for p in module.parameters())
+        and all(next(block.children(), None) is not None for block in module)
+    ):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _block_stacks(child, f"{path}.{name}" if path else name)
+
+
+def _block_of(path: str, block_index: dict[str, int]) -> str | None:
+    parts = path.split(".")
+    for i in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:i])
+        if prefix in block_index:
+            return prefix
+    return None
+
+
+def _is_embedding(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the module at `path`, or the adapter module around it, embeds token ids."""
+    while path:
+        module = modules[path]
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return True
+        if not isinstance(module, _CONTAINERS):
+            return any(isinstance(child, nn.Embedding) for child in module.children())
+        path = path.rpartition(".")[0]
+    return False
+
+
+class _BaseLeaves:
+    """Counts the modules below a module that own frozen parameters, dictionaries left out."""
+
+    def __init__(self) -> None:
+        self._memo: dict[nn.Module, int] = {}
+
+    def __call__(self, module: nn.Module) -> int:
+        if module not in self._memo:
+            own = any(not p.requires_grad for p in module.parameters(recurse=False))
+            below = sum(self(c) for c in module.children() if not isinstance(c, nn.ModuleDict | nn.ParameterDict))
+            self._memo[module] = int(own) + below
+        return self._memo[module]
+
+
+def _adapter_module(
+    path: str, modules: dict[str, nn.Module], block_index: dict[str, int], base_leaves: _BaseLeaves
+) -> str:
+    """Name of the adapter module around the module at `path`, or of the nearest module that is no container."""
+    while path and isinstance(modules[path], _CONTAINERS):
+        path = path.rpartition(".")[0]
+    found = owner = path
+    while path and path not in block_index and base_leaves(modules[path]) <= 1:
+        if base_leaves(modules[path]) == 1 and not isinstance(modules[path], _CONTAINERS):
+            found = path
+        path = path.rpartition(".")[0]
+    return found or owner
+
+
+class ArmNorms:
+    """L2 norms of gradients per arm, without leaving the device.
+
+    Args:
+        arms (`Sequence[Arm]`): The arms; norms come in their order.
+    """
+
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        self._parameters = [p for arm in arms for p in arm.parameters]
+        self._arm_index = torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters])
+        self._count = len(arms)
+        self._index_on: dict[torch.device, torch.Tensor] = {}
+
+    def squared(self, gradients: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
+        """Return the squared norms, shape `(arms,)`, float64 where a gradient is float64 and float32 otherwise.
+
+        Args:
+            gradients (`Sequence[torch.Tensor | None]`): One a parameter, in arm order; `None` counts as 0.
+            device (`torch.device`): Where the result lies; norms taken on other devices are brought there.
+        """
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        tensors = [gradients[i] for i in present]
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        out = torch.zeros(self._count, dtype=dtype, device=device)
+        if not tensors:
+            return out
+        norms = torch.stack([n.to(device) for n in torch._foreach_norm(tensors, 2, dtype=dtype)])
+        if device not in self._index_on:
+            self._index_on[device] = self._arm_index.to(device)
+        index = self._index_on[device]
+        if len(present) < len(gradients):
+            index = self._arm_index[present].to(device, non_blocking=True)
+        return out.index_add_(0, index, norms.square())

@@ -1,0 +1,254 @@
+"""Truncated backpropagation and prefix reuse around a stack of blocks.
+
+The *floor* is the lowest active block. Below it nothing needs a graph, and the second pass of an update differs from
+the first only from the floor up. So the hidden state that enters the floor is cut from whatever made it, kept, and the
+second pass starts from it. Both are exact.
+
+Blocks are run through forward hooks, which lie outside gradient checkpointing in transformers >= 5.23. A block's
+`forward` is shadowed on the instance only while a pass that skips it runs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from slsam_peft import rng
+
+
+@dataclass(eq=False)
+class Prefix:
+    """What enters the floor block in one forward of the stack.
+
+    Args:
+        hidden (`torch.Tensor` or `None`): The hidden state, detached; `None` where it is not kept (over the limit, or
+            the block returned more than one tensor).
+        state (`dict`): Random state at that moment.
+        tail (`tuple` or `None`): What follows the hidden state in a block's output, all `None`; `None` where blocks
+            return the bare tensor.
+        source (`torch.Tensor`, *optional*): The hidden state with the graph of the blocks below.
+    """
+
+    hidden: torch.Tensor | None
+    state: rng.State
+    tail: tuple | None
+    source: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the kept hidden state."""
+        return 0 if self.hidden is None else self.hidden.numel() * self.hidden.element_size()
+
+
+@dataclass(eq=False)
+class _Cursor:
+    """Walks through the prefixes of a pass, one a forward of the stack."""
+
+    prefixes: Sequence[Prefix]
+    index: int = 0
+    leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def current(self) -> Prefix | None:
+        if self.index < len(self.prefixes) and self.prefixes[self.index].hidden is not None:
+            return self.prefixes[self.index]
+        return None
+
+
+class Horizon:
+    """Cuts the passes of an update at their floor.
+
+    Args:
+        blocks (`Sequence[nn.Module]`): The stack, lowest first. Each block takes the hidden state first and returns it
+            (alone, or as a 1-tuple).
+        limit_bytes (`float`): Most memory for kept hidden states; forwards beyond it are not kept.
+
+    Attributes:
+        reuse (`bool`): Whether second passes may start at the floor. Turned off for stacks that leak anything else.
+        kept_bytes (`int`): Memory of the hidden states that are kept now.
+        peak_bytes (`int`): The most there ever was.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], limit_bytes: float) -> None:
+        self.blocks = tuple(blocks)
+        self.limit_bytes = limit_bytes
+        self.accelerators = rng.accelerators_of(p for block in self.blocks for p in block.parameters())
+        self.reuse = True
+        self.kept_bytes = 0
+        self.peak_bytes = 0
+
+    def release(self) -> None:
+        """Forget that any hidden state is kept; the prefixes themselves belong to the caller."""
+        self.kept_bytes = 0
+
+    @contextmanager
+    def truncated(self, floor: int, lowest: int, *, keep: bool) -> Iterator[list[Prefix]]:
+        """Run a pass whose backward stops at block `floor`.
+
+        Args:
+            floor (`int`): Lowest block whose gradient this pass takes, in [0, L]; L: none.
+            lowest (`int`): Lowest block that builds a graph. Equal to `floor`, or below it where the graph of the
+                blocks below is needed later (sparse ascent, dense descent); -1: parameters below the stack need it too.
+            keep (`bool`): Whether to keep the hidden states that enter the floor, for `resumed`.
+
+        Yields:
+            `list[Prefix]`: One a forward of the stack, filled as they run.
+        """
+        prefixes: list[Prefix] = []
+        with _without_graph(self.blocks, lowest), self._hooked(floor, self._recorder(floor, lowest, prefixes, keep)):
+            yield prefixes
+
+    @contextmanager
+    def resumed(self, floor: int, lowest: int, prefixes: Sequence[Prefix]) -> Iterator[None]:
+        """Run a pass that starts at block `floor` from kept hidden states.
+
+        Its backward stops at the floor where `lowest` equals it; otherwise it goes on through the kept graphs when the
+        context ends. Forwards without a kept hidden state run whole.
+
+        Args:
+            floor (`int`): As in `truncated`.
+            lowest (`int`): As in `truncated`.
+            prefixes (`Sequence[Prefix]`): What `truncated` yielded for the same closure.
+        """
+        cursor = _Cursor(prefixes)
+        through = lowest < floor
+        with ExitStack() as stack:
+            stack.enter_context(_without_graph(self.blocks, lowest))
+            for index, block in enumerate(self.blocks[:floor]):
+                skip = _skipping(block, cursor, last=index == floor - 1, through=through)
+                stack.enter_context(_shadowed_forward(block, skip))
+            stack.enter_context(self._hooked(floor, self._resumer(floor, cursor, through)))
+            yield
+        reached = [(source, leaf.grad) for source, leaf in cursor.leaves if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([source for source, _ in reached], [gradient for _, gradient in reached])
+
+    @contextmanager
+    def _hooked(self, floor: int, hook: Any) -> Iterator[None]:
+        """Install `hook` where the hidden state enters the floor block: at the output of the block below."""
+        if floor == 0:
+            yield
+            return
+        handle = self.blocks[floor - 1].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _recorder(self, floor: int, lowest: int, prefixes: list[Prefix], keep: bool):
+        needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            hidden, tail = _split(output)
+            if hidden is None:  # more than a hidden state leaves the block: the second pass cannot start here
+                prefixes.append(Prefix(None, {}, None))
+                return None
+            cut, size = hidden.detach(), hidden.numel() * hidden.element_size()
+            if keep and self.reuse and self.kept_bytes + size <= self.limit_bytes:
+                source = hidden if lowest < floor and hidden.requires_grad else None
+                prefixes.append(Prefix(cut, rng.snapshot(self.accelerators), tail, source))
+                self.kept_bytes += size
+                self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
+            else:
+                prefixes.append(Prefix(None, {}, tail))
+            return _joined(cut.detach().requires_grad_(needs_grad and torch.is_grad_enabled()), tail)
+
+        return hook
+
+    def _resumer(self, floor: int, cursor: "_Cursor", through: bool):
+        needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            prefix, cursor.index = cursor.current, cursor.index + 1
+            if prefix is not None:
+                rng.restore(prefix.state)
+            hidden, tail = _split(output)
+            if hidden is None or through:
+                return None
+            return _joined(hidden.detach().requires_grad_(needs_grad and torch.is_grad_enabled()), tail)
+
+        return hook
+
+
+def _skipping(block: nn.Module, cursor: _Cursor, *, last: bool, through: bool):
+    """Return a stand-in for `block.forward` that passes the hidden state on, the kept one from the last such block."""
+    original = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        prefix = cursor.current
+        if prefix is None or prefix.hidden is None:
+            return original(*args, **kwargs)
+        if not last:
+            return _joined(args[0] if args else kwargs["hidden_states"], prefix.tail)
+        hidden = prefix.hidden.detach()
+        if through and prefix.source is not None and torch.is_grad_enabled():
+            cursor.leaves.append((prefix.source, hidden.requires_grad_()))
+        return _joined(hidden, prefix.tail)
+
+    return forward
+
+
+@contextmanager
+def _shadowed_forward(block: nn.Module, forward: Any) -> Iterator[None]:
+    had_own = "forward" in block.__dict__  # accelerate's device hooks put one there
+    own = block.__dict__.get("forward")
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            block.__dict__["forward"] = own
+        else:
+            del block.__dict__["forward"]
+
+
+@contextmanager
+def _without_graph(blocks: Sequence[nn.Module], lowest: int) -> Iterator[None]:
+    """Keep the blocks below `lowest`, and the input of the stack, from building a graph; -1 leaves all as it is.
+
+    Parameters below are off already. What is left is an input that requires grad (`enable_input_require_grads`), and
+    reentrant checkpointing, which wraps whatever it is given and complains when nothing requires grad.
+    """
+    if lowest < 0 or (lowest == 0 and _is_reentrant(blocks[0])):
+        yield
+        return
+    checkpointed = [block for block in blocks[:lowest] if getattr(block, "gradient_checkpointing", False)]
+    for block in checkpointed:
+        block.gradient_checkpointing = False
+    handle = blocks[0].register_forward_pre_hook(_cut_input, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in checkpointed:
+            block.gradient_checkpointing = True
+
+
+def _cut_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    if args:
+        return (args[0].detach(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
+
+
+def _split(output: Any) -> tuple[torch.Tensor | None, tuple | None]:
+    """Return the hidden state and what follows it; no hidden state where anything else comes with it."""
+    if isinstance(output, torch.Tensor):
+        return output, None
+    if isinstance(output, tuple) and output and all(x is None for x in output[1:]):
+        return output[0], output[1:]
+    return None, None
+
+
+def _joined(hidden: torch.Tensor, tail: tuple | None) -> Any:
+    return hidden if tail is None else (hidden, *tail)
+
+
+def _is_reentrant(block: nn.Module) -> bool:
+    """Whether the block is checkpointed the reentrant way (transformers' `GradientCheckpointingLayer`)."""
+    if not getattr(block, "gradient_checkpointing", False):
+        return False
+    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", False))

@@ -1,0 +1,99 @@
+"""The sampler's state beside the trainer's own files: `slsam.safetensors` in every checkpoint folder."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from slsam_peft.slsam import SLSAM
+
+FILE_NAME = "slsam.safetensors"
+SCHEMA = 1
+
+# Settings that do not change what an update computes.
+_FREE_SETTINGS = {"prefix_limit_mib", "max_skipped_updates", "accept_state_mismatch"}
+
+
+class StateMismatchError(ValueError):
+    """The checkpoint's SL-SAM state is missing, damaged, or belongs to other arms or settings."""
+
+
+def save_state(slsam: SLSAM, folder: str | os.PathLike) -> Path:
+    """Write the state of `slsam` into a checkpoint folder, atomically.
+
+    Args:
+        slsam (`SLSAM`): The algorithm.
+        folder (`str` or `os.PathLike`): An existing folder.
+
+    Returns:
+        `Path`: The file.
+    """
+    state = slsam.state_dict()
+    tensors = {k: v.contiguous().cpu() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    plain = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
+    content = save(tensors, metadata={"schema": str(SCHEMA), "state": json.dumps(plain)})
+    target = Path(folder) / FILE_NAME
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{FILE_NAME}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def load_state(slsam: SLSAM, folder: str | os.PathLike) -> None:
+    """Restore `slsam` from a checkpoint folder; nothing changes if it does not fit.
+
+    Args:
+        slsam (`SLSAM`): The algorithm, over the same arms and with the same settings.
+        folder (`str` or `os.PathLike`): The checkpoint folder.
+
+    Raises:
+        StateMismatchError: the file is missing or damaged, of a newer schema, of other arms or of other settings.
+    """
+    path = Path(folder) / FILE_NAME
+    accept = "Set accept_state_mismatch=True to start the sampler afresh."
+    if not path.is_file():
+        raise StateMismatchError(f"{path} does not exist: the checkpoint was not made with SL-SAM. {accept}")
+    state = _read(path, accept)
+    differences = _differences(state["config"], slsam.config.to_dict())
+    if differences:
+        raise StateMismatchError(f"{path} was made with other settings: {', '.join(differences)}. {accept}")
+    try:
+        slsam.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise StateMismatchError(f"{path} does not fit: {error} {accept}") from error
+
+
+def _read(path: Path, accept: str) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            schema = int(metadata.get("schema", -1))
+            if schema != SCHEMA:
+                raise StateMismatchError(
+                    f"{path} has schema {schema}; this version reads schema {SCHEMA}. Use the version that wrote it. "
+                    f"{accept}"
+                )
+            state = json.loads(metadata["state"])
+            return {**state, **{key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise StateMismatchError(f"{path} is damaged ({error}); resume from an older checkpoint. {accept}") from error
+
+
+def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}={saved.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted({*saved, *here} - _FREE_SETTINGS)
+        if saved.get(key) != here.get(key)
+    ]

@@ -1,0 +1,22 @@
+"""Averaging of active gradients over ranks."""
+
+import torch
+import torch.distributed as dist
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+def average_over_ranks(gradients: list[torch.Tensor]) -> None:
+    """Replace each gradient by its mean over all ranks, in place; one message a dtype and device.
+
+    Args:
+        gradients (`list[torch.Tensor]`): The same tensors, in the same order, on every rank. Only active arms' are
+            passed, so only they travel.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+    for group in groups.values():
+        flat = _flatten_dense_tensors(group)
+        dist.all_reduce(flat)
+        flat.div_(dist.get_world_size())
+        torch._foreach_copy_(group, list(_unflatten_dense_tensors(flat, group)))

@@ -1,0 +1,54 @@
+"""Passes that leave no trace in a trainer's metrics, and none of their host synchronisations."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_COUNTERS = ("_metrics", "_total_train_tokens", "_stored_metrics")
+
+
+def _nothing_gathered(value: Any, use_gather_object: bool = False) -> Any:
+    # A zero on the host: TRL's `.item()` on what is derived from it waits for no device.
+    return torch.zeros(1) if isinstance(value, torch.Tensor) else value
+
+
+def _sink() -> defaultdict:
+    return defaultdict(lambda: defaultdict(list))
+
+
+@contextmanager
+def muted(trainer: Any) -> Iterator[None]:
+    """Run a loss without counting it.
+
+    TRL's `compute_loss` appends to `_metrics`, adds to `_total_train_tokens` and synchronises with the host three times
+    a call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the third returns
+    zeros on the host.
+
+    Args:
+        trainer (`Trainer`): A transformers or TRL trainer.
+    """
+    held = {name: trainer.__dict__[name] for name in _COUNTERS if name in trainer.__dict__}
+    accelerator = trainer.accelerator
+    for name, value in held.items():
+        trainer.__dict__[name] = value if isinstance(value, int) else _sink()
+    accelerator.__dict__["gather_for_metrics"] = _nothing_gathered
+    try:
+        yield
+    finally:
+        accelerator.__dict__.pop("gather_for_metrics", None)
+        trainer.__dict__.update(held)
+
+
+@contextmanager
+def forward_only(trainer: Any) -> Iterator[None]:
+    """Run `training_step` without its backward: no graph, and `accelerator.backward` does nothing."""
+    accelerator = trainer.accelerator
+    accelerator.__dict__["backward"] = lambda loss, **kwargs: None
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        accelerator.__dict__.pop("backward", None)

@@ -1,0 +1,193 @@
+"""`SLSAMTrainer`: TRL's `SFTTrainer` with one argument more."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from trl import SFTTrainer
+
+from slsam_peft.arms import arms_of
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.integrations.card import describe
+from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
+from slsam_peft.integrations.distributed import average_over_ranks
+from slsam_peft.integrations.peft import ascent_part, float32_adapters, restore_float32, warn_if_low_precision
+from slsam_peft.integrations.quiet import forward_only, muted
+from slsam_peft.integrations.support import check_optimizer, check_trainer
+from slsam_peft.passes import Passes
+from slsam_peft.slsam import SLSAM
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class _TrainBegin(TrainerCallback):
+    """Builds the arms when training starts: only then is it settled what is trained."""
+
+    def __init__(self, trainer: "SLSAMMixin") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin_training()
+
+
+class SLSAMMixin(_Base):
+    """Sparse-layer sharpness-aware minimisation (arXiv 2602.09395) for a TRL or transformers trainer.
+
+    Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
+    overrides is `training_step`; `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state
+    in checkpoints.
+
+    Args:
+        slsam_config (`SLSAMConfig`, *optional*): Settings; the defaults where it is missing.
+        *args, **kwargs: The trainer's own.
+
+    Attributes:
+        slsam (`SLSAM`): The algorithm; set when training starts.
+
+    Raises:
+        ValueError: a set-up that is not supported (DeepSpeed, FSDP, torch.compile, GRPO); no trainable parameter; an
+            optimizer that lacks some arms. All before the first update.
+    """
+
+    def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
+        if slsam_config is not None and not isinstance(slsam_config, SLSAMConfig):
+            raise TypeError(f"slsam_config={slsam_config!r} must be an SLSAMConfig.")
+        self.slsam_config = slsam_config or SLSAMConfig()
+        model = kwargs.get("model", args[0] if args else None)
+        before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
+        super().__init__(*args, **kwargs)
+        check_trainer(self)
+        if self.slsam_config.adapter_dtype == "float32":
+            restore_float32(self.model, before)
+        else:
+            warn_if_low_precision(self.model)
+        self._slsam: SLSAM | None = None
+        self._slsam_restored = False
+        self._slsam_index = 0
+        self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(describe(self.slsam_config))
+        self.add_callback(_TrainBegin(self))
+
+    @property
+    def slsam(self) -> SLSAM:
+        """The algorithm: its probabilities, active set and metrics."""
+        if self._slsam is None:
+            self._slsam = self._build_slsam()
+        return self._slsam
+
+    def _build_slsam(self) -> SLSAM:
+        self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
+        slsam = SLSAM(self.slsam_arms, self.slsam_config)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            slsam.reduce = average_over_ranks
+        slsam.loss_scale = self._loss_scale
+        return slsam
+
+    def _begin_training(self) -> None:
+        if not self._slsam_restored:
+            self._slsam = self._build_slsam()
+        self._slsam_restored = False
+        self._slsam_index = 0
+        check_optimizer(self.optimizer, self.slsam.arms)
+
+    def _loss_scale(self) -> torch.Tensor | None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            return None
+        return getattr(scaler, "_scale", None)  # the tensor: `get_scale()` would wait for the device
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run this micro-batch's passes; with the last one of an update `.grad` holds the descent gradient.
+
+        The only change to the trainer's `training_step` is how often, on what and at which weights it runs. Its
+        arguments and result are unchanged; the result is the loss at w, and at w + e for `ascent="partial"` and
+        `"remembered"`, which never compute it at w.
+        """
+        index, count = self._slsam_index, self.current_gradient_accumulation_steps
+        self._slsam_index = (index + 1) % count
+        try:
+            with self.accelerator.no_sync(model):  # gradients are averaged once, over active arms only
+                loss = self.slsam.accumulate(self._passes(model, inputs, num_items_in_batch), index, count)
+        except BaseException:
+            self._slsam_index = 0
+            raise
+        if index == count - 1:
+            self._log_update()
+        return loss
+
+    def _passes(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Passes:
+        step = super().training_step
+
+        def counted() -> torch.Tensor:
+            return step(model, dict(inputs), num_items)
+
+        def silent() -> torch.Tensor:
+            with muted(self):
+                return step(model, dict(inputs), num_items)
+
+        def probe() -> torch.Tensor:
+            with muted(self), forward_only(self):
+                return step(model, dict(inputs), num_items)
+
+        def part() -> torch.Tensor:
+            with muted(self):
+                rows, share = ascent_part(inputs, self.slsam_config.ascent_fraction)
+                return step(model, rows, None if num_items is None else num_items * share)
+
+        return Passes(counted, silent, part, probe)
+
+    def _log_update(self) -> None:
+        """Hand the update's numbers, read already, to TRL's averages."""
+        metrics = getattr(self, "_metrics", None)
+        if metrics is None:
+            return
+        for name, value in self.slsam.metrics.items():
+            if value == value:  # a gain without a gradient is NaN
+                metrics["train"][f"slsam/{name}"].append(value)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_state(self.slsam, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._slsam = self._build_slsam()
+            try:
+                load_state(self._slsam, checkpoint)
+            except StateMismatchError as error:
+                if not self.slsam_config.accept_state_mismatch:
+                    raise
+                logger.warning("The sampler starts afresh: %s", error)
+            self._slsam_restored = True
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class SLSAMTrainer(SLSAMMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with SL-SAM: replace the class, add `slsam_config`, keep everything else.
+
+    Args:
+        slsam_config (`SLSAMConfig`, *optional*): Settings of SL-SAM. All other arguments are `SFTTrainer`'s.
+
+    Example:
+
+    ```python
+    trainer = SLSAMTrainer(
+        model, args=SFTConfig(output_dir="out"), train_dataset=dataset, peft_config=LoraConfig(),
+        slsam_config=SLSAMConfig(rho=0.05, active_fraction=0.2),
+    )
+    trainer.train()
+    trainer.slsam.probabilities
+    ```
+    """

@@ -1,0 +1,194 @@
+"""The two passes of an update over its micro-batches: which arms are on, where the passes are cut, what is replayed."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from slsam_peft import rng
+from slsam_peft.horizon import Horizon, Prefix
+from slsam_peft.perturbation import Firings, Shift, perturbed
+
+logger = logging.getLogger(__name__)
+
+Closure = Callable[[], torch.Tensor]
+
+REUSE_RTOL = 1e-5  # loss with and without prefix reuse; the same kernels give the same bits, others float32 rounding
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes over one micro-batch. Each runs forward and backward and returns the loss.
+
+    Args:
+        counted (`Closure`): The whole micro-batch; metrics and logs count it.
+        silent (`Closure`): The same without side effects.
+        part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; silent.
+        probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked with it once;
+            without one, second passes run whole.
+    """
+
+    counted: Closure
+    silent: Closure
+    part: Closure | None = None
+    probe: Closure | None = None
+
+
+@dataclass(eq=False)
+class Pending:
+    """A micro-batch that waits for its descent pass, with the random state its ascent pass started from."""
+
+    passes: Passes
+    state: rng.State
+    prefixes: list[Prefix] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Update:
+    """The update in progress: what is on, what has been computed."""
+
+    mask: torch.Tensor  # (L,) boolean, perturbed arms
+    trained: torch.Tensor  # (L,) boolean, arms that get a descent gradient
+    inclusion: torch.Tensor  # (L,) realised inclusion probabilities of the perturbed arms
+    floor: int  # lowest depth of a perturbed arm; -1: below the blocks, or unknown
+    lowest: int  # lowest depth of a trained arm
+    count: int  # micro-batches
+    ascents: int = 0  # of which the first so many have an ascent pass
+    pending: list[Pending] = field(default_factory=list)
+    shifts: list[Shift] = field(default_factory=list)
+    squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
+    ascent_loss: torch.Tensor | None = None
+    descent_loss: torch.Tensor | None = None
+
+
+class PassRunner:
+    """Runs ascent and descent passes with the arms of an update switched on.
+
+    Args:
+        parameters (`Sequence[nn.Parameter]`): Every arm's parameters.
+        owner (`torch.Tensor`): Arm index of each, shape `(P,)`.
+        linears (`Sequence[nn.Module | None]`): For each its linear module, or `None`.
+        horizon (`Horizon` or `None`): Cuts the passes; `None` runs them whole.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        owner: torch.Tensor,
+        linears: Sequence[nn.Module | None],
+        horizon: Horizon | None,
+    ) -> None:
+        self.parameters = parameters
+        self.owner = owner
+        self.linears = linears
+        self.horizon = horizon
+        self.firings = Firings()
+        self.accelerators = rng.accelerators_of(parameters)
+        self._reuse_checked = False
+
+    def members(self, arms: torch.Tensor) -> list[int]:
+        """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
+        return arms[self.owner].nonzero().flatten().tolist()
+
+    @contextmanager
+    def switched(self, trained: torch.Tensor) -> Iterator[None]:
+        """Switch the arms that are not trained off inside the context."""
+        off = [self.parameters[i] for i in self.members(~trained)]
+        try:
+            for parameter in off:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in off:
+                parameter.requires_grad_(True)
+
+    def clear(self, arms: torch.Tensor | None = None) -> None:
+        """Drop the gradients of the given arms, or of all."""
+        for i in range(len(self.parameters)) if arms is None else self.members(arms):
+            self.parameters[i].grad = None
+
+    def watched_linears(self, mask: torch.Tensor) -> list[nn.Module]:
+        """Return the linear modules of the arms in a mask that an additive branch could carry."""
+        return [linear for i in self.members(mask) if (linear := self.linears[i]) is not None]
+
+    def fired(self) -> torch.Tensor:
+        """Return which parameters' linear modules ran as modules when last watched, boolean, shape `(P,)`."""
+        return torch.tensor([linear in self.firings.fired for linear in self.linears])
+
+    def set_fired(self, fired: torch.Tensor) -> None:
+        """Restore what `fired` returned."""
+        on = fired.tolist()
+        self.firings.fired = {m for m, f in zip(self.linears, on, strict=True) if f and m is not None}
+
+    def ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
+        cut = self._is_cut(update)
+        # A part's hidden states fit no other pass.
+        keep = cut and closure is not pending.passes.part and (self._reuse_checked or pending.passes.probe is not None)
+        context = self.horizon.truncated(update.floor, update.lowest, keep=keep) if cut else nullcontext([])
+        with self.firings.watch(self.watched_linears(update.mask)), context as prefixes:
+            loss = closure().detach()
+        self.clear(~update.mask)
+        if keep and update.floor > 0:
+            pending.prefixes = prefixes
+            self._check_reuse(update, pending, loss)
+        update.ascent_loss = loss if update.ascent_loss is None else update.ascent_loss + loss
+        return loss
+
+    def descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
+        if update.ascents:
+            rng.restore(pending.state)
+        if not self._is_cut(update):
+            context = nullcontext()
+        elif pending.prefixes:
+            context = self.horizon.resumed(update.floor, update.lowest, pending.prefixes)
+        else:
+            context = self.horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
+        with perturbed(update.shifts), context:
+            loss = closure().detach()
+        pending.prefixes.clear()
+        self.clear(~update.trained)
+        update.descent_loss = loss if update.descent_loss is None else update.descent_loss + loss
+        return loss
+
+    def _is_cut(self, update: Update) -> bool:
+        return self.horizon is not None and update.floor >= 0
+
+    def _check_reuse(self, update: Update, pending: Pending, loss: torch.Tensor) -> None:
+        """Once: does the stack above the floor depend on anything but the kept hidden state?
+
+        The pass is run again at w from the kept hidden state and must give the loss of the first pass. A stack that
+        leaks anything else (keys and values shared across layers, router losses) fails, and reuse is turned off.
+        """
+        if self._reuse_checked or not any(prefix.hidden is not None for prefix in pending.prefixes):
+            return
+        self._reuse_checked = True
+        if loss.is_meta:  # no values to compare
+            return
+        held = [(p, p.grad) for p in self.parameters]
+        after = rng.snapshot(self.accelerators)
+        try:
+            rng.restore(pending.state)
+            with self.horizon.resumed(update.floor, max(update.floor, update.lowest), pending.prefixes):
+                again = pending.passes.probe().detach()
+            same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
+            reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
+        except Exception as error:  # noqa: BLE001 - a leaky stack may fail in any way; the plain pass has just run
+            same, reason = False, f"it raised {type(error).__name__}: {error}"
+        finally:
+            rng.restore(after)
+            for parameter, gradient in held:
+                parameter.grad = gradient
+        if not same:
+            self.horizon.reuse = False
+            pending.prefixes = []
+            logger.info(
+                "prefix reuse is off: started from the hidden state that enters block %d, %s, so the blocks pass on "
+                "more than a hidden state. Second passes run whole.",
+                update.floor,
+                reason,
+            )

@@ -1,0 +1,425 @@
+r"""SL-SAM: one update, composed of the bandit, a design, the perturbation and the horizon.
+
+    S_t ~ design(p)                          draw the active set
+    g   = grad L(w) over S_t                 ascent pass
+    e   = rho * g / (|g| + 1e-12)
+    g'  = grad L(w + e) over S_t             descent pass; w is put back bit for bit
+    the base optimizer steps on g'
+    p   = bandit(p, S_t, |g_l|)              for the next update
+
+(arXiv 2602.09395). An inactive arm has no gradient, so the optimizer neither moves nor decays it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from slsam_peft import rng
+from slsam_peft.arms import Arm, ArmNorms
+from slsam_peft.bandit import Bandit
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.horizon import Horizon
+from slsam_peft.passes import Closure, Passes, PassRunner, Pending, Update
+from slsam_peft.perturbation import Shift, ascent_offsets
+from slsam_peft.sampling import build_design
+from slsam_peft.telemetry import RadiusWatch, update_metrics
+
+
+class SLSAM:
+    """Sparse-layer sharpness-aware minimisation over a set of arms.
+
+    It produces gradients and owns no optimizer: after `update` the `.grad` of trained parameters is the descent
+    gradient at w + e, every other arm's is `None`, and the weights are w, bit for bit.
+
+    Args:
+        arms (`Sequence[Arm]`): What `arms_of(model)` returns, or any list of arms.
+        config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here.
+        fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
+            where `config.cost_budget` is set.
+        cost (callable, *optional*): `Update` -> predicted cost in plain updates, or `None`; logged.
+
+    Attributes:
+        active (`torch.Tensor`): Arms perturbed in the last update, boolean, shape `(L,)`.
+        metrics (`dict[str, float]`): Numbers of the last update.
+        steps (`int`): Updates completed.
+        skipped (`int`): Updates skipped because a loss or gradient was NaN or infinite.
+        reduce (callable or `None`): Averages a list of gradients over ranks, in place.
+        loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
+
+    Raises:
+        ValueError: no arms; an explicit `active_fraction` of less than one arm (except for `bandit="paper"`); a design
+            that needs a depth order on arms without one; `cost_budget` without `fraction`.
+
+    Example:
+
+        >>> import torch
+        >>> from slsam_peft import SLSAM, SLSAMConfig, arms_of
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> slsam = SLSAM(arms_of(model, "module"), SLSAMConfig(rho=0.05, active_fraction=0.5))
+        >>> x = torch.randn(8, 4)
+        >>> def closure():
+        ...     loss = model(x).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = slsam.update(closure)
+        >>> optimizer.step()
+        >>> int(slsam.active.sum()) >= 1
+        True
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        config: SLSAMConfig | None = None,
+        *,
+        fraction: float | None = None,
+        cost: Callable[[Update], float] | None = None,
+    ) -> None:
+        self.config = config = config or SLSAMConfig()
+        self.arms = arms
+        if not len(arms):
+            raise ValueError("there are no arms; arms_of(model) needs a model with trainable parameters.")
+        self.cost = cost
+        depths = [arm.depth for arm in arms]
+        self._depths = torch.tensor([-1 if d is None else d for d in depths])
+        self.bandit = Bandit(len(arms), len(arms) * self._fraction(fraction), config)
+        self.design = build_design(config, depths)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        blocks = getattr(arms, "blocks", ())
+        self.horizon = Horizon(blocks, config.prefix_limit_mib * 2**20) if blocks and None not in depths else None
+        self.runner = PassRunner(
+            [p for arm in arms for p in arm.parameters],
+            torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
+            [linear for arm in arms for linear in arm.linears],
+            self.horizon,
+        )
+        self.reduce: Callable[[list[torch.Tensor]], None] | None = None
+        self.loss_scale: Callable[[], torch.Tensor | None] | None = None
+        self.active = torch.zeros(len(arms), dtype=torch.bool)
+        self.metrics: dict[str, float] = {}
+        self.steps = self.skipped = self._skipped_in_a_row = 0
+        self._norms = ArmNorms(arms)
+        self._remembered: dict[int, torch.Tensor] = {}
+        self._watch = RadiusWatch(config.rho)
+        self._current: Update | None = None
+        self._before: dict[str, Any] = {}
+
+    def _fraction(self, solved: float | None) -> float:
+        config, count = self.config, len(self.arms)
+        if solved is not None:
+            return solved
+        if config.cost_budget is not None:
+            raise ValueError(
+                f"cost_budget={config.cost_budget} needs a cost model of the whole model; use SLSAMTrainer, or solve "
+                "for the fraction (slsam_peft.cost) and pass SLSAM(..., fraction=...)."
+            )
+        if config.active_fraction is None:
+            return max(config.fraction, 1.0 / count)
+        if config.active_fraction * count < 1 - 1e-9 and config.bandit != "paper":
+            raise ValueError(
+                f"active_fraction={config.active_fraction} of {count} arms is less than one arm; use at least "
+                f"{1 / count:.3g}, or a finer granularity."
+            )
+        return config.active_fraction
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """Inclusion probabilities for the next draw, float64 on the CPU, shape `(L,)`."""
+        return self.bandit.probabilities
+
+    def update(
+        self, closure: Closure, ascent_closure: Closure | None = None, probe: Closure | None = None
+    ) -> torch.Tensor:
+        """Make the gradients of one update from one batch.
+
+        Args:
+            closure (`Closure`): Runs forward and backward on the batch and returns the loss. Called once or twice.
+            ascent_closure (`Closure`, *optional*): The same on a part of the batch, for `ascent="partial"`.
+            probe (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With it the
+                second pass starts at the floor block; it is called once, to check that the model allows that.
+
+        Returns:
+            `torch.Tensor`: The loss at w; at w + e where it is never computed at w on the whole batch (`ascent` other
+            than `"two_pass"`).
+
+        Raises:
+            ValueError: `ascent="partial"` without `ascent_closure`.
+            RuntimeError: more than `max_skipped_updates` updates in a row had a NaN or infinite loss or gradient.
+        """
+        return self.accumulate(Passes(closure, closure, ascent_closure, probe))
+
+    def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
+        """Take in micro-batch `index` of the `count` of an update; the last one completes it.
+
+        The arms are drawn once, with the first micro-batch. Ascent passes run as micro-batches come; once the last of
+        them is in, the descent passes of all micro-batches so far run at w + e, and those of later ones as they come.
+        Whatever is raised inside, weights, hooks, `requires_grad`, generator and bandit are those of before.
+
+        Args:
+            passes (`Passes`): The micro-batch.
+            index (`int`, *optional*, defaults to `0`): Its place in the update.
+            count (`int`, *optional*, defaults to `1`): Micro-batches in the update.
+
+        Returns:
+            `torch.Tensor`: Loss to report for this call; the sum over the calls is the update's loss.
+
+        Raises:
+            ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its update.
+        """
+        try:
+            update = self._begin(count, passes) if index == 0 else self._current
+            if update is None:
+                raise RuntimeError(f"micro-batch {index} of {count} came before the first; start an update with 0.")
+            with self.runner.switched(update.trained):
+                loss = self._micro_batch(update, passes, index)
+                if index == count - 1:
+                    self._finish(update)
+        except BaseException:
+            self._abort()
+            raise
+        return loss
+
+    def _begin(self, count: int, passes: Passes) -> Update:
+        config = self.config
+        if self._current is not None:  # the last update was never completed: it counts as if it had not begun
+            self._abort()
+        self._before = {**self._sampler_state(), **self._bandit_state()}
+        self.runner.clear()
+        partial = config.ascent == "partial" and config.rho > 0
+        if partial and count == 1 and passes.part is None:
+            raise ValueError(
+                "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or several "
+                "micro-batches, or use ascent='two_pass'."
+            )
+        mask = self.design(self.probabilities, self.generator)
+        if self.bandit.mean == 1.0:
+            mask = torch.ones_like(mask)
+        trained = torch.ones_like(mask) if config.descent == "all" else mask
+        update = Update(
+            mask=mask,
+            trained=trained,
+            inclusion=self.design.inclusion(self.probabilities),
+            floor=int(self._depths[mask].min()),
+            lowest=int(self._depths[trained].min()),
+            count=count,
+        )
+        if partial:
+            update.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
+        elif config.rho > 0 and config.ascent == "two_pass":
+            update.ascents = count
+        elif config.rho > 0:
+            update.shifts = self._recalled(mask)
+        self._current = update
+        return update
+
+    def _micro_batch(self, update: Update, passes: Passes, index: int) -> torch.Tensor:
+        exact = self.config.ascent == "two_pass" and update.ascents > 0
+        pending = Pending(passes, rng.snapshot(self.runner.accelerators))
+        if index >= update.ascents:
+            return self._descend(update, pending, passes.counted)
+        alone = update.count == 1 and self.config.ascent == "partial"
+        closure = passes.counted if exact else passes.part if alone else passes.silent
+        loss = self.runner.ascend(update, pending, closure)
+        update.pending.append(pending)
+        if index < update.ascents - 1:
+            return loss if exact else torch.zeros_like(loss)
+        self._set_shifts(update)
+        after = rng.snapshot(self.runner.accelerators)
+        losses = [self._descend(update, p, p.passes.silent if exact else p.passes.counted) for p in update.pending]
+        rng.restore(after)
+        update.pending.clear()
+        return loss if exact else torch.stack(losses).sum()
+
+    def _descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        remembers = self.config.ascent == "remembered" and self.config.rho > 0
+        if not remembers:
+            return self.runner.descend(update, pending, closure)
+        with self.runner.firings.watch(self.runner.watched_linears(update.mask)):
+            return self.runner.descend(update, pending, closure)
+
+    def _set_shifts(self, update: Update) -> None:
+        """Turn the ascent gradients in `.grad` into e and clear them."""
+        gradients = self._reduced(update.mask)
+        update.squared = squared = self._norms.squared(gradients, self._device(gradients))
+        members = [i for i, g in enumerate(gradients) if g is not None]
+        norm = squared.sum().sqrt()
+        if update.ascents < update.count:  # the loss is scaled for all micro-batches
+            update.squared = squared * (update.count / update.ascents) ** 2
+        offsets = ascent_offsets([gradients[i] for i in members], norm, self.config.rho) if members else []
+        update.shifts = [self._shift(i, e) for i, e in zip(members, offsets, strict=True)]
+        self.runner.clear()
+
+    def _shift(self, index: int, offset: torch.Tensor) -> Shift:
+        linear = self.runner.linears[index]
+        return Shift(self.runner.parameters[index], offset, linear if linear in self.runner.firings.fired else None)
+
+    def _recalled(self, mask: torch.Tensor) -> list[Shift]:
+        """e from the remembered descent gradients of the active arms (S2-SAM)."""
+        members = [i for i in self.runner.members(mask) if i in self._remembered]
+        if not members:
+            return []
+        gradients = [self._remembered[i].to(self.runner.parameters[i].dtype) for i in members]
+        norm = torch.stack([n.to(gradients[0].device) for n in torch._foreach_norm(gradients)]).norm()
+        offsets = ascent_offsets(gradients, norm, self.config.rho)
+        return [self._shift(i, e) for i, e in zip(members, offsets, strict=True)]
+
+    def _reduced(self, mask: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return each parameter's gradient, averaged over ranks; `None` where there is none."""
+        gradients = [p.grad for p in self.runner.parameters]
+        if self.reduce is not None:
+            for i in self.runner.members(mask):  # every rank sends the same tensors
+                if gradients[i] is None:
+                    gradients[i] = torch.zeros_like(self.runner.parameters[i])
+            self.reduce([gradients[i] for i in self.runner.members(mask)])
+        return gradients
+
+    def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
+        return next((g.device for g in gradients if g is not None), self.runner.parameters[0].device)
+
+    def _finish(self, update: Update) -> None:
+        """Read the update's numbers once, then learn from them, or skip the update if one is not finite."""
+        gradients = self._reduced(update.trained)
+        if self.reduce is not None:
+            for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
+                parameter.grad = gradient
+        squared = self._norms.squared(gradients, self._device(gradients))
+        ascent_squared = squared if update.squared is None else update.squared
+        numbers = [ascent_squared, squared.sum()[None], update.descent_loss.reshape(1)]
+        numbers.append((update.descent_loss if update.ascent_loss is None else update.ascent_loss).reshape(1))
+        scale = self.loss_scale() if self.loss_scale is not None else None
+        numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
+        values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
+        norms, descent, scale_value = values[:-4].sqrt(), values[-4], float(values[-1])
+        finite = bool(torch.isfinite(values).all())
+        seen = update.mask if update.squared is not None else update.trained & update.mask
+        norms = norms / scale_value
+        if finite and bool(norms[seen].any()):
+            self.bandit.update(seen, norms, update.inclusion)
+        if not finite:
+            self._skip(descent, values)
+        self.metrics = update_metrics(self, update, norms, float(values[-2]), float(values[-3]), finite)
+        if finite:
+            self._skipped_in_a_row = 0
+            if self.config.ascent == "remembered":
+                self._remember(update)
+        if "ascent_gain" in self.metrics:
+            self._watch.see(self.metrics["ascent_gain"])
+        self.active = update.mask
+        self.steps += 1
+        self._current = None
+        self._release()
+
+    def _read(self, values: torch.Tensor) -> torch.Tensor:
+        """Copy the update's numbers to the host: the one synchronisation of an update."""
+        return values.to("cpu", torch.float64)
+
+    def _remember(self, update: Update) -> None:
+        for i in self.runner.members(update.trained):
+            gradient = self.runner.parameters[i].grad
+            if gradient is not None:
+                self._remembered[i] = gradient.to(torch.bfloat16, copy=True)
+
+    def _skip(self, descent: torch.Tensor, values: torch.Tensor) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self.loss_scale is None or self.loss_scale() is None:
+            self.runner.clear()  # no gradient: the optimizer changes nothing
+        elif math.isfinite(float(descent)):  # a gradient scaler must see for itself that this step is void
+            self._void()
+        if self._skipped_in_a_row > self.config.max_skipped_updates:
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
+                f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
+                f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
+            )
+
+    def _void(self) -> None:
+        for parameter in self.runner.parameters:
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+                return
+
+    def _abort(self) -> None:
+        """Go back to before the update."""
+        self._current = None
+        self._release()
+        self.runner.clear()
+        if self._before:
+            self._restore_sampler(self._before)
+            self._restore_bandit(self._before)
+
+    def _release(self) -> None:
+        if self.horizon is not None:
+            self.horizon.release()
+
+    def _sampler_state(self) -> dict[str, torch.Tensor]:
+        design = self.design.state_dict() if hasattr(self.design, "state_dict") else {}
+        return {"generator": self.generator.get_state(), **{f"design.{k}": v for k, v in design.items()}}
+
+    def _bandit_state(self) -> dict[str, torch.Tensor]:
+        return {f"bandit.{k}": v for k, v in self.bandit.state_dict().items()}
+
+    def _restore_bandit(self, state: dict[str, torch.Tensor]) -> None:
+        self.bandit.load_state_dict(
+            {k.removeprefix("bandit."): v for k, v in state.items() if k.startswith("bandit.")}
+        )
+
+    def _restore_sampler(self, state: dict[str, torch.Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        design = {k.removeprefix("design."): v for k, v in state.items() if k.startswith("design.")}
+        if design:
+            self.design.load_state_dict(design)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Memory of the remembered gradients (`ascent="remembered"`)."""
+        return sum(g.numel() * g.element_size() for g in self._remembered.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything later updates depend on: plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"`
+        and `"skipped_in_a_row"`, tensors under every other key."""
+        names = [name for arm in self.arms for name in arm.parameter_names]
+        return {
+            "arms": [arm.name for arm in self.arms],
+            "config": self.config.to_dict(),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "active": self.active.clone(),
+            "fired": self.runner.fired(),
+            **self._bandit_state(),
+            **self._sampler_state(),
+            **{f"remembered.{names[i]}": g.clone() for i, g in self._remembered.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; nothing changes if it does not fit.
+
+        Raises:
+            ValueError: the state belongs to other arms; the message names the first difference.
+        """
+        names = [arm.name for arm in self.arms]
+        if list(state["arms"]) != names:
+            pairs = zip([*state["arms"], None], [*names, None], strict=False)
+            saved, here = next((pair for pair in pairs if pair[0] != pair[1]), (len(state["arms"]), len(names)))
+            raise ValueError(
+                f"the state was saved for {len(state['arms'])} arms and this model has {len(names)}; the first "
+                f"difference is {saved!r} (saved) against {here!r} (here). Use the same adapter, target modules and "
+                "granularity, or start without the saved state."
+            )
+        positions = {n: i for i, n in enumerate(n for arm in self.arms for n in arm.parameter_names)}
+        remembered = {
+            positions[key.removeprefix("remembered.")]: value.clone()
+            for key, value in state.items()
+            if key.startswith("remembered.")
+        }
+        self._restore_bandit(state)
+        self._restore_sampler(state)
+        self.runner.set_fired(state["fired"].bool())
+        self._remembered = {i: g.to(self.runner.parameters[i].device) for i, g in remembered.items()}
+        self.active = state["active"].bool().clone()
+        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+        self._skipped_in_a_row = int(state["skipped_in_a_row"])

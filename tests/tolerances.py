@@ -1,0 +1,4 @@
+"""Every tolerance of the suite, in one place; each loose one says why."""
+
+ORACLE = 1e-10  # float64 traces of the reference rule, weights and probabilities
+EXACT_FLOAT64 = 1e-12  # same sums in another order, float64
