@@ -47,8 +47,8 @@ class Bandit:
     r"""Inclusion probabilities with the rule that updates them.
 
     `"paper"` is `paper_update`. `"scale_free"` keeps the paper's aim, probabilities in proportion to the norms, which
-    minimise $\sum_l a_l^2 / p_l$, and drops its units: with $r_l = a_l / p_l$ and $R$ the largest $r$ seen (decaying by
-    1 % an update), an active arm's weight is $p_l \exp(\eta\, s\, (r_l / R)^2 / q_l)$, $q_l$ its realised inclusion
+    minimise $\sum_l a_l^2 / p_l$, and drops its units: with $r_l = a_l / p_l$ and $R$ the largest $r$ seen (decaying
+    by 1 % an update), an active arm's weight is $p_l \exp(\eta\, s\, (r_l / R)^2 / q_l)$, $q_l$ its realised inclusion
     probability, and the projection holds every $p_l$ above `probability_floor` * s. Multiplying all norms by a
     constant changes nothing.
 

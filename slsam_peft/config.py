@@ -25,7 +25,7 @@ def choices(allowed: tuple[str, ...], callable_too: bool = False) -> str:
 
 
 def check_name(what: str, value: Any, allowed: tuple[str, ...], callable_too: bool = False) -> None:
-    """Raise `ValueError` naming the nearest match unless `value` is one of `allowed` (or a callable, if those count)."""
+    """Raise `ValueError` naming the nearest match unless `value` is one of `allowed` (or a callable, if asked)."""
     if isinstance(value, str) and value in allowed:
         return
     if callable_too and callable(value):

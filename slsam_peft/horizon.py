@@ -91,7 +91,7 @@ class Horizon:
         Args:
             floor (`int`): Lowest block whose gradient this pass takes, in [0, L]; L: none.
             lowest (`int`): Lowest block that builds a graph. Equal to `floor`, or below it where the graph of the
-                blocks below is needed later (sparse ascent, dense descent); -1: parameters below the stack need it too.
+                blocks below is needed later (sparse ascent, dense descent); -1: so do parameters below the stack.
             keep (`bool`): Whether to keep the hidden states that enter the floor, for `resumed`.
 
         Yields:

@@ -1,4 +1,4 @@
-"""The two passes of an update over its micro-batches: which arms are on, where the passes are cut, what is replayed."""
+"""The two passes of an update over its micro-batches: which arms are on, where passes are cut, what is replayed."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +27,8 @@ class Passes:
         counted (`Closure`): The whole micro-batch; metrics and logs count it.
         silent (`Closure`): The same without side effects.
         part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; silent.
-        probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked with it once;
-            without one, second passes run whole.
+        probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked with it once; without
+            one, second passes run whole.
     """
 
     counted: Closure

@@ -35,8 +35,8 @@ def project(weights: torch.Tensor, budget: float) -> torch.Tensor:
 def project_with_floor(weights: torch.Tensor, budget: float, floor: float) -> torch.Tensor:
     """Project onto {floor <= p <= 1, sum p = budget} in the Kullback-Leibler sense.
 
-    The result is `clip(c * weights, floor, 1)` for the one `c` that meets the budget, found by Newton's method: its sum
-    is increasing and piecewise linear in `c`. A step that leaves the bracket is replaced by a bisection.
+    The result is `clip(c * weights, floor, 1)` for the one `c` that meets the budget, found by Newton's method: its
+    sum is increasing and piecewise linear in `c`. A step that leaves the bracket is replaced by a bisection.
 
     Args:
         weights (`torch.Tensor`): Positive weights, shape `(L,)`.

@@ -81,8 +81,8 @@ class _OnePoint:
 class Window(_OnePoint):
     r"""A window that slides over the depth, with exact inclusion probabilities.
 
-    In depth order, arm $l$ is active while $u$ lies in $[b_l, b_l + p_l)$, $b_l = \min(\kappa \sum_{j<l} p_j, 1 - p_l)$
-    with $\kappa$ such that the last interval ends at 1. The intervals cover [0, 1), so no draw is empty; the window is
+    In depth order, arm $l$ is active while $u$ lies in $[b_l, b_l + p_l)$, where
+    $b_l = \min(\kappa \sum_{j<l} p_j, 1 - p_l)$ with $\kappa$ such that the last interval ends at 1. The intervals cover [0, 1), so no draw is empty; the window is
     contiguous where $p$ varies slowly with depth and has gaps where it jumps.
 
     Args:

@@ -44,8 +44,8 @@ def warn_if_low_precision(model: nn.Module) -> None:
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if dtypes & {torch.bfloat16, torch.float16}:
         logger.warning(
-            "adapter_dtype='keep' leaves trainable parameters in %s: once the learning rate has decayed, updates round "
-            "to nothing there. adapter_dtype='float32' costs 12 bytes more a parameter and keeps them.",
+            "adapter_dtype='keep' leaves trainable parameters in %s: once the learning rate has decayed, updates "
+            "round to nothing there. adapter_dtype='float32' costs 12 bytes more a parameter and keeps them.",
             " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)),
         )
 
@@ -66,8 +66,8 @@ def ascent_part(inputs: Mapping[str, Any], fraction: float) -> tuple[dict[str, A
     rows = next((v.shape[0] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds", "labels")), 0)
     if rows < 2:
         raise ValueError(
-            f"ascent='partial' cannot take a part of a batch of {rows} sequence (a packed or padding-free batch counts "
-            "as one); use gradient_accumulation_steps > 1 (whole micro-batches are taken then), a larger "
+            f"ascent='partial' cannot take a part of a batch of {rows} sequence (a packed or padding-free batch "
+            "counts as one); use gradient_accumulation_steps > 1 (whole micro-batches are taken then), a larger "
             "per_device_train_batch_size, or ascent='two_pass'."
         )
     taken = max(1, round(fraction * rows))

@@ -15,8 +15,8 @@ def check_trainer(trainer: Any) -> None:
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and an update here needs "
-            "two. Use DDP (torchrun or accelerate launch)."
+            "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and an update here "
+            "needs two. Use DDP (torchrun or accelerate launch)."
         )
     if trainer.is_fsdp_enabled:
         raise ValueError(
@@ -30,8 +30,8 @@ def check_trainer(trainer: Any) -> None:
         )
     if hasattr(trainer, "_generate_and_score_completions"):
         raise ValueError(
-            f"{type(trainer).__mro__[2].__name__} is not supported: its training step generates completions and counts "
-            "its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
+            f"{type(trainer).__mro__[2].__name__} is not supported: its training step generates completions and "
+            "counts its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
         )
 
 
@@ -48,6 +48,6 @@ def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
-            f"the optimizer lacks {len(missing)} trainable parameters ({shown}), so their arms would never be trained. "
-            "Build it over every parameter that requires grad, or let the trainer build it (optimizers=(None, None))."
+            f"the optimizer lacks {len(missing)} trainable parameters ({shown}), so their arms would never be "
+            "trained. Build it over every parameter that requires grad, or let the trainer build it (optimizers=(None, None))."
         )
