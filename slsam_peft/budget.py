@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SOLVE_STEPS = 60  # bisections: to the last bit of a fraction in (0, 1]
+SOLVE_STEPS = 60  # bisections, at most: to the last bit of a fraction in (0, 1]
+SOLVE_TOLERANCE = 1e-4  # of the budget
 
 
 @dataclass(frozen=True)
@@ -92,5 +93,8 @@ def solve_active_fraction(
         )
     for _ in range(SOLVE_STEPS):
         middle = (least + most) / 2
-        least, most = (middle, most) if expected(middle) < budget else (least, middle)
-    return (least + most) / 2
+        missing = budget - expected(middle)
+        if abs(missing) <= SOLVE_TOLERANCE * budget:
+            break
+        least, most = (middle, most) if missing > 0 else (least, middle)
+    return middle
