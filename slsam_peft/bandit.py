@@ -63,12 +63,21 @@ class Bandit:
 
     def __init__(self, count: int, budget: float, config: SLSAMConfig) -> None:
         self.budget = budget
-        self.mean = budget / count
-        self.floor = config.probability_floor * self.mean
         self.rate = config.bandit_rate
         self.rule = config.bandit
-        self.probabilities = torch.full((count,), self.mean, dtype=torch.float64)
+        self._floor_share = config.probability_floor
+        self.probabilities = torch.full((count,), budget / count, dtype=torch.float64)
         self._scale = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def mean(self) -> float:
+        """Mean probability, the expected share of active arms."""
+        return self.budget / len(self.probabilities)
+
+    @property
+    def floor(self) -> float:
+        """Least probability that `"scale_free"` leaves an arm."""
+        return self._floor_share * self.mean
 
     def update(self, mask: torch.Tensor, norms: torch.Tensor, inclusion: torch.Tensor) -> None:
         """Learn from one update.
@@ -111,9 +120,14 @@ class Bandit:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return everything later updates depend on."""
-        return {"probabilities": self.probabilities.clone(), "scale": self._scale.clone()}
+        return {
+            "probabilities": self.probabilities.clone(),
+            "scale": self._scale.clone(),
+            "budget": torch.tensor(self.budget, dtype=torch.float64),
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self.probabilities = self._checked(state["probabilities"].clone())
+        self.budget = float(state["budget"])
         self._scale = state["scale"].to(torch.float64).clone()

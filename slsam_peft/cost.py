@@ -51,17 +51,24 @@ class Rule:
     perturbed: bool = True
     reused: int | None = None
 
+    def ascents(self, count: int) -> int:
+        """Return how many of `count` micro-batches have an ascent pass."""
+        if not self.perturbed or self.ascent == "remembered":
+            return 0
+        return count if self.ascent == "two_pass" else ascent_share(self.ascent_fraction, count)
+
+    def reusable(self, count: int) -> int:
+        """Return for how many of `count` micro-batches the second pass starts at the floor."""
+        if self.ascent == "partial" and count == 1:
+            return 0  # the hidden states of a part of the batch fit no other pass
+        return self.ascents(count) if self.reused is None else min(self.ascents(count), self.reused)
+
     def parts(self, shapes: Shapes) -> _Parts:
         """Split micro-batches of `(batch, length)` over the passes."""
-        total = Size.of(shapes)
-        if not self.perturbed or self.ascent == "remembered":
-            return _Parts(total, Size(), Size())
-        if self.ascent == "partial" and len(shapes) == 1:
-            batch, length = shapes[0]  # the hidden states of a part of the batch fit no other pass
-            return _Parts(total, Size.of([(ascent_share(self.ascent_fraction, batch), length)]), Size())
-        count = len(shapes) if self.ascent == "two_pass" else ascent_share(self.ascent_fraction, len(shapes))
-        kept = count if self.reused is None else min(count, self.reused)
-        return _Parts(total, Size.of(shapes[:count]), Size.of(shapes[:kept]))
+        first = list(shapes[: self.ascents(len(shapes))])
+        if first and self.ascent == "partial" and len(shapes) == 1:
+            first = [(ascent_share(self.ascent_fraction, shapes[0][0]), shapes[0][1])]
+        return _Parts(Size.of(shapes), Size.of(first), Size.of(shapes[: self.reusable(len(shapes))]))
 
 
 TWO_PASS = Rule()
@@ -129,7 +136,9 @@ class CostModel:
         """FLOPs of a SAM update of all adapters: two plain ones."""
         return 2 * self.plain(shapes)
 
-    def update(self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS) -> float:
+    def update(
+        self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
+    ) -> float:
         """FLOPs of an update.
 
         Args:
@@ -137,6 +146,8 @@ class CostModel:
                 active parameters as in `model.named_parameters()`, for arms finer than a block or outside the blocks.
             shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of each micro-batch.
             rule (`Rule`, *optional*): How the update runs. Defaults to exact two-pass SL-SAM.
+            branches (`Collection[str]`, *optional*): Names of the parameters perturbed by an additive branch. Defaults
+                to the weights of all active factors.
 
         Raises:
             ValueError: nothing is active, or the flags are not one a block.
@@ -146,12 +157,32 @@ class CostModel:
         floor = 0 if below else next((i for i, names in enumerate(per_block) if names), len(self))
         total = self._const(parts, rule, head)
         for i in range(floor, len(self)):
-            total += self._term(i, per_block[i], i == floor and not below, parts, rule)
+            names = per_block[i]
+            moved = names if branches is None else names.intersection(branches)
+            total += self._term(i, names, i == floor and not below, parts, rule, moved)
         return total
 
-    def ratio(self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS) -> float:
+    def ratio(
+        self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
+    ) -> float:
         """Cost of an update in units of a plain LoRA update on the same micro-batches; arguments as in `update`."""
-        return self.update(active, shapes, rule) / self.plain(shapes)
+        return self.update(active, shapes, rule, branches) / self.plain(shapes)
+
+    def forward_flops(self, names: Collection[str], shapes: Shapes) -> float:
+        """FLOPs of one forward pass of what an arm adapts: its blocks if it holds all of theirs, else its modules.
+
+        Args:
+            names (`Collection[str]`): Names of the arm's parameters.
+            shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of each micro-batch.
+        """
+        size, chosen, total = Size.of(shapes), frozenset(names), 0.0
+        for i, block in enumerate(self.decoder.blocks):
+            if block.trainable and block.trainable <= chosen:
+                total += self._passes(i, NONE, True).forward.on(size)
+            else:
+                own = [linear for linear in block.linears if linear.trainable & chosen]
+                total += 2 * size.tokens * sum(x.base.features + sum(f.features for f in x.factors) for x in own)
+        return total
 
     def reuse_check(self, floor: int, shape: tuple[int, int]) -> float:
         """FLOPs of one forward pass of the blocks from `floor` on and the head, on a micro-batch of `shape`."""
@@ -199,15 +230,24 @@ class CostModel:
                 cost += self._passes(i, block.trainable, input_grad).back.on(parts.total)
         return cost
 
-    def _term(self, index: int, names: frozenset[str], is_floor: bool, parts: _Parts, rule: Rule) -> float:
+    def _term(
+        self,
+        index: int,
+        names: frozenset[str],
+        is_floor: bool,
+        parts: _Parts,
+        rule: Rule,
+        branches: frozenset[str] | None = None,
+    ) -> float:
         """Cost that block `index` adds when it lies at or above the floor, `names` being what is active in it."""
+        branches = (names if branches is None else branches) if rule.perturbed else NONE
         dense = rule.descent == "all"
         trained = self.decoder.blocks[index].trainable if dense else names
         at_floor = not is_floor or self.reentrant or (dense and index == 0 and self._uncut)
         at_bottom = index > 0 or self.reentrant or self._uncut
         ascent = self._passes(index, trained, at_floor)
         plain = self._passes(index, trained, at_bottom if dense else at_floor)
-        moved = self._passes(index, trained, at_bottom if dense else at_floor, names) if rule.perturbed else plain
+        moved = self._passes(index, trained, at_bottom if dense else at_floor, branches)
         # A dense descent runs below the floor too: only the branch comes on top of what `_const` counts.
         back = moved.back.minus(plain.back) if dense else moved.back
         rest = parts.total.minus(parts.reused)

@@ -27,8 +27,8 @@ class Passes:
         counted (`Closure`): The whole micro-batch; metrics and logs count it.
         silent (`Closure`): The same without side effects.
         part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; silent.
-        probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked with it once; without
-            one, second passes run whole.
+        probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked
+            with it once; without one, second passes run whole.
     """
 
     counted: Closure
@@ -57,6 +57,7 @@ class Update:
     lowest: int  # lowest depth of a trained arm
     count: int  # micro-batches
     ascents: int = 0  # of which the first so many have an ascent pass
+    kept: int = 0  # of which so many start their second pass at the floor
     pending: list[Pending] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
     squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
@@ -135,6 +136,7 @@ class PassRunner:
         if keep and update.floor > 0:
             pending.prefixes = prefixes
             self._check_reuse(update, pending, loss)
+            update.kept += any(prefix.hidden is not None for prefix in pending.prefixes)
         update.ascent_loss = loss if update.ascent_loss is None else update.ascent_loss + loss
         return loss
 

@@ -60,29 +60,3 @@ def project_with_floor(weights: torch.Tensor, budget: float, floor: float) -> to
         if not low < c < high:
             c = (low + high) / 2
     return clipped
-
-
-def isotonic(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Return the non-decreasing vector nearest to `values` in weighted least squares (pool adjacent violators).
-
-    Args:
-        values (`torch.Tensor`): Values, shape `(G,)`.
-        sizes (`torch.Tensor`): Positive weights, shape `(G,)`; the weighted sum is preserved.
-
-    Returns:
-        `torch.Tensor`: Non-decreasing values, shape `(G,)`.
-    """
-    means: list[float] = []
-    weights: list[float] = []
-    counts: list[int] = []
-    for value, size in zip(values.tolist(), sizes.tolist(), strict=True):
-        mean, weight, count = value, size, 1
-        while means and means[-1] > mean:
-            total = weights[-1] + weight
-            mean = (means.pop() * weights[-1] + mean * weight) / total
-            weight, count = total, count + counts.pop()
-            weights.pop()
-        means.append(mean)
-        weights.append(weight)
-        counts.append(count)
-    return torch.repeat_interleave(torch.tensor(means, dtype=values.dtype), torch.tensor(counts))

@@ -5,16 +5,22 @@ built-in ones also state the inclusion probabilities they realise, which are not
 again when nothing came up raises them, and a design that is compact in depth cannot realise every vector.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from slsam_peft.config import SLSAMConfig
-from slsam_peft.projection import isotonic, project_with_floor
 
 Design = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
+TINY = 1e-12  # in the place of a probability of 0, before its logarithm is taken
+MAX_TILT = 64.0  # leaves only the top
+TILT_STEPS = 60
+TILT_TOLERANCE = 1e-6  # relative, on the expected number of active arms
+
 GOLDEN = (5**0.5 - 1) / 2  # Kronecker sequence u + t * GOLDEN mod 1: low discrepancy for every length
+LAST_POINT = 1.0 - 2.0**-53
 
 
 class Bernoulli:
@@ -54,36 +60,45 @@ class FixedSize:
 
 
 class _OnePoint:
-    """A design that maps one point u of [0, 1) to a mask; u runs through a low-discrepancy sequence."""
+    """A design that maps one point u of [0, 1) to a mask.
+
+    u runs through a low-discrepancy sequence, each point followed by its mirror image 1 - u: every draw is uniform, and
+    means over a few updates lie close to their expectation, so that a budget of cost is met within few updates.
+    """
 
     def __init__(self, depths: Sequence[int]) -> None:
         self.order = torch.argsort(torch.tensor(depths), stable=True)
-        self.point: float | None = None
+        self.start: float | None = None
+        self.draws = 0
 
     def next_point(self, generator: torch.Generator) -> float:
         """Return u and move on; the generator only sets where the sequence starts."""
-        if self.point is None:
-            self.point = float(torch.rand((), dtype=torch.float64, generator=generator))
-        point = self.point
-        self.point = (point + GOLDEN) % 1.0
-        return point
+        if self.start is None:
+            self.start = float(torch.rand((), dtype=torch.float64, generator=generator))
+        point = (self.start + self.draws // 2 * GOLDEN) % 1.0
+        mirrored = self.draws % 2 == 1
+        self.draws += 1
+        return min(1.0 - point, LAST_POINT) if mirrored else point
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the position in the sequence; NaN before the first draw."""
-        return {"point": torch.tensor(float("nan") if self.point is None else self.point, dtype=torch.float64)}
+        """Return where the sequence started (NaN before the first draw) and how far it is."""
+        start = float("nan") if self.start is None else self.start
+        return {"start": torch.tensor(start, dtype=torch.float64), "draws": torch.tensor(self.draws)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
-        point = float(state["point"])
-        self.point = None if point != point else point
+        start = float(state["start"])
+        self.start = None if math.isnan(start) else start
+        self.draws = int(state["draws"])
 
 
 class Window(_OnePoint):
     r"""A window that slides over the depth, with exact inclusion probabilities.
 
     In depth order, arm $l$ is active while $u$ lies in $[b_l, b_l + p_l)$, where
-    $b_l = \min(\kappa \sum_{j<l} p_j, 1 - p_l)$ with $\kappa$ such that the last interval ends at 1. The intervals cover [0, 1), so no draw is empty; the window is
-    contiguous where $p$ varies slowly with depth and has gaps where it jumps.
+    $b_l = \min(\kappa \sum_{j<l} p_j, 1 - p_l)$ with $\kappa$ such that the last interval ends at 1. The intervals
+    cover [0, 1), so no draw is empty; the window is contiguous where $p$ varies slowly with depth and has gaps where
+    it jumps.
 
     Args:
         depths (`Sequence[int]`): Depth of each arm.
@@ -106,20 +121,26 @@ class Window(_OnePoint):
 
 
 class Depth(_OnePoint):
-    """Every arm above a drawn floor: an update costs what lies above its floor.
+    r"""Every arm above a drawn floor: an update costs what lies above its floor.
 
-    The probability of an arm is that of the floor lying at or below it, so it cannot fall with depth and is 1 at the
-    top. The given probabilities are brought to that form (isotonic regression over depth, then the projection that
-    keeps their sum and a floor under each), arms of equal depth together.
+    The probability $\pi_l$ of an arm is that of the floor lying at or below it, so it cannot fall with depth and is 1
+    at the top. An arm that deserves to be reached carries everything above it along, so the given $p$ are replaced by
+    their running maximum $v$ over depth; a tilt $\tau$ by depth then meets the sum of $p$:
+
+    $$\pi_l = \max(\text{floor},\; (v_l / v_\text{top}) \cdot (l / L)^\tau)$$
+
+    Equal $p$ give floors that are spread over the whole depth. Arms of equal depth go together.
 
     Args:
         depths (`Sequence[int]`): Depth of each arm.
-        floor_share (`float`): Least probability, as a share of the mean; the bandit's own floor.
+        floor_share (`float`): Least probability, as a share of the mean of $p$; the bandit's own floor.
     """
 
     def __init__(self, depths: Sequence[int], floor_share: float) -> None:
         super().__init__(depths)
-        _, self.group, self.sizes = torch.unique(torch.tensor(depths), return_inverse=True, return_counts=True)
+        _, self.group, sizes = torch.unique(torch.tensor(depths), return_inverse=True, return_counts=True)
+        self.sizes = sizes.double()
+        self.log_depth = torch.log(torch.arange(1, len(sizes) + 1, dtype=torch.float64) / len(sizes))
         self.floor_share = floor_share
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -129,20 +150,30 @@ class Depth(_OnePoint):
 
     def inclusion(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Return the probabilities of the floor lying at or below each arm, shape `(L,)`."""
-        if self._last is not None and torch.equal(self._last[0], probabilities):
-            return self._last[1]
-        sizes = self.sizes.to(probabilities.dtype)
-        means = torch.zeros_like(sizes).index_add_(0, self.group, probabilities) / sizes
-        means = isotonic(means, sizes)
-        out = torch.ones_like(probabilities)
-        lower = self.group < len(sizes) - 1
-        count, budget = int(lower.sum()), float(probabilities.sum()) - float(sizes[-1])
-        if count:
-            floor = self.floor_share * float(probabilities.mean())
-            budget = min(max(budget, count * floor), float(count))
-            out[lower] = project_with_floor(means[self.group[lower]].clamp(min=1e-12), budget, floor)
-        self._last = (probabilities.clone(), out)
-        return out
+        if self._last is None or not torch.equal(self._last[0], probabilities):
+            self._last = (probabilities.clone(), self._tilted(probabilities)[self.group])
+        return self._last[1]
+
+    def _tilted(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Solve for the tilt; return the probabilities by depth, shape `(G,)`."""
+        means = torch.zeros_like(self.sizes).index_add_(0, self.group, probabilities) / self.sizes
+        v = means.clamp(min=TINY).cummax(0).values
+        log_v = torch.log(v / v[-1])
+        floor, budget = self.floor_share * float(probabilities.mean()), float(probabilities.sum())
+
+        def at(tilt: float) -> torch.Tensor:
+            # from -1 to 0 the shape of v is flattened towards all ones, from 0 on the depth tilts it
+            exponent = (1.0 + tilt) * log_v if tilt < 0 else log_v + tilt * self.log_depth
+            return torch.exp(exponent).clamp(min=floor)
+
+        low, high = -1.0, MAX_TILT
+        for _ in range(TILT_STEPS):
+            middle = (low + high) / 2
+            missing = budget - float(at(middle).dot(self.sizes))
+            low, high = (low, middle) if missing > 0 else (middle, high)
+            if abs(missing) < TILT_TOLERANCE * budget:
+                break
+        return at(middle)
 
 
 class _Checked:

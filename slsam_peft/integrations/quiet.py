@@ -24,8 +24,8 @@ def muted(trainer: Any) -> Iterator[None]:
     """Run a loss without counting it.
 
     TRL's `compute_loss` appends to `_metrics`, adds to `_total_train_tokens` and synchronises with the host three
-    times a call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the third returns
-    zeros on the host.
+    times a call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the
+    third returns zeros on the host.
 
     Args:
         trainer (`Trainer`): A transformers or TRL trainer.

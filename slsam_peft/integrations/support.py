@@ -49,5 +49,6 @@ def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"the optimizer lacks {len(missing)} trainable parameters ({shown}), so their arms would never be "
-            "trained. Build it over every parameter that requires grad, or let the trainer build it (optimizers=(None, None))."
+            "trained. Build it over every parameter that requires grad, or let the trainer build it "
+            "(optimizers=(None, None))."
         )

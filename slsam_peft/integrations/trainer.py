@@ -13,12 +13,15 @@ from slsam_peft.arms import arms_of
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
+from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of, solve_fraction
 from slsam_peft.integrations.distributed import average_over_ranks
 from slsam_peft.integrations.peft import ascent_part, float32_adapters, restore_float32, warn_if_low_precision
 from slsam_peft.integrations.quiet import forward_only, muted
 from slsam_peft.integrations.support import check_optimizer, check_trainer
 from slsam_peft.passes import Passes
 from slsam_peft.slsam import SLSAM
+
+ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs hardly depends on it
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class SLSAMMixin(_Base):
             warn_if_low_precision(self.model)
         self._slsam: SLSAM | None = None
         self._slsam_restored = False
+        self._slsam_unsolved = False
         self._slsam_index = 0
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
         if hasattr(self.model, "add_model_tags"):
@@ -84,9 +88,15 @@ class SLSAMMixin(_Base):
             self._slsam = self._build_slsam()
         return self._slsam
 
-    def _build_slsam(self) -> SLSAM:
+    def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
-        slsam = SLSAM(self.slsam_arms, self.slsam_config)
+        model = cost_model_of(self, self.slsam_arms)
+        self._slsam_cost = None if model is None else UpdateCost(model, self.slsam_arms, self.slsam_config)
+        fraction = None
+        if self.slsam_config.cost_budget is not None:
+            shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
+            fraction = solve_fraction(model, self.slsam_arms, self.slsam_config, shapes)
+        slsam = SLSAM(self.slsam_arms, self.slsam_config, fraction=fraction, cost=self._slsam_cost)
         if dist.is_initialized() and dist.get_world_size() > 1:
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
@@ -95,6 +105,8 @@ class SLSAMMixin(_Base):
     def _begin_training(self) -> None:
         if not self._slsam_restored:
             self._slsam = self._build_slsam()
+        # A budget is solved for the batches that really come, and stays as solved when training is resumed.
+        self._slsam_unsolved = self.slsam_config.cost_budget is not None and not self._slsam_restored
         self._slsam_restored = False
         self._slsam_index = 0
         check_optimizer(self.optimizer, self.slsam.arms)
@@ -116,6 +128,7 @@ class SLSAMMixin(_Base):
         """
         index, count = self._slsam_index, self.current_gradient_accumulation_steps
         self._slsam_index = (index + 1) % count
+        self._see_shape(inputs, index, count)
         try:
             with self.accelerator.no_sync(model):  # gradients are averaged once, over active arms only
                 loss = self.slsam.accumulate(self._passes(model, inputs, num_items_in_batch), index, count)
@@ -146,6 +159,15 @@ class SLSAMMixin(_Base):
                 return step(model, rows, None if num_items is None else num_items * share)
 
         return Passes(counted, silent, part, probe)
+
+    def _see_shape(self, inputs: dict[str, Any], index: int, count: int) -> None:
+        if self._slsam_cost is None:
+            return
+        if self._slsam_unsolved:
+            self._slsam, self._slsam_unsolved = self._build_slsam([shape_of(inputs)] * count), False
+        if index == 0:
+            self._slsam_cost.shapes.clear()
+        self._slsam_cost.shapes.append(shape_of(inputs))
 
     def _log_update(self) -> None:
         """Hand the update's numbers, read already, to TRL's averages."""
