@@ -1,0 +1,116 @@
+"""`slsam-peft sft`: fine-tune a model on a data set, from a YAML file and flags."""
+
+import argparse
+import dataclasses
+
+from slsam_peft.cli.arguments import PROG, USAGE, Settings, build_parser, parse, slsam_arguments
+
+NAME = "sft"
+HELP = "fine-tune LoRA or QLoRA adapters on a data set with SL-SAM"
+RAW_ARGV = True
+
+_DESCRIPTION = (
+    "Fine-tune adapters on a data set with TRL's SFTTrainer and SL-SAM. Every setting is a line of the YAML file, "
+    "`name: value`, or a flag, `--name value`; flags win."
+)
+_COMMON = {
+    "config": ("FILE", "YAML file of settings; see recipes/ for some that run"),
+    "model_name_or_path": (
+        "NAME",
+        "base model: a folder, a name on the Hub, or smollm2 (135M, for trying things out)",
+    ),
+    "dataset_name": ("NAME", "a .json, .jsonl or .parquet file, a folder of such files, or a data set on the Hub"),
+    "dataset_test_split": ("SPLIT", "what to evaluate on: a split, a part of one ('train[90%%:]') or a held-out file"),
+    "output_dir": ("FOLDER", "where checkpoints and the adapter are written"),
+    "use_peft": ("", "train LoRA adapters; the base stays as it is"),
+    "load_in_4bit": ("", "quantise the base to 4 bits (QLoRA)"),
+    "resume_from_checkpoint": ("FOLDER", "go on from this checkpoint, or from output_dir's last one with true"),
+}
+
+
+def run_raw(argv: list[str]) -> int:
+    """Run the subcommand on its unparsed arguments and return the exit code.
+
+    Raises:
+        UserError: see `slsam_peft.cli.arguments.parse` and `slsam_peft.integrations.finetune.finetune`.
+    """
+    if "--help" in argv or "-h" in argv:
+        print_help()
+        return 0
+    if "--help-all" in argv:
+        print_help_all()
+        return 0
+    settings = parse(_without_debug(argv))
+    from slsam_peft.integrations.finetune import finetune
+
+    trainer = finetune(settings.script, settings.training, settings.model, settings.slsam)
+    if trainer.is_world_process_zero():
+        _report(settings)
+    trainer.accelerator.end_training()
+    return 0
+
+
+def print_help() -> None:
+    """Print the settings of SL-SAM and the most used of the others, from metadata alone: no torch is imported."""
+    parser = argparse.ArgumentParser(
+        prog=PROG, usage=USAGE, description=_DESCRIPTION, add_help=False, formatter_class=_Formatter
+    )
+    parser.epilog = f"All other settings are TRL's: {PROG} --help-all lists them."
+    common = parser.add_argument_group("common settings")
+    common.add_argument("-h", "--help", action="store_true", help="show this and leave")
+    common.add_argument("--help-all", action="store_true", help="add TRL's own settings (takes some seconds)")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, (metavar, text) in _COMMON.items():
+        if metavar:
+            common.add_argument(f"--{name}", metavar=metavar, help=text)
+        else:
+            common.add_argument(f"--{name}", action="store_true", help=text)
+    slsam = parser.add_argument_group("SL-SAM")
+    for field in dataclasses.fields(slsam_arguments()):
+        default = "unset" if field.default is None else field.default
+        slsam.add_argument(
+            f"--{field.name}",
+            metavar=_metavar(field.type),
+            help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+        )
+    _say(parser.format_help())
+
+
+def print_help_all() -> None:
+    """Print every setting that `slsam-peft sft` takes. Imports torch."""
+    parser = build_parser()
+    parser.description = f"{_DESCRIPTION} {PROG} --help explains the most used ones."
+    _say(parser.format_help())
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=110)
+
+
+def _metavar(kind: object) -> str:
+    for part, name in ((bool, "BOOL"), (int, "INT"), (float, "FLOAT")):
+        if kind is part or kind == part | None:
+            return name
+    return "NAME"
+
+
+def _without_debug(argv: list[str]) -> list[str]:
+    """Drop a bare `--debug`, which `main` reads; with a value it is a field of `SFTConfig`."""
+    last = len(argv) - 1
+    return [word for i, word in enumerate(argv) if word != "--debug" or (i < last and not argv[i + 1].startswith("-"))]
+
+
+def _report(settings: Settings) -> None:
+    folder, base = settings.training.output_dir, settings.model.model_name_or_path
+    if settings.model.use_peft:
+        loaded = f'AutoModelForCausalLM.from_pretrained("{base}")'
+        _say(f'The adapter is in {folder}. Load it: PeftModel.from_pretrained({loaded}, "{folder}")')
+    else:
+        _say(f'The model is in {folder}. Load it: AutoModelForCausalLM.from_pretrained("{folder}")')
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(markup=False, highlight=False, soft_wrap=True).print(text)

@@ -1,0 +1,193 @@
+"""One supervised fine-tuning run from parsed settings: what can fail is checked before the model is loaded."""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
+
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.errors import UserError
+from slsam_peft.integrations.data import load_eval_split, load_split
+from slsam_peft.integrations.smollm2 import fetch_smollm2
+from slsam_peft.integrations.trainer import SLSAMTrainer
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2"  # a name that needs no account and no Hub: see slsam_peft.integrations.smollm2
+
+
+def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam: SLSAMConfig) -> SLSAMTrainer:
+    """Train as TRL's `sft` script does, with SL-SAM, and save the adapter and the tokenizer.
+
+    Args:
+        script (`ScriptArguments`): The data, see `slsam_peft.integrations.data`.
+        args (`SFTConfig`): The trainer's settings; evaluates where `eval_strategy` asks for it, resumes where
+            `resume_from_checkpoint` does.
+        model (`ModelConfig`): Base model, quantisation and LoRA.
+        slsam (`SLSAMConfig`): SL-SAM's settings.
+
+    Returns:
+        `SLSAMTrainer`: The trainer, done; the adapter lies in `args.output_dir`.
+
+    Raises:
+        UserError: the output folder cannot be written, there is no such checkpoint, the data or the model cannot be
+            read, or settings do not fit each other. Nothing has been written then.
+    """
+    check_output_folder(args.output_dir)
+    args.resume_from_checkpoint = find_checkpoint(args)
+    check_model(model, args)
+    train, held_out = load_data(script, args)
+    with leaving_nothing(args.output_dir):
+        trainer = build_trainer(train, held_out, args, model, slsam)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except ValueError as error:
+        if trainer.state.global_step:
+            raise
+        raise UserError(f"training cannot start: {error}") from error
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+def check_output_folder(folder: str) -> None:
+    """Check that `folder` can be created and written, and leave it as it was.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = Path(folder).expanduser().absolute()
+    try:
+        existing = next(part for part in (path, *path.parents) if part.exists())
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".slsam-peft-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir={folder} cannot be written: {error.strerror}. Name a folder that can: --output_dir FOLDER."
+        ) from error
+
+
+def find_checkpoint(args: SFTConfig) -> str | None:
+    """Return the checkpoint folder that `args.resume_from_checkpoint` asks for: a path, or `true` for the last one.
+
+    Raises:
+        UserError: there is none.
+    """
+    asked = args.resume_from_checkpoint
+    wish = str(asked).lower()
+    if asked is None or wish in ("false", "none", "no"):
+        return None
+    if wish == "true":
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if last is None:
+            raise UserError(
+                f"resume_from_checkpoint=true, but output_dir={args.output_dir} has no checkpoint-<step> folder. Name "
+                "the folder of the run to resume, or leave resume_from_checkpoint out to start afresh."
+            )
+        return last
+    folder = Path(asked).expanduser()
+    if not (folder / "trainer_state.json").is_file():
+        raise UserError(
+            f"resume_from_checkpoint={asked} is no checkpoint: {folder / 'trainer_state.json'} does not exist. Name a "
+            "checkpoint-<step> folder, or true for the last one in output_dir."
+        )
+    return str(folder)
+
+
+def check_model(model: ModelConfig, args: SFTConfig) -> None:
+    """Check that the base model can be found and what is asked of it goes together; `"smollm2"` becomes its folder.
+
+    Raises:
+        UserError: no such model, no network to fetch it, or a quantised base without adapters.
+    """
+    name = model.model_name_or_path
+    if not name:
+        raise UserError("there is no model; give a folder or a name on the Hub: --model_name_or_path NAME.")
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        bits = 4 if model.load_in_4bit else 8
+        raise UserError(
+            f"load_in_{bits}bit without use_peft: a quantised base cannot be trained itself. Add --use_peft to train "
+            f"LoRA adapters on it, or drop load_in_{bits}bit."
+        )
+    folder = Path(name).expanduser()
+    if name == SMOLLM2 and not folder.exists():
+        folder = fetch_smollm2(logger.warning)
+    if folder.is_dir():
+        name = model.model_name_or_path = str(folder)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name} does not exist (from {Path.cwd()}).")
+    try:
+        AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model {name} cannot be loaded: {error}\nmodel_name_or_path must be a model folder or a name on the Hub."
+        ) from error
+
+
+def load_data(script: ScriptArguments, args: SFTConfig) -> tuple[Any, Any]:
+    """Load the training rows and, where `eval_strategy` asks for them, the held-out ones.
+
+    Raises:
+        UserError: no data set is named, or it cannot be used; see `slsam_peft.integrations.data`.
+    """
+    if not script.dataset_name:
+        raise UserError(
+            "there is no data set; give a .json, .jsonl or .parquet file, a folder of them or a name on the Hub: "
+            "--dataset_name NAME."
+        )
+    options = {
+        "config": script.dataset_config,
+        "streaming": script.dataset_streaming,
+        "text_field": args.dataset_text_field,
+    }
+    train = load_split(script.dataset_name, script.dataset_train_split, **options)
+    if args.eval_strategy == "no":
+        return train, None
+    return train, load_eval_split(script.dataset_name, script.dataset_test_split, **options)
+
+
+def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig, slsam: SLSAMConfig) -> SLSAMTrainer:
+    """Load the model and return the trainer.
+
+    Raises:
+        UserError: what TRL, PEFT, transformers or SL-SAM refuse, in their words.
+    """
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    } | (args.model_init_kwargs or {})
+    try:
+        return SLSAMTrainer(
+            model=model.model_name_or_path,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+            slsam_config=slsam,
+        )
+    except (ValueError, ImportError, OSError, RuntimeError, TemplateError) as error:
+        raise UserError(f"{model.model_name_or_path} cannot be trained with these settings: {error}") from error
+
+
+@contextmanager
+def leaving_nothing(folder: str) -> Iterator[None]:
+    """Remove the folders that a failing block created on the way to `folder`, if they are empty."""
+    path = Path(folder).expanduser().absolute()
+    missing = [part for part in (path, *path.parents) if not part.exists()]
+    try:
+        yield
+    except BaseException:
+        for part in missing:
+            with suppress(OSError):
+                part.rmdir()
+        raise
