@@ -21,6 +21,7 @@ from slsam_peft.arms import Arm, ArmNorms
 from slsam_peft.bandit import Bandit
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.horizon import Horizon
+from slsam_peft.memory import GradientMemory
 from slsam_peft.passes import Closure, Passes, PassRunner, Pending, Update
 from slsam_peft.perturbation import Shift, ascent_offsets
 from slsam_peft.sampling import build_design
@@ -102,7 +103,7 @@ class SLSAM:
         self.metrics: dict[str, float] = {}
         self.steps = self.skipped = self._skipped_in_a_row = 0
         self._norms = ArmNorms(arms)
-        self._remembered: dict[int, torch.Tensor] = {}
+        self.memory = GradientMemory(self.runner.parameters)
         self._watch = RadiusWatch(config.rho)
         self._current: Update | None = None
         self._before: dict[str, Any] = {}
@@ -258,11 +259,9 @@ class SLSAM:
 
     def _recalled(self, mask: torch.Tensor) -> list[Shift]:
         """e from the remembered descent gradients of the active arms (S2-SAM)."""
-        members = [i for i in self.runner.members(mask) if i in self._remembered]
-        if not members:
+        members, gradients, norm = self.memory.recall(self.runner.members(mask))
+        if norm is None:
             return []
-        gradients = [self._remembered[i].to(self.runner.parameters[i].dtype) for i in members]
-        norm = torch.stack([n.to(gradients[0].device) for n in torch._foreach_norm(gradients)]).norm()
         offsets = ascent_offsets(gradients, norm, self.config.rho)
         return [self._shift(i, e) for i, e in zip(members, offsets, strict=True)]
 
@@ -304,7 +303,7 @@ class SLSAM:
         if finite:
             self._skipped_in_a_row = 0
             if self.config.ascent == "remembered":
-                self._remember(update)
+                self.memory.store(self.runner.members(update.trained))
         if "ascent_gain" in self.metrics:
             self._watch.see(self.metrics["ascent_gain"])
         self.active = update.mask
@@ -315,12 +314,6 @@ class SLSAM:
     def _read(self, values: torch.Tensor) -> torch.Tensor:
         """Copy the update's numbers to the host: the one synchronisation of an update."""
         return values.to("cpu", torch.float64)
-
-    def _remember(self, update: Update) -> None:
-        for i in self.runner.members(update.trained):
-            gradient = self.runner.parameters[i].grad
-            if gradient is not None:
-                self._remembered[i] = gradient.to(torch.bfloat16, copy=True)
 
     def _skip(self, descent: torch.Tensor, values: torch.Tensor) -> None:
         self.skipped += 1
@@ -363,25 +356,23 @@ class SLSAM:
         return {f"bandit.{k}": v for k, v in self.bandit.state_dict().items()}
 
     def _restore_bandit(self, state: dict[str, torch.Tensor]) -> None:
-        self.bandit.load_state_dict(
-            {k.removeprefix("bandit."): v for k, v in state.items() if k.startswith("bandit.")}
-        )
+        self.bandit.load_state_dict(_below(state, "bandit."))
 
     def _restore_sampler(self, state: dict[str, torch.Tensor]) -> None:
         self.generator.set_state(state["generator"])
-        design = {k.removeprefix("design."): v for k, v in state.items() if k.startswith("design.")}
-        if design:
+        if design := _below(state, "design."):
             self.design.load_state_dict(design)
 
     @property
-    def remembered_bytes(self) -> int:
-        """Memory of the remembered gradients (`ascent="remembered"`)."""
-        return sum(g.numel() * g.element_size() for g in self._remembered.values())
+    def _names(self) -> list[str]:
+        return [name for arm in self.arms for name in arm.parameter_names]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything later updates depend on: plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"`
-        and `"skipped_in_a_row"`, tensors under every other key."""
-        names = [name for arm in self.arms for name in arm.parameter_names]
+        """Return everything later updates depend on.
+
+        Plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"` and `"skipped_in_a_row"`, tensors under every
+        other key.
+        """
         return {
             "arms": [arm.name for arm in self.arms],
             "config": self.config.to_dict(),
@@ -392,7 +383,7 @@ class SLSAM:
             "fired": self.runner.fired(),
             **self._bandit_state(),
             **self._sampler_state(),
-            **{f"remembered.{names[i]}": g.clone() for i, g in self._remembered.items()},
+            **{f"remembered.{k}": v for k, v in self.memory.state_dict(self._names).items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -400,26 +391,35 @@ class SLSAM:
 
         Raises:
             ValueError: the state belongs to other arms; the message names the first difference.
+            KeyError: it is incomplete.
         """
-        names = [arm.name for arm in self.arms]
-        if list(state["arms"]) != names:
-            pairs = zip([*state["arms"], None], [*names, None], strict=False)
-            saved, here = next((pair for pair in pairs if pair[0] != pair[1]), (len(state["arms"]), len(names)))
+        self._check_arms(state["arms"])
+        before = self.state_dict()
+        try:
+            self._restore(state)
+        except BaseException:
+            self._restore(before)
+            raise
+
+    def _check_arms(self, saved: list[str]) -> None:
+        here = [arm.name for arm in self.arms]
+        if saved != here:
+            there, mine = next(p for p in zip([*saved, None], [*here, None], strict=False) if p[0] != p[1])
             raise ValueError(
-                f"the state was saved for {len(state['arms'])} arms and this model has {len(names)}; the first "
-                f"difference is {saved!r} (saved) against {here!r} (here). Use the same adapter, target modules and "
-                "granularity, or start without the saved state."
+                f"the state was saved for {len(saved)} arms and this model has {len(here)}; the first difference is "
+                f"{there!r} (saved) against {mine!r} (here). Use the same adapter, target modules and granularity, or "
+                "start without the saved state."
             )
-        positions = {n: i for i, n in enumerate(n for arm in self.arms for n in arm.parameter_names)}
-        remembered = {
-            positions[key.removeprefix("remembered.")]: value.clone()
-            for key, value in state.items()
-            if key.startswith("remembered.")
-        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self._restore_bandit(state)
         self._restore_sampler(state)
         self.runner.set_fired(state["fired"].bool())
-        self._remembered = {i: g.to(self.runner.parameters[i].device) for i, g in remembered.items()}
+        self.memory.load_state_dict(_below(state, "remembered."), self._names)
         self.active = state["active"].bool().clone()
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
         self._skipped_in_a_row = int(state["skipped_in_a_row"])
+
+
+def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
