@@ -62,8 +62,8 @@ class FixedSize:
 class _OnePoint:
     """A design that maps one point u of [0, 1) to a mask.
 
-    u runs through a low-discrepancy sequence, each point followed by its mirror image 1 - u: every draw is uniform, and
-    means over a few updates lie close to their expectation, so that a budget of cost is met within few updates.
+    u runs through a low-discrepancy sequence, each point followed by its mirror image 1 - u: every draw is uniform,
+    and means over a few updates lie close to their expectation, so that a budget of cost is met within few updates.
     """
 
     def __init__(self, depths: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from slsam_peft import rng
+from slsam_peft import rng, state
 from slsam_peft.arms import Arm, ArmNorms
 from slsam_peft.bandit import Bandit
 from slsam_peft.config import SLSAMConfig
@@ -45,7 +45,7 @@ class SLSAM:
         active (`torch.Tensor`): Arms perturbed in the last update, boolean, shape `(L,)`.
         metrics (`dict[str, float]`): Numbers of the last update.
         steps (`int`): Updates completed.
-        skipped (`int`): Updates skipped because a loss or gradient was NaN or infinite.
+        skipped, skipped_in_a_row (`int`): Updates skipped because a loss or gradient was NaN or infinite.
         reduce (callable or `None`): Averages a list of gradients over ranks, in place.
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
 
@@ -101,7 +101,7 @@ class SLSAM:
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
         self.active = torch.zeros(len(arms), dtype=torch.bool)
         self.metrics: dict[str, float] = {}
-        self.steps = self.skipped = self._skipped_in_a_row = 0
+        self.steps = self.skipped = self.skipped_in_a_row = 0
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
         self._watch = RadiusWatch(config.rho)
@@ -187,7 +187,7 @@ class SLSAM:
         config = self.config
         if self._current is not None:  # the last update was never completed: it counts as if it had not begun
             self._abort()
-        self._before = {**self._sampler_state(), **self._bandit_state()}
+        self._before = state.sampler(self)
         self.runner.clear()
         partial = config.ascent == "partial" and config.rho > 0
         if partial and count == 1 and passes.part is None:
@@ -301,7 +301,7 @@ class SLSAM:
             self._skip(descent, values)
         self.metrics = update_metrics(self, update, norms, float(values[-2]), float(values[-3]), finite)
         if finite:
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
             if self.config.ascent == "remembered":
                 self.memory.store(self.runner.members(update.trained))
         if "ascent_gain" in self.metrics:
@@ -317,14 +317,14 @@ class SLSAM:
 
     def _skip(self, descent: torch.Tensor, values: torch.Tensor) -> None:
         self.skipped += 1
-        self._skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         if self.loss_scale is None or self.loss_scale() is None:
             self.runner.clear()  # no gradient: the optimizer changes nothing
         elif math.isfinite(float(descent)):  # a gradient scaler must see for itself that this step is void
             self._void()
-        if self._skipped_in_a_row > self.config.max_skipped_updates:
+        if self.skipped_in_a_row > self.config.max_skipped_updates:
             raise RuntimeError(
-                f"{self._skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
+                f"{self.skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
                 f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
                 f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
             )
@@ -341,31 +341,11 @@ class SLSAM:
         self._release()
         self.runner.clear()
         if self._before:
-            self._restore_sampler(self._before)
-            self._restore_bandit(self._before)
+            state.restore_sampler(self, self._before)
 
     def _release(self) -> None:
         if self.horizon is not None:
             self.horizon.release()
-
-    def _sampler_state(self) -> dict[str, torch.Tensor]:
-        design = self.design.state_dict() if hasattr(self.design, "state_dict") else {}
-        return {"generator": self.generator.get_state(), **{f"design.{k}": v for k, v in design.items()}}
-
-    def _bandit_state(self) -> dict[str, torch.Tensor]:
-        return {f"bandit.{k}": v for k, v in self.bandit.state_dict().items()}
-
-    def _restore_bandit(self, state: dict[str, torch.Tensor]) -> None:
-        self.bandit.load_state_dict(_below(state, "bandit."))
-
-    def _restore_sampler(self, state: dict[str, torch.Tensor]) -> None:
-        self.generator.set_state(state["generator"])
-        if design := _below(state, "design."):
-            self.design.load_state_dict(design)
-
-    @property
-    def _names(self) -> list[str]:
-        return [name for arm in self.arms for name in arm.parameter_names]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything later updates depend on.
@@ -373,53 +353,19 @@ class SLSAM:
         Plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"` and `"skipped_in_a_row"`, tensors under every
         other key.
         """
-        return {
-            "arms": [arm.name for arm in self.arms],
-            "config": self.config.to_dict(),
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "active": self.active.clone(),
-            "fired": self.runner.fired(),
-            **self._bandit_state(),
-            **self._sampler_state(),
-            **{f"remembered.{k}": v for k, v in self.memory.state_dict(self._names).items()},
-        }
+        return state.collect(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; nothing changes if it does not fit.
 
         Raises:
             ValueError: the state belongs to other arms; the message names the first difference.
             KeyError: it is incomplete.
         """
-        self._check_arms(state["arms"])
-        before = self.state_dict()
+        state.check_arms(saved["arms"], self.arms)
+        before = state.collect(self)
         try:
-            self._restore(state)
+            state.restore(self, saved)
         except BaseException:
-            self._restore(before)
+            state.restore(self, before)
             raise
-
-    def _check_arms(self, saved: list[str]) -> None:
-        here = [arm.name for arm in self.arms]
-        if saved != here:
-            there, mine = next(p for p in zip([*saved, None], [*here, None], strict=False) if p[0] != p[1])
-            raise ValueError(
-                f"the state was saved for {len(saved)} arms and this model has {len(here)}; the first difference is "
-                f"{there!r} (saved) against {mine!r} (here). Use the same adapter, target modules and granularity, or "
-                "start without the saved state."
-            )
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._restore_bandit(state)
-        self._restore_sampler(state)
-        self.runner.set_fired(state["fired"].bool())
-        self.memory.load_state_dict(_below(state, "remembered."), self._names)
-        self.active = state["active"].bool().clone()
-        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
-        self._skipped_in_a_row = int(state["skipped_in_a_row"])
-
-
-def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

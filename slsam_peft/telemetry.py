@@ -72,8 +72,8 @@ class RadiusWatch:
         if len(self.gains) == WATCHED_UPDATES and low >= LOST_SHARE * WATCHED_UPDATES:
             logger.warning(
                 "rho=%g is lost in rounding: in %d of the first %d updates the loss rose by less than %g of "
-                "rho * |g|, so the descent gradient follows noise. Raise rho (0.05 and more survives bfloat16) or compute in "
-                "float32.",
+                "rho * |g|, so the descent gradient follows noise. Raise rho (0.05 and more survives bfloat16) or "
+                "compute in float32.",
                 self.rho,
                 low,
                 WATCHED_UPDATES,
