@@ -1,0 +1,96 @@
+"""The `slsam-peft` command: picks a subcommand, and turns errors into messages and exit codes."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+from slsam_peft import __version__
+from slsam_peft.cli.parsing import Parser, nearest
+from slsam_peft.errors import UserError
+
+PROG = "slsam-peft"
+
+# One module a subcommand, imported only when it is needed: none of them imports torch at its top, so that help is
+# instant. A module has NAME and HELP, and either `add_arguments(parser)` and `run(args)` or, where another parser
+# reads the arguments, RAW_ARGV = True and `run_raw(argv)`. Both run functions return the exit code.
+SUBCOMMANDS = ("quickstart",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments without the program's name; `sys.argv[1:]` where it is missing.
+
+    Returns:
+        `int`: Exit code: 0 done, 2 what was asked for cannot be done (message on stderr), 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    position = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    debug = "--debug" in words
+    try:
+        return _dispatch(words[:position], words[position:])
+    except UserError as error:
+        if debug:
+            raise
+        _say(f"{PROG}: {error}")
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _say(f"{PROG}: interrupted.")
+        return 130
+    except SystemExit as leaving:  # argparse leaves this way after --help and --version
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+
+
+def _dispatch(own: list[str], rest: list[str]) -> int:
+    parser = _top_parser()
+    parser.read(own)
+    if not rest:
+        parser.print_help()
+        return 2
+    name, arguments = rest[0], rest[1:]
+    if name not in SUBCOMMANDS:
+        raise UserError(
+            f"there is no subcommand {name!r}.{nearest(name, SUBCOMMANDS)}\nThere are: {', '.join(SUBCOMMANDS)}. "
+            f"See `{PROG} --help`."
+        )
+    command = _load(name)
+    if getattr(command, "RAW_ARGV", False):
+        return command.run_raw(arguments)
+    parser = Parser(f"{PROG} {name}", command.HELP)
+    command.add_arguments(parser)
+    _add_debug(parser)
+    return command.run(parser.read(arguments))
+
+
+def _top_parser() -> Parser:
+    parser = Parser(PROG, "Sparse-layer sharpness-aware minimisation (SL-SAM) for LoRA and QLoRA.")
+    parser.usage = f"{PROG} [--help] [--version] [--debug] <subcommand> ..."
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    _add_debug(parser)
+    commands = parser.add_argument_group("subcommands", f"`{PROG} <subcommand> --help` lists what each one takes")
+    for name in SUBCOMMANDS:
+        # Shown in the help only: `_dispatch` has taken the subcommand off before this parser reads.
+        commands.add_argument(name, nargs="?", help=_load(name).HELP)
+    return parser
+
+
+def _add_debug(parser: Parser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _load(name: str) -> ModuleType:
+    return import_module(f"slsam_peft.cli.{name}")
+
+
+def _say(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The parts of the quickstart: a chat model in NF4, LoRA trained with SL-SAM, one answer, the adapter on disk."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig
+
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.errors import UserError
+from slsam_peft.integrations.trainer import SLSAMTrainer
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+MAX_LENGTH = 256  # tokens; question and answer together have about 90
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartSettings:
+    """What the quickstart trains with.
+
+    Args:
+        max_steps (`int`): Updates.
+        batch_size (`int`): Sequences per update.
+        learning_rate (`float`): Peak learning rate; it falls linearly to 0.
+        lora_r (`int`): Rank of the adapters, on every linear layer; `lora_alpha` is twice that.
+        seed (`int`): Seed of the adapters' start and of the batches.
+        slsam (`SLSAMConfig`): Settings of SL-SAM.
+    """
+
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    lora_r: int
+    seed: int
+    slsam: SLSAMConfig
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """Return the dtype the model computes in: the named one, or for `"auto"` the fast one on this machine.
+
+    bfloat16 pays where the processor multiplies in it; elsewhere it is emulated, and float32 is faster and exact.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def load_nf4(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load a chat model with its linear layers in 4-bit NF4, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read, or it has no chat template. The message holds the loader's own words.
+    """
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    place = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        if not tokenizer.chat_template:
+            raise UserError(f"{name_or_path} has no chat template; name an instruct or chat model with --model.")
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, quantization_config=quantised, dtype=dtype, device_map=place
+        )
+    except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
+        said = " ".join(str(error).split())
+        raise UserError(f"--model {name_or_path} could not be loaded: {said[:400]}") from error
+    return model, tokenizer
+
+
+class _Report(TrainerCallback):
+    """Hands every update's log to a function."""
+
+    def __init__(self, report: Callable[[int, dict[str, float]], None]) -> None:
+        self.report = report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.report(state.global_step, logs)
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    data: "DatasetDict",
+    settings: QuickstartSettings,
+    scratch: str,
+    report: Callable[[int, dict[str, float]], None],
+) -> SLSAMTrainer:
+    """Return an `SLSAMTrainer` for `model` that reports every update.
+
+    Args:
+        model, tokenizer: From `load_nf4`.
+        data (`datasets.DatasetDict`): Splits `"train"` and `"test"`, as `stdlib_docs` builds them.
+        settings (`QuickstartSettings`): What to train with.
+        scratch (`str`): Folder for whatever the trainer writes.
+        report (`Callable`): Called with the update's number, from 1, and its log.
+    """
+    set_seed(settings.seed)
+    arguments = SFTConfig(
+        output_dir=scratch,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        max_length=MAX_LENGTH,
+        # 135M parameters and short sequences fit without recomputing activations.
+        gradient_checkpointing=False,
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    lora = LoraConfig(
+        r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    trainer = SLSAMTrainer(
+        model,
+        args=arguments,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        peft_config=lora,
+        slsam_config=settings.slsam,
+        callbacks=[_Report(report)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Return the model's greedy answer to a conversation, at most 64 tokens."""
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    finally:
+        model.train(training)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def save_adapter(trainer: SLSAMTrainer, folder: Path) -> None:
+    """Write the adapter, tokenizer and model card to `folder`: all of it, or nothing.
+
+    Files of other names in an existing folder stay.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            new = Path(scratch) / "adapter"
+            trainer.save_model(str(new))
+            (new / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to whoever loads the adapter
+            folder.mkdir(exist_ok=True)
+            for file in sorted(new.iterdir()):
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        raise UserError(
+            f"the adapter could not be written to {folder}: {error.strerror or error}.\n"
+            "Free some space or name another folder with --output_dir."
+        ) from error
