@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
@@ -21,6 +21,15 @@ from slsam_peft.integrations.trainer import SLSAMTrainer
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2"  # a name that needs no account and no Hub: see slsam_peft.integrations.smollm2
+
+
+class _Begun(TrainerCallback):
+    """Knows whether an update has begun: an error before that is one of the set-up."""
+
+    step = False
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.step = True
 
 
 def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam: SLSAMConfig) -> SLSAMTrainer:
@@ -46,12 +55,14 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     train, held_out = load_data(script, args)
     with leaving_nothing(args.output_dir):
         trainer = build_trainer(train, held_out, args, model, slsam)
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except ValueError as error:
-        if trainer.state.global_step:
-            raise
-        raise UserError(f"training cannot start: {error}") from error
+        begun = _Begun()
+        trainer.add_callback(begun)
+        try:
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        except (ValueError, RuntimeError, OSError) as error:
+            if begun.step:
+                raise
+            raise UserError(f"training cannot start: {error}") from error
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -166,7 +177,7 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
         "dtype": model.dtype,
     } | (args.model_init_kwargs or {})
     try:
-        return SLSAMTrainer(
+        trainer = SLSAMTrainer(
             model=model.model_name_or_path,
             args=args,
             train_dataset=train,
@@ -175,8 +186,10 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
             peft_config=get_peft_config(model),
             slsam_config=slsam,
         )
+        trainer.slsam  # noqa: B018: builds the arms now, so that what does not fit them is known before training
     except (ValueError, ImportError, OSError, RuntimeError, TemplateError) as error:
         raise UserError(f"{model.model_name_or_path} cannot be trained with these settings: {error}") from error
+    return trainer
 
 
 @contextmanager
