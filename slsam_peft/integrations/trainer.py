@@ -13,12 +13,13 @@ from slsam_peft.arms import arms_of
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
-from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of, solve_fraction
+from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of
 from slsam_peft.integrations.distributed import average_over_ranks
 from slsam_peft.integrations.peft import ascent_part, float32_adapters, restore_float32, warn_if_low_precision
 from slsam_peft.integrations.quiet import forward_only, muted
 from slsam_peft.integrations.support import check_optimizer, check_trainer
 from slsam_peft.passes import Passes
+from slsam_peft.planning import ExpectedCost
 from slsam_peft.slsam import SLSAM
 
 ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs hardly depends on it
@@ -93,9 +94,9 @@ class SLSAMMixin(_Base):
         model = cost_model_of(self, self.slsam_arms)
         self._slsam_cost = None if model is None else UpdateCost(model, self.slsam_arms, self.slsam_config)
         fraction = None
-        if self.slsam_config.cost_budget is not None:
+        if model is not None and (budget := self.slsam_config.cost_budget) is not None:
             shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
-            fraction = solve_fraction(model, self.slsam_arms, self.slsam_config, shapes)
+            fraction = ExpectedCost(model, self.slsam_arms, self.slsam_config, shapes).solve(budget)
         slsam = SLSAM(self.slsam_arms, self.slsam_config, fraction=fraction, cost=self._slsam_cost)
         if dist.is_initialized() and dist.get_world_size() > 1:
             slsam.reduce = average_over_ranks

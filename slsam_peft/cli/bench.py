@@ -1,0 +1,91 @@
+"""`slsam-peft bench`: what an update costs by the clock, against plain LoRA and LoRA-SAM on the same machine."""
+
+import argparse
+import json
+from pathlib import Path
+
+from slsam_peft.errors import UserError
+
+NAME = "bench"
+HELP = "Time of an update by the clock: plain LoRA, LoRA-SAM and SL-SAM's modes in alternation"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("--model", help="Hub name or folder (default: SmolLM2-135M-Instruct, as in the quickstart)")
+    add("--load_in_4bit", action="store_true", help="base weights in NF4")
+    add("--lora_r", type=_positive, default=16, help="rank (default: 16)")
+    add("--batch_size", type=_positive, default=2, help="sequences a micro-batch (default: 2)")
+    add("--seq_len", type=_positive, default=128, help="tokens a sequence (default: 128)")
+    add("--gradient_accumulation_steps", type=_positive, default=1, help="micro-batches an update (default: 1)")
+    add("--updates", type=_positive, default=16, help="updates of each mode a round (default: 16)")
+    add("--rounds", type=_positive, default=3, help="rounds, of which the median is reported (default: 3)")
+    add("--output", type=Path, default=Path("slsam-bench.json"), help="JSON file (default: slsam-bench.json)")
+    add("--plot", type=Path, help="PNG or SVG file")
+    add("--force", action="store_true", help="overwrite the files if they exist")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be at least 1")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the files."""
+    targets = [path for path in (args.output, args.plot) if path is not None]
+    for path in targets:
+        if path.exists() and not args.force:
+            raise UserError(f"{path} exists already. Name another file, or pass --force to overwrite it.")
+        if not path.resolve().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
+    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {args.plot}: the name must end in .png or .svg.")
+    from rich.console import Console
+
+    from slsam_peft.integrations.bench import draw, run_bench
+    from slsam_peft.integrations.models import load_base
+
+    console = Console()
+    with console.status("Loading the model") as status:
+        model, tokenizer = load_base(args.model, args.load_in_4bit, tell=status.update)
+        measured = run_bench(
+            model,
+            tokenizer,
+            lora_r=args.lora_r,
+            batch=args.batch_size,
+            length=args.seq_len,
+            accumulation=args.gradient_accumulation_steps,
+            updates=args.updates,
+            rounds=args.rounds,
+            tell=status.update,
+        )
+    console.print(_table(measured))
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, int | str | bool | type(None))}
+    text = json.dumps({"settings": settings, "modes": [m.summary() for m in measured]}, indent=1)
+    args.output.write_text(text + "\n", encoding="utf-8")
+    if args.plot is not None:
+        draw(measured, str(args.plot))
+    console.print(f"Written: {', '.join(map(str, targets))}")
+    return 0
+
+
+def _table(measured: list):
+    from rich.table import Table
+
+    table = Table("mode", title="Cost of an update")
+    for column in ("s/update", "ratio", "predicted", "ratios by round", "peak MiB"):
+        table.add_column(column, justify="right")
+    for m in measured:
+        s = m.summary()
+        table.add_row(
+            m.mode,
+            f"{s['seconds_per_update']:.3f}",
+            f"{s['ratio']:.2f}",
+            f"{s['predicted']:.2f}",
+            " ".join(f"{r:.2f}" for r in m.ratios),
+            f"{s['peak_bytes'] / 2**20:.0f}",
+        )
+    return table
