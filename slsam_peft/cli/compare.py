@@ -1,0 +1,160 @@
+"""`slsam-peft compare`: methods x tasks x seeds, with paired differences and intervals."""
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slsam_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from slsam_peft.integrations.compare.jobs import Plan
+    from slsam_peft.integrations.compare.store import RowStore
+
+NAME = "compare"
+HELP = "Compare ways to train on tasks and seeds: plain LoRA, SL-SAM's modes, controls"
+METRICS = ("loss", "accuracy", "exact")
+PLOT_SUFFIXES = (".png", ".svg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("--config", type=Path, required=True, metavar="FILE", help="YAML file, see recipes/compare/")
+    add(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="where rows are appended as runs finish; runs that have one are not repeated (default: rows/NAME.jsonl "
+        "beside the YAML file NAME.yaml)",
+    )
+    add("--report", action="store_true", help="show what the rows say, train nothing")
+    add("--list", action="store_true", help="show the runs that are still to be done, train nothing")
+    add("--limit", type=int, metavar="N", help="stop after N runs")
+    add("--metric", choices=METRICS, default="loss", help="what methods are compared by (default: loss)")
+    add("--table", type=Path, metavar="FILE", help="write the table, as Markdown")
+    add("--plot", type=Path, metavar="FILE", help=f"write the plot ({' or '.join(PLOT_SUFFIXES)})")
+    add("--force", action="store_true", help="overwrite --table and --plot if they exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing, then show the table.
+
+    Any number of processes may run the same comparison at the same time, each takes the next free run.
+
+    Raises:
+        UserError: a setting or a file that is not allowed, before anything is trained.
+    """
+    from slsam_peft.integrations.compare.settings import read_settings
+
+    settings = read_settings(args.config)
+    _check_outputs(args)
+    rows_file = args.rows or args.config.parent / "rows" / f"{args.config.stem}.jsonl"
+    if args.limit is not None and args.limit < 0:
+        raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
+    from rich.console import Console
+
+    console = Console()
+    with console.status("Loading libraries"):
+        from slsam_peft.integrations.compare.jobs import Plan
+        from slsam_peft.integrations.compare.runs import expected_costs
+        from slsam_peft.integrations.compare.store import RowStore
+
+        if not args.debug:
+            _quieten()
+        plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
+    if args.list:
+        return _list(plan, store, console)
+    if not args.report:
+        work(plan, store, console, args.limit)
+    _report(plan, store, console, args)
+    return 0
+
+
+def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None) -> None:
+    """Do the jobs that nobody else does, until none is left, showing progress.
+
+    Args:
+        plan (`Plan`): The comparison.
+        store (`RowStore`): Where its rows are.
+        console (`rich.console.Console`): Where progress is shown.
+        limit (`int`, *optional*): Most runs to do.
+    """
+    from slsam_peft.integrations.compare.worker import next_row
+
+    done = 0
+    with console.status("") as status:
+
+        def tell(label: str, step: int, steps: int) -> None:
+            status.update(f"{label}: update {step} of {steps}")
+
+        while limit is None or done < limit:
+            finished, total = plan.counts(store.read())
+            status.update(f"{finished} of {total} runs are done")
+            row = next_row(plan, store, tell)
+            if row is None:
+                return
+            done += 1
+            _say(row, console)
+
+
+def _say(row: dict[str, Any], console: Any) -> None:
+    settings = row["settings"]
+    what = f"{row['task']}, {row['method']}, learning rate {settings['learning_rate']:g}, seed {settings['seed']}"
+    result = row.get("error") or f"loss {row['loss']:.4f}, exact {row['exact']:.1%}, {row['seconds']:.0f} s"
+    console.print(f"{what}: {result}", markup=False, highlight=False)
+
+
+def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
+    rows = store.read()
+    for job in plan.pending(rows):
+        s = job.settings
+        text = (
+            f"{job.task}, {job.method}, learning rate {s['learning_rate']:g}, seed {s['seed']}, {s['updates']} updates"
+        )
+        console.print(text, markup=False, highlight=False)
+    done, total = plan.counts(rows)
+    console.print(f"{done} of {total} runs are done; reported seeds are listed once the learning rate is chosen.")
+    return 0
+
+
+def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namespace) -> None:
+    from slsam_peft.cli import compare_report
+    from slsam_peft.integrations.compare.report import build_report
+
+    lines = build_report(plan, store.read())
+    for table in compare_report.tables(lines, args.metric, plan.settings):
+        console.print(table)
+    console.print(f"Rows: {store.path}", highlight=False)
+    if args.table is not None:
+        compare_report.write_markdown(lines, args.metric, plan.settings, args.table)
+        console.print(f"Table: {args.table}", highlight=False)
+    if args.plot is not None:
+        compare_report.draw(lines, args.metric, plan.settings, args.plot)
+        console.print(f"Plot: {args.plot}", highlight=False)
+
+
+def _quieten() -> None:
+    """Silence what other libraries say on the way; errors, and this package's own warnings, still come through."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "trl", "peft", "accelerate", "datasets", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    for path in (args.table, args.plot):
+        if path is None:
+            continue
+        if path.exists() and not args.force:
+            raise UserError(f"{path} exists already. Name another file, or pass --force to overwrite it.")
+        if not path.resolve().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
+    if args.plot is not None and args.plot.suffix not in PLOT_SUFFIXES:
+        raise UserError(f"--plot {args.plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")

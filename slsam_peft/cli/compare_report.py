@@ -1,0 +1,154 @@
+"""The result of a comparison as tables and as a plot."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from slsam_peft.integrations.compare.report import Line
+from slsam_peft.integrations.compare.settings import CompareSettings
+
+HEADINGS = {"loss": "held-out loss", "accuracy": "token accuracy", "exact": "exact answers"}
+MATCHED = {"updates": "equal updates", "cost": "equal cost"}
+COLUMNS = (
+    "method",
+    "learning rate",
+    "cost per update",
+    "updates",
+    "total cost",
+    "seeds",
+    "mean",
+    "difference",
+    "95 % interval",
+    "p",
+    "p (Holm)",
+)
+
+
+def tables(lines: Sequence[Line], metric: str, settings: CompareSettings) -> list[Table]:
+    """Return one table for each task and match."""
+    result = []
+    for title, group in _groups(lines, settings):
+        table = Table(title=f"{title}: {HEADINGS[metric]}", title_justify="left", caption_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for line in group:
+            table.add_row(*_cells(line, metric))
+        result.append(table)
+    if result:
+        result[-1].caption = _notes(settings)
+    return result
+
+
+def write_markdown(lines: Sequence[Line], metric: str, settings: CompareSettings, path: Path) -> None:
+    """Write the tables to a Markdown file."""
+    text = []
+    for title, group in _groups(lines, settings):
+        text += [f"### {title}: {HEADINGS[metric]}", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
+        text += [_row(_cells(line, metric)) for line in group] + [""]
+    text.append(_notes(settings))
+    _replace(path, lambda scratch: scratch.write_text("\n".join(text) + "\n", encoding="utf-8"))
+
+
+def _groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[str, list[Line]]]:
+    for (task, match), group in groupby(lines, key=lambda line: (line.task, line.match)):
+        yield f"{task}, {MATCHED[match]}", list(group)
+
+
+def _notes(settings: CompareSettings) -> str:
+    tried = len(next(iter(settings.methods.values())).learning_rates)
+    seeds = ", ".join(map(str, settings.seeds))
+    return (
+        f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
+        "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. "
+        f"Each method tried {tried} learning rate{'s' * (tried > 1)}, chosen by the validation loss of seed "
+        f"{settings.tuning_seed}."
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(line: Line, metric: str) -> list[str]:
+    difference = line.differences.get(metric)
+    seeds = str(len(line.scores[metric])) + (f" ({line.failed} failed)" if line.failed else "")
+    cells = [
+        line.method,
+        "open" if line.rate is None else f"{line.rate:g}",
+        _number(line.cost, ".3f"),
+        str(line.updates),
+        _number(line.total_cost, ".1f"),
+        seeds,
+        _number(line.mean(metric), ".4f"),
+    ]
+    if difference is None:
+        return cells + ["-"] * 4
+    interval = "-" if math.isnan(difference.low) else f"[{difference.low:+.4f}, {difference.high:+.4f}]"
+    p_values = [_number(p, ".2g") for p in (difference.p, line.corrected[metric])]
+    return [*cells, f"{difference.mean:+.4f}", interval, *p_values]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def draw(lines: Sequence[Line], metric: str, settings: CompareSettings, path: Path) -> None:
+    """Draw the paired differences: a panel for each task and match, a row for each method.
+
+    Args:
+        lines (`Sequence[Line]`): From `build_report`.
+        metric (`str`): What is compared.
+        settings (`CompareSettings`): The comparison.
+        path (`Path`): PNG or SVG file.
+    """
+    from matplotlib.figure import Figure
+
+    tasks, matches = list(settings.tasks), list(settings.match)
+    methods = [name for name in settings.methods if name != settings.reference]
+    height = 1.2 + len(tasks) * (0.9 + 0.34 * len(methods))
+    figure = Figure(figsize=(2.2 + 4.2 * len(matches), height), layout="constrained")
+    axes = figure.subplots(len(tasks), len(matches), squeeze=False, sharex="row")
+    for i, task in enumerate(tasks):
+        for j, match in enumerate(matches):
+            chosen = {line.method: line for line in lines if (line.task, line.match) == (task, match)}
+            _panel(axes[i][j], [chosen[name] for name in methods], metric)
+            axes[i][j].set_title(f"{task}, {MATCHED[match]}", fontsize="medium")
+    better = "left" if metric == "loss" else "right"
+    unit = " (nats per token)" if metric == "loss" else ""
+    figure.supxlabel(f"{HEADINGS[metric]} minus that of '{settings.reference}'{unit}; {better} is better")
+    _replace(path, lambda scratch: figure.savefig(scratch, dpi=150, format=path.suffix[1:]))
+
+
+def _panel(axis: Any, lines: Sequence[Line], metric: str) -> None:
+    axis.axvline(0.0, color="0.4", linewidth=1)
+    labels = []
+    for row, line in enumerate(lines):
+        cost = "" if line.cost is None else f" ({line.cost:.2f} x {line.updates})"
+        labels.append(line.method + cost)
+        difference = line.differences.get(metric)
+        if difference is None:
+            continue
+        values = list(difference.values.values())
+        axis.plot(values, [row] * len(values), "o", color="0.65", markersize=4, zorder=2)
+        if not math.isnan(difference.low):
+            axis.plot([difference.low, difference.high], [row, row], color="black", linewidth=1.8, zorder=3)
+        axis.plot(difference.mean, row, "D", color="black", markersize=5, zorder=4)
+    axis.set_yticks(range(len(lines)), labels, fontsize="small")
+    axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""The runs of a comparison, in the order in which they are worth most, and which learning rate won."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slsam_peft.integrations.compare.settings import CompareSettings, plain_values
+from slsam_peft.integrations.compare.store import Row
+
+Rows = Mapping[str, Row]
+
+# Part of every key: to be raised when the same settings no longer give the same row.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run and its score.
+
+    Args:
+        task, method (`str`): Names in the comparison.
+        settings (`dict`): All that decides the result; the key is their hash.
+    """
+
+    task: str
+    method: str
+    settings: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Name of the job on disk; jobs of equal settings share it, whatever they are called."""
+        text = json.dumps([VERSION, self.settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Plan:
+    """All jobs of a comparison.
+
+    Args:
+        settings (`CompareSettings`): The comparison.
+        costs (`dict[str, float]`): Expected cost of an update of each method, in plain LoRA updates.
+    """
+
+    def __init__(self, settings: CompareSettings, costs: Mapping[str, float]) -> None:
+        self.settings = settings
+        self.costs = costs
+
+    def updates(self, task: str, method: str, match: str) -> int:
+        """Return how many updates a method gets."""
+        wanted = self.settings.tasks[task].updates or self.settings.training.updates
+        cost = self.costs[method] if match == "cost" else 1.0
+        return max(1, round(wanted * self.settings.methods[method].updates_share / cost))
+
+    def job(self, task: str, method: str, match: str, rate: float, seed: int) -> Job:
+        """Return a run."""
+        how = self.settings.methods[method]
+        values = {
+            "model": self.settings.model,
+            "task": plain_values(self.settings.tasks[task]),
+            "training": plain_values(self.settings.training),
+            "slsam": None if how.slsam is None else dict(how.slsam),
+            "random_rho": how.random_rho,
+            "learning_rate": rate,
+            "seed": seed,
+            "updates": self.updates(task, method, match),
+            "split": "validation" if seed == self.settings.tuning_seed else "test",
+        }
+        return Job(task, method, values)
+
+    def tuning(self, task: str, method: str, match: str) -> list[Job]:
+        """Return the runs that choose a method's learning rate."""
+        rates = self.settings.methods[method].learning_rates
+        return [self.job(task, method, match, rate, self.settings.tuning_seed) for rate in rates]
+
+    def best_rate(self, rows: Rows, task: str, method: str, match: str) -> float | None:
+        """Return the learning rate of the lowest validation loss; `None` while one is missing, or where all failed."""
+        jobs = self.tuning(task, method, match)
+        if any(job.key not in rows for job in jobs):
+            return None
+        losses = [_loss(rows[job.key]) for job in jobs]
+        best = min(range(len(jobs)), key=losses.__getitem__)
+        return jobs[best].settings["learning_rate"] if math.isfinite(losses[best]) else None
+
+    def reported(self, rows: Rows, task: str, method: str, match: str) -> list[Job]:
+        """Return the runs of the reported seeds; none while the learning rate is open."""
+        rate = self.best_rate(rows, task, method, match)
+        return [] if rate is None else [self.job(task, method, match, rate, seed) for seed in self.settings.seeds]
+
+    def pending(self, rows: Rows) -> Iterator[Job]:
+        """Yield the jobs that can run and have no row, each once: tuning first, then seed by seed."""
+        seen = set(rows)
+        for job in self._ordered(rows):
+            if job.key not in seen:
+                seen.add(job.key)
+                yield job
+
+    def counts(self, rows: Rows) -> tuple[int, int]:
+        """Return how many runs are done and how many there are; those whose learning rate is open count as well."""
+        known = {job.key for job in self._ordered(rows)}
+        done = sum(key in rows for key in known)
+        open_cells = {
+            (task, method, self.updates(task, method, match))
+            for task, method, match in self.cells()
+            if any(job.key not in rows for job in self.tuning(task, method, match))
+        }
+        return done, len(known) + len(open_cells) * len(self.settings.seeds)
+
+    def cells(self) -> list[tuple[str, str, str]]:
+        """Return every (task, method, match)."""
+        s = self.settings
+        return [(task, method, match) for task in s.tasks for match in s.match for method in s.methods]
+
+    def _ordered(self, rows: Rows) -> Iterator[Job]:
+        for task in self.settings.tasks:
+            cells = [cell for cell in self.cells() if cell[0] == task]
+            for cell in cells:
+                yield from self.tuning(*cell)
+            runs = [self.reported(rows, *cell) for cell in cells]
+            for position in range(len(self.settings.seeds)):
+                yield from (jobs[position] for jobs in runs if jobs)
+
+
+def _loss(row: Row) -> float:
+    return math.inf if "error" in row else row["loss"]

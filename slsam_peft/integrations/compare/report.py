@@ -1,0 +1,93 @@
+"""What the rows say: one line for each task, match and method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from slsam_peft.integrations.compare.jobs import Plan, Rows
+from slsam_peft.integrations.compare.statistics import Difference, holm, paired_difference
+
+METRICS = ("loss", "accuracy", "exact")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method on a task, on the reported seeds.
+
+    Args:
+        task, method, match (`str`): As in the comparison.
+        rate (`float` or `None`): The learning rate chosen; `None` while open.
+        tried (`tuple[float, ...]`): Learning rates tried on the tuning seed.
+        updates (`int`): Updates of a run.
+        scores (`dict[str, dict[int, float]]`): Score by metric and seed.
+        cost (`float` or `None`): Mean counted cost of an update, in plain LoRA updates.
+        failed (`int`): Runs that diverged.
+        differences (`dict[str, Difference]`): By metric, against the reference; empty for the reference.
+        corrected (`dict[str, float]`): Holm-corrected p-values by metric, over all lines of the task and match.
+    """
+
+    task: str
+    method: str
+    match: str
+    rate: float | None
+    tried: tuple[float, ...]
+    updates: int
+    scores: dict[str, dict[int, float]]
+    cost: float | None
+    failed: int
+    differences: dict[str, Difference]
+    corrected: dict[str, float]
+
+    @property
+    def total_cost(self) -> float | None:
+        """Counted cost of a run, in plain LoRA updates."""
+        return None if self.cost is None else self.cost * self.updates
+
+    def mean(self, metric: str) -> float | None:
+        """Return the mean score over the seeds done."""
+        values = self.scores[metric].values()
+        return sum(values) / len(values) if values else None
+
+
+def build_report(plan: Plan, rows: Rows) -> list[Line]:
+    """Return the lines of a comparison, in its order; what is not done yet leaves gaps."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for task, method, match in plan.cells():
+        groups.setdefault((task, match), []).append(_line(plan, rows, task, method, match))
+    return [line for group in groups.values() for line in _compared(group, plan.settings.reference)]
+
+
+def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
+    jobs = plan.reported(rows, task, method, match)
+    done = [(job.settings["seed"], rows[job.key]) for job in jobs if job.key in rows]
+    good = [(seed, row) for seed, row in done if "error" not in row]
+    return Line(
+        task=task,
+        method=method,
+        match=match,
+        rate=plan.best_rate(rows, task, method, match),
+        tried=plan.settings.methods[method].learning_rates,
+        updates=plan.updates(task, method, match),
+        scores={metric: {seed: row[metric] for seed, row in good} for metric in METRICS},
+        cost=sum(row["cost"] for _, row in good) / len(good) if good else None,
+        failed=len(done) - len(good),
+        differences={},
+        corrected={},
+    )
+
+
+def _compared(lines: Sequence[Line], reference: str) -> list[Line]:
+    base = next(line for line in lines if line.method == reference)
+    compared = []
+    for line in lines:
+        found = {}
+        for metric in METRICS if line is not base else ():
+            difference = paired_difference(line.scores[metric], base.scores[metric])
+            if difference is not None:
+                found[metric] = difference
+        compared.append(replace(line, differences=found))
+    corrected: list[dict[str, float]] = [{} for _ in compared]
+    for metric in METRICS:
+        having = [i for i, line in enumerate(compared) if metric in line.differences]
+        for i, p in zip(having, holm([compared[i].differences[metric].p for i in having]), strict=True):
+            corrected[i][metric] = p
+    return [replace(line, corrected=p) for line, p in zip(compared, corrected, strict=True)]

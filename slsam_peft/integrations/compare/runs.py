@@ -1,0 +1,218 @@
+"""One run of a comparison: train an adapter, score it, return the row."""
+
+import importlib.metadata
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from slsam_peft.arms import arms_of
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.cost import CostModel
+from slsam_peft.errors import UserError
+from slsam_peft.integrations.compare.control import RandomPerturbationTrainer
+from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
+from slsam_peft.integrations.compare.settings import CompareSettings, TaskSettings, TrainingSettings
+from slsam_peft.integrations.compare.tasks import load_task
+from slsam_peft.integrations.quickstart import load_nf4
+from slsam_peft.integrations.smollm2 import fetch_smollm2
+from slsam_peft.integrations.trainer import SLSAMTrainer
+from slsam_peft.planning import ExpectedCost
+
+SMOLLM2 = "smollm2"
+TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
+LAST_LOGS = 16  # updates that the training loss is a mean over
+
+Report = Callable[[int, int], None]  # updates done, updates in all
+
+
+def expected_costs(settings: CompareSettings) -> dict[str, float]:
+    """Return each method's expected cost of an update in plain LoRA updates, from the model's config alone.
+
+    Raises:
+        UserError: the model's config cannot be read, or a `cost_budget` is out of reach.
+    """
+    training = settings.training
+    config = AutoConfig.from_pretrained(model_folder(settings.model))
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora(training))
+    costs = CostModel.from_model(model, training.gradient_checkpointing)
+    shapes = [(training.batch_size, TYPICAL_LENGTH)]
+    expected = {}
+    for name, method in settings.methods.items():
+        if method.slsam is None:
+            expected[name] = 1.0
+            continue
+        slsam = SLSAMConfig.from_dict(method.slsam)
+        cost = ExpectedCost(costs, arms_of(model, slsam.granularity), slsam, shapes)
+        try:
+            fraction = slsam.fraction if slsam.cost_budget is None else cost.solve(slsam.cost_budget)
+        except ValueError as error:
+            raise UserError(f"methods.{name}: {error}") from error
+        expected[name] = cost(fraction)
+    return expected
+
+
+def model_folder(name: str) -> str:
+    """Return what `from_pretrained` takes for a model name; `"smollm2"` is fetched where it is not there yet."""
+    return str(fetch_smollm2()) if name == SMOLLM2 else name
+
+
+def lora(training: TrainingSettings) -> LoraConfig:
+    """Return the adapters all methods train."""
+    return LoraConfig(
+        r=training.lora_r,
+        lora_alpha=training.lora_alpha or 2 * training.lora_r,
+        lora_dropout=training.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) -> dict[str, Any]:
+    """Train and score one run.
+
+    Args:
+        settings (`dict`): `Job.settings`.
+        report (`Report`, *optional*): Told after every update.
+
+    Returns:
+        `dict`: The scores, the training loss over the last updates, the mean counted cost of an update, the time; or
+        `"error"` alone where the training diverged.
+    """
+    task, training = TaskSettings(**settings["task"]), TrainingSettings(**settings["training"])
+    model, tokenizer = load_model(settings["model"], training)
+    data = load_task(task, settings["seed"])
+    held_out = data.validation if settings["split"] == "validation" else data.test
+
+    def tokens(pairs: Sequence[Any]) -> list[Tokens]:
+        rows = [tokenise(tokenizer, pair, training.max_length, training.prompt_format) for pair in pairs]
+        return [row for row in rows if row.prompt < len(row.ids)]  # a row without an answer teaches nothing
+
+    train = tokens(data.train)
+    order = row_order(len(train), settings["updates"] * training.batch_size, settings["seed"])
+    with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
+        trainer = build_trainer(model, tokenizer, [train[i] for i in order], settings, scratch, report)
+        start = time.monotonic()
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            if "NaN" not in str(error):
+                raise
+            return {"error": str(error)}
+        seconds = time.monotonic() - start
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    scores = score(trainer.model, tokens(held_out))
+    if not math.isfinite(scores.loss):
+        return {"error": "the held-out loss is not finite"}
+    costs = [entry.get("slsam/cost", 1.0) for entry in logs]
+    last = [entry["loss"] for entry in logs[-LAST_LOGS:]]
+    return {
+        **asdict(scores),
+        "train_loss": sum(last) / len(last),
+        "cost": sum(costs) / len(costs),
+        "seconds": round(seconds, 1),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
+    }
+
+
+def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
+    """Load the base model and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    source, dtype = model_folder(name), getattr(torch, training.dtype)
+    if training.quantise == "nf4":
+        return load_nf4(source, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
+        raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def row_order(rows: int, wanted: int, seed: int) -> list[int]:
+    """Return `wanted` row numbers: shuffled passes over all rows, one after the other.
+
+    Two runs of the same seed and different lengths see the same batches as far as the shorter one goes.
+    """
+    shuffler = random.Random(seed)
+    order: list[int] = []
+    while len(order) < wanted:
+        order += shuffler.sample(range(rows), rows)
+    return order[:wanted]
+
+
+class _Progress(TrainerCallback):
+    """Tells how far a run is."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.report(state.global_step, state.max_steps)
+
+
+def build_trainer(
+    model: Any, tokenizer: Any, train: Sequence[Tokens], settings: Mapping[str, Any], scratch: str, report: Report
+) -> SFTTrainer:
+    """Return the trainer of a run: the same initial adapter and batches for every method of a seed.
+
+    Args:
+        model, tokenizer: From `load_model`.
+        train (`Sequence[Tokens]`): Rows, in the order they are trained on.
+        settings (`dict`): `Job.settings`.
+        scratch (`str`): Folder for whatever the trainer writes.
+        report (`Report`): Told after every update.
+    """
+    training, seed = TrainingSettings(**settings["training"]), settings["seed"]
+    arguments = SFTConfig(
+        output_dir=scratch,
+        max_steps=settings["updates"],
+        per_device_train_batch_size=training.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        seed=seed,
+        max_length=training.max_length,
+        completion_only_loss=True,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    common = {
+        "args": arguments,
+        "train_dataset": Dataset.from_list([row.columns() for row in train]),
+        "processing_class": tokenizer,
+        "peft_config": lora(training),
+        "callbacks": [_Progress(report)],
+    }
+    set_seed(seed)  # of the adapters' start
+    if settings["slsam"] is not None:
+        slsam = SLSAMConfig.from_dict({**settings["slsam"], "seed": seed})
+        trainer = SLSAMTrainer(model, slsam_config=slsam, **common)
+    elif settings["random_rho"] is not None:
+        trainer = RandomPerturbationTrainer(model, random_rho=settings["random_rho"], **common)
+    else:
+        trainer = SFTTrainer(model, **common)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,264 @@
+"""What a comparison consists of, read from a YAML file and checked before anything is trained. Imports no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slsam_peft.config import SLSAMConfig, check_name
+from slsam_peft.errors import UserError
+
+SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl")
+DTYPES = ("float32", "bfloat16")
+QUANTISATIONS = ("none", "nf4")
+MATCHES = ("updates", "cost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """One task: where its rows come from and how many there are.
+
+    Args:
+        source (`str`): `"stdlib_docs"`, `"reasoning_gym"` or `"jsonl"`.
+        rows (`int`): Training rows. They are repeated where the updates take more.
+        test_rows (`int`, *optional*, defaults to `128`): Held-out rows, the same for every seed.
+        validation_rows (`int`, *optional*, defaults to `96`): Held-out rows that learning rates are chosen on; none of
+            them is a test row.
+        noisy (`float`, *optional*, defaults to `0.0`): Share of training rows, in [0, 1], whose answers are swapped.
+        updates (`int`, *optional*): In place of `TrainingSettings.updates`.
+        puzzle (`str`, *optional*): The puzzle of `"reasoning_gym"`.
+        puzzle_options (`dict`, *optional*): Its options.
+        file (`str`, *optional*): Training rows of `"jsonl"`.
+        test_file (`str`, *optional*): Its held-out rows; the last rows of `file` where it is missing.
+    """
+
+    source: str
+    rows: int
+    test_rows: int = 128
+    validation_rows: int = 96
+    noisy: float = 0.0
+    updates: int | None = None
+    puzzle: str | None = None
+    puzzle_options: Mapping[str, Any] = field(default_factory=dict)
+    file: str | None = None
+    test_file: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name("source", self.source, SOURCES)
+        for name in ("rows", "test_rows", "validation_rows"):
+            _at_least_one(name, getattr(self, name))
+        if self.updates is not None:
+            _at_least_one("updates", self.updates)
+        if not isinstance(self.noisy, int | float) or not 0 <= self.noisy <= 1:
+            raise ValueError(f"noisy={self.noisy!r} is not allowed; it is a share in [0, 1].")
+        for source, name in (("reasoning_gym", "puzzle"), ("jsonl", "file")):
+            if (getattr(self, name) is not None) != (self.source == source):
+                verb = "is needed for" if self.source == source else "belongs to"
+                raise ValueError(f"{name}={getattr(self, name)!r}: it {verb} source='{source}'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What all methods share.
+
+    Args:
+        updates (`int`): Updates of a plain LoRA run.
+        batch_size (`int`, *optional*, defaults to `4`): Sequences per update.
+        max_length (`int`, *optional*, defaults to `256`): Tokens per sequence; longer ones are cut.
+        lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`): Schedule of the learning rate.
+        warmup_steps (`int` or `float`, *optional*, defaults to `0`): Updates of linear warm-up, or their share.
+        weight_decay (`float`, *optional*, defaults to `0.0`): Weight decay of AdamW.
+        lora_r (`int`, *optional*, defaults to `8`): Rank of the adapters, on all linear layers.
+        lora_alpha (`int`, *optional*): Defaults to twice the rank.
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapters' input.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether activations are computed again.
+        dtype (`str`, *optional*, defaults to `"float32"`): What the model computes in: `"float32"` or `"bfloat16"`.
+        quantise (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base.
+        prompt_format (`str`, *optional*): What stands in place of the chat template around a single user message, with
+            `{}` where it goes; the answer follows. Unset: the tokenizer's own template.
+    """
+
+    updates: int
+    batch_size: int = 4
+    max_length: int = 256
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0
+    weight_decay: float = 0.0
+    lora_r: int = 8
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    dtype: str = "float32"
+    quantise: str = "none"
+    prompt_format: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "max_length", "lora_r"):
+            _at_least_one(name, getattr(self, name))
+        check_name("dtype", self.dtype, DTYPES)
+        check_name("quantise", self.quantise, QUANTISATIONS)
+        if self.prompt_format is not None and self.prompt_format.count("{}") != 1:
+            raise ValueError(f"prompt_format={self.prompt_format!r} must contain '{{}}' once, where the message goes.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """One method.
+
+    Args:
+        learning_rates (`list[float]`): Tried on the tuning seed; the best one is used on all others.
+        slsam (`dict`, *optional*): Settings of SL-SAM. Missing: plain LoRA.
+        random_rho (`float`, *optional*): A control: a random perturbation of this L2 norm in place of an ascent.
+        updates_share (`float`, *optional*, defaults to `1.0`): Share of the updates that it gets, for controls that
+            stop early.
+    """
+
+    learning_rates: tuple[float, ...]
+    slsam: Mapping[str, Any] | None = None
+    random_rho: float | None = None
+    updates_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if isinstance(rates, str) or not isinstance(rates, list | tuple) or not rates:
+            raise ValueError(f"learning_rates={rates!r} must be a list of one or more numbers.")
+        # YAML takes 1e-3 for a text: it wants 1.0e-3.
+        object.__setattr__(self, "learning_rates", tuple(_positive("learning_rates", rate) for rate in rates))
+        object.__setattr__(self, "updates_share", _positive("updates_share", self.updates_share))
+        if self.random_rho is not None:
+            object.__setattr__(self, "random_rho", _positive("random_rho", self.random_rho))
+            if self.slsam is not None:
+                raise ValueError("slsam and random_rho are both set; a method is one of them or neither (plain LoRA).")
+        if self.slsam is not None:
+            if "seed" in self.slsam:
+                raise ValueError("slsam.seed is the run's own seed; leave it out.")
+            SLSAMConfig.from_dict(self.slsam)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """A comparison.
+
+    Args:
+        tasks (`dict[str, TaskSettings]`): By the name they are shown under.
+        methods (`dict[str, MethodSettings]`): By the name they are shown under.
+        training (`TrainingSettings`): What all methods share.
+        seeds (`list[int]`): Reported seeds: data, initial adapter, batches and sampler.
+        tuning_seed (`int`): Seed on which learning rates are chosen; not reported.
+        model (`str`, *optional*, defaults to `"smollm2"`): Base model: `"smollm2"`, a folder or a name on the Hub.
+        match (`list[str]`, *optional*): What methods have in common: `"updates"`, `"cost"` (a method of cost c per
+            update gets 1/c of the updates), or both, the default.
+        reference (`str`, *optional*, defaults to `"plain"`): Method that the others are compared with.
+    """
+
+    tasks: Mapping[str, TaskSettings]
+    methods: Mapping[str, MethodSettings]
+    training: TrainingSettings
+    seeds: tuple[int, ...]
+    tuning_seed: int
+    model: str = "smollm2"
+    match: tuple[str, ...] = MATCHES
+    reference: str = "plain"
+
+    def __post_init__(self) -> None:
+        check_name("reference", self.reference, tuple(self.methods))
+        for name in self.match:
+            check_name("match", name, MATCHES)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} must be one or more different integers.")
+        if self.tuning_seed in self.seeds:
+            raise ValueError(
+                f"tuning_seed={self.tuning_seed} is among seeds={list(self.seeds)}; learning rates must be chosen on "
+                "a seed that is not reported."
+            )
+        budgets = {name: len(method.learning_rates) for name, method in self.methods.items()}
+        if len(set(budgets.values())) > 1:
+            listed = ", ".join(f"{name}: {count}" for name, count in budgets.items())
+            raise ValueError(f"every method must try the same number of learning rates; they are {listed}.")
+
+
+def read_settings(path: Path) -> CompareSettings:
+    """Read a comparison from a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or a setting is missing, unknown (with the nearest match) or not allowed.
+            The message names the file and the place in it.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    try:
+        return parse_settings(values)
+    except UserError as error:
+        raise UserError(f"config file {path}: {error}") from error
+
+
+def parse_settings(values: Any) -> CompareSettings:
+    """Build a comparison from plain values; see `read_settings`."""
+    top = dict(_mapping("the file", values))
+    for name, cls in (("tasks", TaskSettings), ("methods", MethodSettings)):
+        if name in top:
+            entries = _mapping(name, top[name])
+            if not entries:
+                raise UserError(f"{name} is empty; it needs at least one entry.")
+            top[name] = {str(key): _build(cls, f"{name}.{key}", value) for key, value in entries.items()}
+    if "training" in top:
+        top["training"] = _build(TrainingSettings, "training", top["training"])
+    for name in ("seeds", "match"):
+        if name in top:
+            value = top[name]
+            top[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return _build(CompareSettings, "", top)
+
+
+def plain_values(settings: Any) -> dict[str, Any]:
+    """Return a settings object as plain values, as JSON stores them."""
+    return {
+        key: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+        for key, value in asdict(settings).items()
+    }
+
+
+def _build(cls: type, where: str, values: Any) -> Any:
+    prefix = f"{where}." if where else ""
+    values = _mapping(where or "the file", values)
+    try:
+        for key in values:
+            check_name(f"{where} setting".strip(), key, tuple(f.name for f in fields(cls)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise UserError(f"{prefix}{missing[0]} is missing.")
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def _mapping(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a mapping of names to values, not {value!r}.")
+    return value
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be an integer >= 1.")
+
+
+def _positive(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be a finite number > 0.")
+    return number

@@ -1,0 +1,79 @@
+"""Paired differences between methods, with intervals and p-values."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 9_999
+LEAST_FOR_INTERVAL = 3  # seeds
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method against the reference, seed by seed.
+
+    Args:
+        values (`dict[int, float]`): Score of the method minus that of the reference, by seed.
+        mean (`float`): Their mean.
+        low, high (`float`): Ends of the 95 % bootstrap interval of the mean (bias-corrected and accelerated); NaN for
+            fewer than 3 seeds.
+        p (`float`): Two-sided p-value of the paired t-test; NaN for fewer than 2 seeds.
+    """
+
+    values: Mapping[int, float]
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_difference(method: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """Compare two sets of scores on the seeds they share; `None` where they share none.
+
+    Args:
+        method, reference (`dict[int, float]`): Score by seed.
+    """
+    seeds = sorted(method.keys() & reference.keys())
+    if not seeds:
+        return None
+    values = {seed: method[seed] - reference[seed] for seed in seeds}
+    array = np.array(list(values.values()))
+    low, high = _interval(array)
+    return Difference(values, float(array.mean()), low, high, _p_value(array))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    if len(values) < LEAST_FOR_INTERVAL:
+        return math.nan, math.nan
+    if np.ptp(values) == 0:  # every resample has this mean
+        return float(values[0]), float(values[0])
+    done = stats.bootstrap(
+        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
+    )
+    return float(done.confidence_interval.low), float(done.confidence_interval.high)
+
+
+def _p_value(values: np.ndarray) -> float:
+    if len(values) < 2:
+        return math.nan
+    if np.ptp(values) == 0:
+        return 0.0 if values[0] else 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal values: the p-value is tiny, not wrong
+        return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for how many there are (Holm 1979); NaN stays NaN and is not counted."""
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=p_values.__getitem__)
+    corrected = [math.nan] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, p_values[i] * (len(order) - rank)))
+        corrected[i] = largest
+    return corrected

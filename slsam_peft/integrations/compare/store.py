@@ -1,0 +1,73 @@
+"""Rows on disk: a JSONL file that any number of processes append to, and claims on the jobs they work on."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+Row = dict[str, Any]
+
+
+class RowStore:
+    """A file of rows, one JSON object a line, each under its `"key"`.
+
+    A claim is a lock that the system drops when its process ends, however that ends: a killed worker blocks nobody.
+
+    Args:
+        path (`Path`): The file; it and its folder are created with the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._locks = path.parent / f".{path.name}.locks"
+
+    def read(self) -> dict[str, Row]:
+        """Return the rows by key, the last one of each; a line that a killed process left unfinished is left out."""
+        if not self.path.exists():
+            return {}
+        rows = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and "key" in row:
+                rows[row["key"]] = row
+        return rows
+
+    def append(self, row: Row) -> None:
+        """Add a row in one write, on a line of its own."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(row, sort_keys=True, allow_nan=False) + "\n"
+        with FileLock(self._locks / "rows.lock"), self.path.open("ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # somebody was killed while writing
+                    line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Claim a job for the time of the context.
+
+        Yields:
+            `bool`: Whether it is ours: no other process works on it, and it has no row yet.
+        """
+        self._locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._locks / f"{key}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield key not in self.read()
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)  # whoever held the old file looks for the row again
