@@ -81,7 +81,6 @@ class _Place:
     parameter: nn.Parameter
     owner: nn.Module
     attribute: str
-    block_index: int | None  # counted over all stacks
     block_name: str | None
     module_name: str  # the adapter module, or the owner
     depth: int | None
@@ -210,7 +209,6 @@ def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]
                 parameter=parameter,
                 owner=modules[path],
                 attribute=attribute,
-                block_index=None if block_name is None else block_index[block_name],
                 block_name=block_name,
                 module_name=_adapter_module(path, modules, block_index, base_leaves) or name,
                 depth=min(depths) if depths else None,
@@ -301,16 +299,11 @@ class ArmNorms:
             gradients (`Sequence[torch.Tensor | None]`): One a parameter, in arm order; `None` counts as 0.
             device (`torch.device`): Where the result lies; norms taken on other devices are brought there.
         """
-        present = [i for i, g in enumerate(gradients) if g is not None]
-        tensors = [gradients[i] for i in present]
+        tensors = [g for g in gradients if g is not None]
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        out = torch.zeros(self._count, dtype=dtype, device=device)
-        if not tensors:
-            return out
-        norms = torch.stack([n.to(device) for n in torch._foreach_norm(tensors, 2, dtype=dtype)])
+        zero = torch.zeros((), dtype=dtype, device=device)
+        found = iter(torch._foreach_norm(tensors, 2, dtype=dtype)) if tensors else iter(())
+        norms = torch.stack([zero if g is None else next(found).to(device) for g in gradients])
         if device not in self._index_on:
             self._index_on[device] = self._arm_index.to(device)
-        index = self._index_on[device]
-        if len(present) < len(gradients):
-            index = self._arm_index[present].to(device, non_blocking=True)
-        return out.index_add_(0, index, norms.square())
+        return zero.new_zeros(self._count).index_add_(0, self._index_on[device], norms.square())

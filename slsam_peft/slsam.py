@@ -309,6 +309,7 @@ class SLSAM:
         self.active = update.mask
         self.steps += 1
         self._current = None
+        self._before = {}
         self._release()
 
     def _read(self, values: torch.Tensor) -> torch.Tensor:
@@ -342,6 +343,7 @@ class SLSAM:
         self.runner.clear()
         if self._before:
             state.restore_sampler(self, self._before)
+            self._before = {}
 
     def _release(self) -> None:
         if self.horizon is not None:

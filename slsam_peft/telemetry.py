@@ -39,6 +39,10 @@ def update_metrics(
         "floor": float(update.floor),
         "skipped": float(slsam.skipped),
     }
+    if slsam.horizon is not None:
+        metrics["prefix_mib"] = slsam.horizon.kept_bytes / 2**20
+    if slsam.config.ascent == "remembered":
+        metrics["remembered_mib"] = slsam.memory.bytes / 2**20
     if slsam.cost is not None:
         metrics["cost"] = slsam.cost(update)
     rho = slsam.config.rho

@@ -12,10 +12,17 @@ logger = logging.getLogger(__name__)
 
 Snapshot = dict[str, torch.Tensor]
 
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether bitsandbytes holds the base weights in 4 or 8 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
 
 def float32_adapters(model: Any) -> Snapshot:
-    """Return copies of the trainable float32 parameters of a model that already carries an adapter."""
-    if not isinstance(model, nn.Module):
+    """Return copies of the trainable float32 parameters of a quantised model that already carries an adapter."""
+    if not isinstance(model, nn.Module) or not is_quantised(model):
         return {}
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float32}
 
@@ -23,31 +30,39 @@ def float32_adapters(model: Any) -> Snapshot:
 def restore_float32(model: nn.Module, before: Snapshot) -> None:
     """Undo TRL's cast of QLoRA adapters to bfloat16, in which late optimizer updates round to nothing.
 
-    A parameter in `before` gets its float32 values back; a new adapter's factors are widened.
+    A parameter in `before` gets its float32 values back; a new adapter's factors are widened. Models that are not
+    quantised are left as they are.
 
     Args:
         model (`nn.Module`): The trainer's model.
         before (`dict[str, torch.Tensor]`): What `float32_adapters` returned before the trainer was built.
     """
-    adapters = {p for m in model.modules() if isinstance(m, BaseTunerLayer) for p in m.parameters()}
+    if not is_quantised(model):
+        return
+    factors = _adapter_parameters(model)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or parameter.dtype not in (torch.bfloat16, torch.float16):
+        if not parameter.requires_grad or parameter.dtype not in _LOW:
             continue
         if name in before:
-            parameter.data = before[name].to(parameter.device)  # noqa: SLF001
-        elif parameter in adapters:
+            parameter.data = before[name].to(parameter.device)
+        elif parameter in factors:
             parameter.data = parameter.detach().float()
 
 
 def warn_if_low_precision(model: nn.Module) -> None:
-    """Warn once where the user keeps adapters in 16 bits."""
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    if dtypes & {torch.bfloat16, torch.float16}:
+    """Warn once where adapters are trained in 16 bits."""
+    dtypes = {p.dtype for p in _adapter_parameters(model) if p.requires_grad and p.dtype in _LOW}
+    if dtypes:
         logger.warning(
-            "adapter_dtype='keep' leaves trainable parameters in %s: once the learning rate has decayed, updates "
-            "round to nothing there. adapter_dtype='float32' costs 12 bytes more a parameter and keeps them.",
+            "the adapter is trained in %s: once the learning rate has decayed, updates round to nothing there. "
+            "float32 adapters (adapter_dtype='float32' on a quantised base, PEFT's autocast_adapter_dtype=True "
+            "elsewhere) cost 12 bytes more a parameter and keep them.",
             " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)),
         )
+
+
+def _adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    return {p for m in model.modules() if isinstance(m, BaseTunerLayer) for p in m.parameters()}
 
 
 def ascent_part(inputs: Mapping[str, Any], fraction: float) -> tuple[dict[str, Any], float]:

@@ -30,7 +30,7 @@ def check_trainer(trainer: Any) -> None:
         )
     if hasattr(trainer, "_generate_and_score_completions"):
         raise ValueError(
-            f"{type(trainer).__mro__[2].__name__} is not supported: its training step generates completions and "
+            f"{type(trainer).__name__} is not supported: its training step generates completions and "
             "counts its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
         )
 

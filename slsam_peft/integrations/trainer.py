@@ -71,8 +71,7 @@ class SLSAMMixin(_Base):
         check_trainer(self)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
-        else:
-            warn_if_low_precision(self.model)
+        warn_if_low_precision(self.model)
         self._slsam: SLSAM | None = None
         self._slsam_restored = False
         self._slsam_unsolved = False
