@@ -5,6 +5,9 @@ SmolLM2-135M-Instruct, LoRA r=8 on all linear layers, its B factors trained a li
 For each radius and each way to perturb the script prints the cosine of g' - g with the float32 one, the ratio of their
 lengths, and the ascent gain. The last way computes g' at a radius that bfloat16 resolves and scales the difference
 back to the one asked for.
+
+With `--gains` it prints instead what the watch on the radius would see: the ascent gains of 20 batches, and whether the
+warning would come.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,6 +28,7 @@ from slsam_peft import arms_of
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.stdlib_docs import stdlib_docs
 from slsam_peft.perturbation import Shift, ascent_offsets, perturbed
+from slsam_peft.telemetry import LOST_SHARE, LOW_GAIN, WATCHED_UPDATES
 
 RADII = (0.003, 0.01, 0.05, 0.2)
 RESOLVED = 0.05  # smallest radius whose difference bfloat16 still resolves (cosine about 0.95)
@@ -52,6 +57,11 @@ class Probe:
         arms = arms_of(self.model, "tensor")
         self.parameters = [arm.parameters[0] for arm in arms]
         self.linears = [arm.linears[0] for arm in arms]
+
+    def loss(self) -> float:
+        """Return the loss alone."""
+        with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
+            return float(self.model(**self.batch).loss)
 
     def gradient(self) -> tuple[float, list[torch.Tensor]]:
         """Return the loss and the gradients."""
@@ -111,6 +121,31 @@ def measure(folder: Path, batch: dict) -> list[dict]:
     return rows
 
 
+def gains(folder: Path, batches: list[dict]) -> list[dict]:
+    """Return the ascent gains over several batches, and whether they raise the warning, a row a precision and radius."""
+    rows = []
+    for name, base, autocast, radii in (
+        ("bfloat16", torch.bfloat16, True, (0.003, 0.01, 0.02, 0.05, 0.2)),
+        ("float32", torch.float32, False, (0.003, 0.05)),
+    ):
+        probe = Probe(folder, batches[0], base, torch.float32, autocast)
+        optimizer = torch.optim.AdamW(probe.parameters, lr=1e-3)
+        for _ in range(WARM_UP):
+            probe.gradient()
+            optimizer.step()
+        seen: dict[float, list[float]] = {rho: [] for rho in radii}
+        for probe.batch in track(batches, name):
+            loss, gradients = probe.gradient()
+            norm = float(flat(gradients).norm())
+            for rho in radii:
+                with probe.moved(gradients, rho, True), torch.no_grad():
+                    seen[rho].append((probe.loss() - loss) / (rho * norm))
+        for rho, values in seen.items():
+            low = sum(value < LOW_GAIN for value in values) / len(values)
+            rows.append({"precision": name, "rho": rho, "low": low, "warns": low >= LOST_SHARE, "gains": values})
+    return rows
+
+
 def row(way: str, rho: float, found: tuple[torch.Tensor, float], exact: tuple[torch.Tensor, float]) -> dict:
     """Compare a difference with the float32 one."""
     d, e = found[0], exact[0]
@@ -118,22 +153,40 @@ def row(way: str, rho: float, found: tuple[torch.Tensor, float], exact: tuple[to
     return {"way": way, "rho": rho, "cosine": cosine, "ratio": float(d.norm() / e.norm()), "gain": found[1]}
 
 
+def batches(tokenizer: Any, count: int) -> list[dict]:
+    """Return batches of four documentation pairs."""
+    messages = [r["prompt"] + r["completion"] for r in stdlib_docs(n_train=4 * count, n_test=1)["train"]]
+    texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in messages]
+    out = []
+    for start in range(0, len(texts), 4):
+        chunk = texts[start : start + 4]
+        batch = dict(tokenizer(chunk, return_tensors="pt", padding=True, truncation=True, max_length=128))
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        out.append(batch)
+    return out
+
+
 def main() -> None:
     """Measure, print the table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub name or folder; SmolLM2-135M-Instruct where it is missing")
+    parser.add_argument("--gains", action="store_true", help="the ascent gains of 20 batches instead")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     arguments = parser.parse_args()
     folder = arguments.model or fetch_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [r["prompt"] + r["completion"] for r in stdlib_docs(n_train=4, n_test=1)["train"]]
-    texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in messages]
-    batch = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128))
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    rows = measure(folder, batch)
-    table = Table("way", "rho", "cosine", "length ratio", "ascent gain")
-    for r in rows:
-        table.add_row(r["way"], f"{r['rho']:g}", f"{r['cosine']:.3f}", f"{r['ratio']:.2f}", f"{r['gain']:.2f}")
+    if arguments.gains:
+        rows = gains(folder, batches(tokenizer, WATCHED_UPDATES))
+        table = Table("precision", "rho", f"share of gains below {LOW_GAIN}", "least", "median", "warns")
+        for r in rows:
+            ordered = sorted(r["gains"])
+            numbers = (r["low"], ordered[0], ordered[len(ordered) // 2])
+            table.add_row(r["precision"], f"{r['rho']:g}", *(f"{n:.2f}" for n in numbers), str(r["warns"]))
+    else:
+        rows = measure(folder, batches(tokenizer, 1)[0])
+        table = Table("way", "rho", "cosine", "length ratio", "ascent gain")
+        for r in rows:
+            table.add_row(r["way"], f"{r['rho']:g}", f"{r['cosine']:.3f}", f"{r['ratio']:.2f}", f"{r['gain']:.2f}")
     Console().print(table)
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n")

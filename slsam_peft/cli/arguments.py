@@ -68,14 +68,14 @@ def parse(argv: list[str]) -> Settings:
     values, lines = read_config(config) if config else ({}, {})
     parser = build_parser()
     _check_config(parser, config, values, lines)
-    words += ["--config", config] if config else []
-    try:
-        *parsed, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(str(error)) from error
+    _, unknown = parser.parse_known_args(words)
     if unknown:
         raise UserError(_unknown(parser, unknown))
-    slsam, script, model, training = parsed
+    words += ["--config", config] if config else []
+    try:
+        slsam, script, model, training = parser.parse_args_and_config(words)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(str(error)) from error
     return Settings(script, training, model, _slsam_config(slsam))
 
 

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import logging
+import sys
+import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         "--model_name_or_path",
         required=True,
-        help="built-in shape (llama-3.1-8b, llama-3.1-70b, qwen2.5-7b, smollm2-135m, ...), folder, JSON file or Hub ID",
+        help="built-in shape (llama-3.1-8b, llama-3.1-70b, qwen2.5-7b, smollm2-135m, ...), folder, JSON file, Hub ID",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, every arm in it, and no tables")
     parser.add_argument("--gpu_gib", type=float, default=24.0, help="memory of the GPU in GiB (default: 24)")
     _add_training(parser.add_argument_group("training"))
     settings = parser.add_argument_group("SL-SAM")
@@ -73,12 +76,16 @@ def run(args: argparse.Namespace) -> int:
         UserError: an unknown model or optimizer, a setting outside its range, or a budget out of reach.
     """
     _check(args)
+    # What other libraries say on import, about kernels that a plan never runs, would only bury the answer.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        plan = make_plan(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = make_plan(args)
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.json:
-        print(json.dumps(plan, indent=2))  # noqa: T201 - machine-readable output, not a message
+        sys.stdout.write(json.dumps(plan, indent=2) + "\n")
     else:
         from slsam_peft.cli.plan_tables import show
 

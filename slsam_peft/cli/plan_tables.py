@@ -1,12 +1,14 @@
 """The plan as tables."""
 
-from itertools import groupby
+import os
+import re
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 GIB = 2**30
+LISTED_ARMS = 40  # longer lists are shown by kind
 _PARTS = {
     "weights": "frozen weights",
     "adapters": "adapters",
@@ -39,14 +41,27 @@ def show(plan: dict[str, Any]) -> None:
 
 
 def _arms(rows: list[dict[str, Any]]) -> Table:
-    """Arms in order; neighbours with equal numbers share a row."""
+    """Arms in order; long lists by kind, with the range of their probabilities."""
     table = Table("arms", title=f"{len(rows)} arms", title_justify="left")
-    for heading in ("parameters each", "forward GFLOPs each", "inclusion"):
-        table.add_column(heading, justify="right")
-    for numbers, group in groupby(rows, key=lambda r: (r["parameters"], r["forward_flops"], round(r["inclusion"], 4))):
-        names = [row["name"] for row in group]
-        name = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})"
-        table.add_row(name, f"{numbers[0]:,}", f"{numbers[1] / 1e9:,.1f}", f"{numbers[2]:.3f}")
+    for heading in ("parameters", "forward GFLOPs", "inclusion"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = os.path.commonprefix([row["name"] for row in rows]).rfind(".") + 1
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = row["name"][shown:]
+        kind = name if len(rows) <= LISTED_ARMS else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        groups.setdefault((kind, row["parameters"], row["forward_flops"]), []).append(row)
+    for (kind, parameters, flops), group in groups.items():
+        many = len(group) > 1
+        low, high = min(row["inclusion"] for row in group), max(row["inclusion"] for row in group)
+        table.add_row(
+            f"{kind} ({len(group)})" if many else kind,
+            f"{parameters:,}{' each' if many else ''}",
+            f"{flops / 1e9:,.1f}{' each' if many else ''}",
+            f"{low:.3f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}",
+        )
+    if shown:
+        table.caption = f"names are below {rows[0]['name'][: shown - 1]}"
     return table
 
 

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
         try:
             data = stdlib_docs(n_train=args.n_train, n_test=args.n_test, seed=args.seed)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(str(error)) from error
     name = args.model or _fetch(screen)
     dtype = parts.compute_dtype(args.dtype)
@@ -114,10 +114,22 @@ def _train(model: Any, tokenizer: Any, data: Any, settings: "QuickstartSettings"
         with screen.working("Measuring the held-out loss after training"):
             after = trainer.evaluate()["eval_loss"]
             said_after = parts.answer(trainer.model, tokenizer, sample["prompt"])
-        parts.save_adapter(trainer, folder)
+        parts.save_adapter(trainer, folder, _card(settings, before, after))
     screen.losses(before, after)
     screen.answers(sample["prompt"][0]["content"], said_before, said_after, sample["completion"][0]["content"])
     screen.adapter(folder)
+
+
+def _card(settings: "QuickstartSettings", before: float, after: float) -> str:
+    config = settings.slsam
+    return (
+        "# Adapter of the slsam-peft quickstart\n\n"
+        f"LoRA (r={settings.lora_r}, all linear layers) on an NF4 base, trained with SL-SAM (sparse-layer sharpness-"
+        f"aware minimisation, arXiv 2602.09395): rho {config.rho}, active_fraction {config.fraction}, "
+        f"{settings.max_steps} updates of {settings.batch_size} sequences, learning rate {settings.learning_rate}, seed "
+        f"{settings.seed}.\n\nData: questions and answers made from the docstrings of Python's standard library. "
+        f"Held-out loss: {before:.3f} before, {after:.3f} after.\n"
+    )
 
 
 def _check(args: argparse.Namespace) -> SLSAMConfig:

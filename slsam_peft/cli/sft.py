@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import warnings
 
 from slsam_peft.cli.arguments import PROG, USAGE, Settings, build_parser, parse, slsam_arguments
 
@@ -40,14 +41,20 @@ def run_raw(argv: list[str]) -> int:
     if "--help-all" in argv:
         print_help_all()
         return 0
-    settings = parse(_without_debug(argv))
+    with warnings.catch_warnings():
+        # TRL sets these fields by their old names, so there is nothing the user could change.
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+        _train(parse(_without_debug(argv)))
+    return 0
+
+
+def _train(settings: Settings) -> None:
     from slsam_peft.integrations.finetune import finetune
 
     trainer = finetune(settings.script, settings.training, settings.model, settings.slsam)
     if trainer.is_world_process_zero():
         _report(settings)
     trainer.accelerator.end_training()
-    return 0
 
 
 def print_help() -> None:

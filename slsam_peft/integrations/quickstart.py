@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -15,6 +16,8 @@ from trl import SFTConfig
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
+from slsam_peft.integrations.card import describe
+from slsam_peft.integrations.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.integrations.trainer import SLSAMTrainer
 
 if TYPE_CHECKING:
@@ -143,6 +146,16 @@ def build_trainer(
     return trainer
 
 
+def _card(trainer: SLSAMTrainer, text: str) -> ModelCard:
+    base = trainer.model.config.name_or_path
+    if Path(base).is_dir():  # a card is read elsewhere, where this folder means nothing
+        base = HUB_NAME if Path(base).name == MODEL_NAME else None
+    header = ModelCardData(
+        base_model=base, library_name="peft", pipeline_tag="text-generation", tags=describe(trainer.slsam_config)
+    )
+    return ModelCard(f"---\n{header}\n---\n\n{text}")
+
+
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Return the model's greedy answer to a conversation, at most 64 tokens."""
     inputs = tokenizer.apply_chat_template(
@@ -158,10 +171,13 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def save_adapter(trainer: SLSAMTrainer, folder: Path) -> None:
-    """Write the adapter, tokenizer and model card to `folder`: all of it, or nothing.
+def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:
+    """Write the adapter, tokenizer and model card to `folder`. Files of other names in an existing folder stay.
 
-    Files of other names in an existing folder stay.
+    Args:
+        trainer (`SLSAMTrainer`): Whose adapter.
+        folder (`Path`): Made where it is missing, with its parents.
+        card (`str`): Text of the model card, without the YAML header.
 
     Raises:
         UserError: the folder cannot be written.
@@ -172,6 +188,7 @@ def save_adapter(trainer: SLSAMTrainer, folder: Path) -> None:
             new = Path(scratch) / "adapter"
             trainer.save_model(str(new))
             (new / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to whoever loads the adapter
+            _card(trainer, card).save(new / "README.md")
             folder.mkdir(exist_ok=True)
             for file in sorted(new.iterdir()):
                 os.replace(file, folder / file.name)

@@ -58,13 +58,15 @@ def load_config(model: str) -> PreTrainedConfig:
     """
     if model.lower() in BUILT_IN and not os.path.exists(model):
         return AutoConfig.for_model(**BUILT_IN[model.lower()])
+    close = difflib.get_close_matches(model.lower(), BUILT_IN, n=1, cutoff=0.6)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    if hint and "/" not in model and not os.path.exists(model):
+        raise UserError(f"there is no built-in shape {model!r}.{hint} There are: {', '.join(BUILT_IN)}.")
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise UserError(f"the folder {model!r} holds no config.json; pass a model's own folder, or the file itself.")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        close = difflib.get_close_matches(model.lower(), BUILT_IN, n=1, cutoff=0.6)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(
             f"no configuration for model {model!r}: {_first_line(error)}{hint}\n"
             f"Pass a built-in shape ({', '.join(BUILT_IN)}), a folder or file with a config.json that transformers "

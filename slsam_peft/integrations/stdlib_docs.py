@@ -61,11 +61,11 @@ def stdlib_docs(
     """
     from datasets import Dataset, DatasetDict
 
+    if sys.flags.optimize >= 2:
+        raise RuntimeError("Python's documentation strings are missing: run without -OO (and PYTHONOPTIMIZE=2).")
     held_out = list(_pairs(HELD_OUT_MODULES))
     answers = {answer for _, answer in held_out}
     train = [pair for pair in _pairs(TRAIN_MODULES) if pair[1] not in answers]
-    if not train or not held_out:
-        raise RuntimeError("Python's documentation strings are missing: run without -OO (and PYTHONOPTIMIZE=2).")
     rng = random.Random(seed)
     train = rng.sample(train, _size("n_train", n_train, len(train)))
     held_out = random.Random(0).sample(held_out, _size("n_test", n_test, len(held_out)))
