@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan, Rows
 from slsam_peft.integrations.compare.statistics import Difference, holm, paired_difference
+from slsam_peft.integrations.compare.store import Row
 
 METRICS = ("loss", "accuracy", "exact")
 
@@ -49,11 +51,33 @@ class Line:
 
 
 def build_report(plan: Plan, rows: Rows) -> list[Line]:
-    """Return the lines of a comparison, in its order; what is not done yet leaves gaps."""
+    """Return the lines of a comparison, in its order; what is not done yet leaves gaps.
+
+    Raises:
+        UserError: rows of one task and seed were trained on different data.
+    """
+    _check_data(plan, rows)
     groups: dict[tuple[str, str], list[Line]] = {}
     for task, method, match in plan.cells():
         groups.setdefault((task, match), []).append(_line(plan, rows, task, method, match))
     return [line for group in groups.values() for line in _compared(group, plan.settings.reference)]
+
+
+def _check_data(plan: Plan, rows: Rows) -> None:
+    """Data built on the spot may differ from one Python version to the next: such rows are no pairs."""
+    seen: dict[tuple[str, int], Row] = {}
+    for cell in plan.cells():
+        for job in plan.reported(rows, *cell):
+            row = rows.get(job.key)
+            if row is None or "error" in row:
+                continue
+            seed = job.settings["seed"]
+            first = seen.setdefault((job.task, seed), row)
+            if row["data"] != first["data"]:
+                raise UserError(
+                    f"rows {first['key']} and {row['key']} (task {job.task}, seed {seed}) were trained "
+                    "on different data, from another Python or package version; take out those of one of them."
+                )
 
 
 def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:

@@ -122,6 +122,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         "train_loss": sum(last) / len(last),
         "cost": sum(costs) / len(costs),
         "seconds": round(seconds, 1),
+        "data": data.fingerprint(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
 

@@ -1,5 +1,7 @@
 """The tasks of a comparison, each behind one function: settings and a seed to training, validation and test pairs."""
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ class TaskData:
     train: list[Pair]
     validation: list[Pair]
     test: list[Pair]
+
+    def fingerprint(self) -> str:
+        """Return a hash of the training and test pairs."""
+        return hashlib.sha256(json.dumps([self.train, self.test]).encode()).hexdigest()[:16]
 
 
 def load_task(task: TaskSettings, seed: int) -> TaskData:

@@ -1,0 +1,332 @@
+"""The parts of a comparison that need no model: settings, jobs, rows on disk, statistics, report."""
+
+import json
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slsam_peft.cli.compare_report import tables, write_markdown
+from slsam_peft.errors import UserError
+from slsam_peft.integrations.compare.jobs import Plan
+from slsam_peft.integrations.compare.report import build_report
+from slsam_peft.integrations.compare.settings import CompareSettings, parse_settings, read_settings
+from slsam_peft.integrations.compare.statistics import holm, paired_difference
+from slsam_peft.integrations.compare.store import RowStore
+from slsam_peft.integrations.compare.tasks import load_task, swap_answers
+from slsam_peft.integrations.compare.worker import next_row
+
+COSTS = {"plain": 1.0, "sam": 2.0, "cheap": 0.75}
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    """A comparison of three methods with two learning rates each."""
+    return {
+        "training": {"updates": 12},
+        "tasks": {"docs": {"source": "stdlib_docs", "rows": 8}},
+        "methods": {
+            "plain": {"learning_rates": [1e-4, 2e-4]},
+            "sam": {"learning_rates": [1e-3, 2e-3], "slsam": {"rho": 0.5, "active_fraction": 1.0}},
+            "cheap": {"learning_rates": [1e-3, 2e-3], "slsam": {"design": "depth", "cost_budget": 0.75}},
+        },
+        "seeds": [0, 1, 2],
+        "tuning_seed": 9,
+        **changes,
+    }
+
+
+def settings(**changes: Any) -> CompareSettings:
+    return parse_settings(values(**changes))
+
+
+def scored(job_settings: dict[str, Any], report: Any = None) -> dict[str, Any]:
+    """A made-up result: best at the larger learning rate, SAM 0.1 better, seeds apart."""
+    loss = 3.0 + 0.01 * job_settings["seed"] - job_settings["learning_rate"]
+    if job_settings["slsam"] is not None:
+        loss -= 0.1 + 0.001 * (job_settings["seed"] % 3)
+    return {"loss": loss, "accuracy": 0.5, "exact": 0.25, "cost": 1.0, "seconds": 1.0, "data": "same"}
+
+
+def finished(plan: Plan, folder: Path) -> RowStore:
+    """All rows of a plan."""
+    store = RowStore(folder / "rows.jsonl")
+    while next_row(plan, store, lambda *_: None, scored) is not None:
+        pass
+    return store
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": {"plain": {"learning_rate": [1e-3]}}}, "Did you mean 'learning_rates'"),
+        ({"tasks": {"d": {"source": "stdlib_doc", "rows": 8}}}, "Did you mean 'stdlib_docs'"),
+        ({"tasks": {"d": {"source": "stdlib_docs"}}}, "tasks.d.rows is missing"),
+        ({"tasks": {"d": {"source": "reasoning_gym", "rows": 8}}}, "puzzle=None"),
+        ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "noisy": 1.5}}}, "noisy=1.5"),
+        ({"methods": {"plain": {"learning_rates": []}}}, "learning_rates"),
+        ({"methods": {"plain": {"learning_rates": ["fast"]}}}, "'fast'"),
+        ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"roh": 0.1}}}}, "Did you mean 'rho'"),
+        ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"design": "deep"}}}}, "Did you mean 'depth'"),
+        ({"reference": "plane"}, "Did you mean 'plain'"),
+        ({"match": ["costs"]}, "Did you mean 'cost'"),
+        ({"seeds": [0, 9]}, "not reported"),
+        ({"seeds": [0, 0]}, "different"),
+        ({"training": {"updates": 0}}, "updates=0"),
+        ({"training": {"updates": 3, "prompt_format": "no place"}}, "prompt_format"),
+        ({"tasks": {}}, "tasks is empty"),
+        ({"sedes": [1]}, "Did you mean 'seeds'"),
+    ],
+)
+def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        settings(**change)
+    assert message in str(caught.value)
+
+
+def test_methods_must_have_the_same_tuning_budget() -> None:
+    methods = values()["methods"]
+    methods["sam"]["learning_rates"] = [1e-3]
+    with pytest.raises(UserError, match="same number of learning rates; they are plain: 2, sam: 1"):
+        settings(methods=methods)
+
+
+def test_learning_rates_may_be_spelled_as_yaml_reads_texts(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    text = json.dumps(values()).replace("0.0001, 0.0002", "1e-4, 2e-4")
+    config.write_text(text)
+    assert read_settings(config).methods["plain"].learning_rates == (1e-4, 2e-4)
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.yaml cannot be read"):
+        read_settings(tmp_path / "missing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"bad\.yaml is not valid YAML"):
+        read_settings(tmp_path / "bad.yaml")
+
+
+# Jobs
+
+
+def test_updates_are_matched_by_cost() -> None:
+    plan = Plan(settings(), COSTS)
+    assert [plan.updates("docs", method, "cost") for method in COSTS] == [12, 6, 16]
+    assert [plan.updates("docs", method, "updates") for method in COSTS] == [12, 12, 12]
+
+
+def test_runs_of_both_matches_are_shared_where_they_are_equal() -> None:
+    plan = Plan(settings(), COSTS)
+    assert plan.job("docs", "plain", "cost", 1e-4, 0).key == plan.job("docs", "plain", "updates", 1e-4, 0).key
+    assert plan.job("docs", "sam", "cost", 1e-4, 0).key != plan.job("docs", "sam", "updates", 1e-4, 0).key
+
+
+def test_key_depends_on_what_decides_the_result_and_not_on_names() -> None:
+    renamed = values()
+    renamed["methods"]["sharp"] = renamed["methods"].pop("sam")
+    here, there = Plan(settings(), COSTS), Plan(parse_settings(renamed), {**COSTS, "sharp": 2.0})
+    key = here.job("docs", "sam", "cost", 1e-3, 0).key
+    assert key == there.job("docs", "sharp", "cost", 1e-3, 0).key
+    longer = Plan(settings(training={"updates": 12, "max_length": 99}), COSTS)
+    assert key != longer.job("docs", "sam", "cost", 1e-3, 0).key
+
+
+def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> None:
+    plan = Plan(settings(match=["updates"]), COSTS)
+    first = list(plan.pending({}))
+    assert {job.settings["seed"] for job in first} == {9}
+    assert {job.settings["split"] for job in first} == {"validation"}
+    assert plan.counts({}) == (0, 6 + 9)
+    rows = finished(plan, tmp_path).read()
+    assert plan.best_rate(rows, "docs", "plain", "updates") == 2e-4
+    assert plan.counts(rows) == (15, 15)
+    reported = [row["settings"] for row in rows.values() if row["settings"]["seed"] != 9]
+    assert {(s["split"], s["learning_rate"]) for s in reported} == {("test", 2e-4), ("test", 2e-3)}
+    assert [s["seed"] for s in reported] == [0] * 3 + [1] * 3 + [2] * 3  # partial results are balanced
+
+
+def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:
+    def diverges(job: dict[str, Any], report: Any) -> dict[str, Any]:
+        return {"error": "NaN"} if job["learning_rate"] in (2e-4, 1e-3, 2e-3) else scored(job)
+
+    plan, store = Plan(settings(match=["updates"]), COSTS), RowStore(tmp_path / "rows.jsonl")
+    while next_row(plan, store, lambda *_: None, diverges) is not None:
+        pass
+    rows = store.read()
+    assert plan.best_rate(rows, "docs", "plain", "updates") == 1e-4
+    assert plan.best_rate(rows, "docs", "sam", "updates") is None
+    assert len(rows) == 6 + 3
+    lines = {line.method: line for line in build_report(plan, rows)}
+    assert lines["sam"].rate is None
+    assert len(lines["plain"].scores["loss"]) == 3
+
+
+# Rows on disk
+
+
+def test_rows_survive_a_writer_that_was_killed(tmp_path: Path) -> None:
+    store = RowStore(tmp_path / "deep" / "rows.jsonl")
+    store.append({"key": "a", "loss": 1.0})
+    with store.path.open("a") as file:
+        file.write('{"key": "b", "lo')
+    assert list(store.read()) == ["a"]
+    store.append({"key": "c", "loss": 2.0})
+    assert list(store.read()) == ["a", "c"]
+
+
+def test_claims_exclude_each_other_and_what_is_done(tmp_path: Path) -> None:
+    store, other = RowStore(tmp_path / "rows.jsonl"), RowStore(tmp_path / "rows.jsonl")
+    with store.claim("a") as ours, other.claim("a") as theirs, other.claim("b") as free:
+        assert (ours, theirs, free) == (True, False, True)
+    with other.claim("a") as ours:
+        assert ours
+    store.append({"key": "a"})
+    with other.claim("a") as ours:
+        assert not ours
+
+
+def _work(folder: str) -> None:
+    plan, store = Plan(settings(), COSTS), RowStore(Path(folder) / "rows.jsonl")
+    while next_row(plan, store, lambda *_: None, scored, wait=0.01) is not None:
+        pass
+
+
+def test_workers_share_the_jobs(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_work, args=(str(tmp_path),)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines]
+    plan = Plan(settings(), COSTS)
+    assert len(keys) == len(set(keys)) == plan.counts(RowStore(tmp_path / "rows.jsonl").read())[1]
+
+
+# Statistics
+
+
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """Of 300 samples of 12, about 95 % of the intervals hold the true mean; bootstrap ones fall a little short."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(300):
+        sample = dict(enumerate(rng.normal(0.5, 1.0, 12)))
+        difference = paired_difference(sample, dict.fromkeys(sample, 0.0))
+        hits += difference.low <= 0.5 <= difference.high
+    assert 0.86 <= hits / 300 <= 0.98
+
+
+def test_difference_is_paired_by_seed() -> None:
+    reference = {0: 3.0, 1: 5.0, 2: 9.0, 3: 1.0}
+    method = {0: 2.9, 1: 4.88, 2: 8.89, 7: 0.0}
+    difference = paired_difference(method, reference)
+    assert sorted(difference.values) == [0, 1, 2]
+    assert difference.mean == pytest.approx(-0.11)
+    assert difference.low <= difference.mean <= difference.high < 0
+    assert difference.p < 0.01
+    assert paired_difference({5: 1.0}, reference) is None
+
+
+def test_few_or_equal_seeds_give_no_false_certainty() -> None:
+    one = paired_difference({0: 1.0}, {0: 2.0})
+    assert math.isnan(one.low) and math.isnan(one.p)
+    equal = paired_difference({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+    assert (equal.low, equal.mean, equal.high, equal.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+@given(st.lists(st.floats(0, 1) | st.just(math.nan), max_size=12))
+def test_holm_keeps_order_and_never_lowers(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    pairs = [(p, c) for p, c in zip(p_values, corrected, strict=True) if not math.isnan(p)]
+    assert all(p <= c <= 1.0 for p, c in pairs)
+    assert [c for _, c in sorted(pairs)] == sorted(c for _, c in pairs)
+    assert all(math.isnan(c) for p, c in zip(p_values, corrected, strict=True) if math.isnan(p))
+
+
+# Report
+
+
+def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    rows = finished(plan, tmp_path).read()
+    lines = {(line.method, line.match): line for line in build_report(plan, rows)}
+    sam = lines["sam", "cost"]
+    assert (sam.rate, sam.updates, sam.failed) == (2e-3, 6, 0)
+    assert sam.differences["loss"].mean == pytest.approx(-0.1 - 0.001 - 2e-3 + 2e-4)
+    assert sam.differences["loss"].high < 0
+    assert not lines["plain", "cost"].differences
+    assert sam.corrected["loss"] >= sam.differences["loss"].p
+
+
+def test_report_of_unfinished_rows_has_gaps(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    write_markdown(build_report(plan, {}), "loss", plan.settings, tmp_path / "t.md")
+    text = (tmp_path / "t.md").read_text()
+    assert text.count("| open |") == 6
+    assert "| nan |" not in text
+    assert len(tables(build_report(plan, {}), "exact", plan.settings)) == 2
+
+
+def test_rows_of_different_data_are_not_compared(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    store = finished(plan, tmp_path)
+    job = plan.job("docs", "sam", "cost", 2e-3, 1)
+    store.append({**store.read()[job.key], "data": "other"})
+    with pytest.raises(UserError, match="seed 1"):
+        build_report(plan, store.read())
+
+
+# Tasks
+
+
+def test_docs_are_split_and_reproducible() -> None:
+    task = settings(tasks={"d": {"source": "stdlib_docs", "rows": 16, "noisy": 0.25}}).tasks["d"]
+    data, again, other = load_task(task, 0), load_task(task, 0), load_task(task, 1)
+    assert data == again
+    assert data.train != other.train
+    assert (data.test, data.validation) == (other.test, other.validation)
+    assert (len(data.train), len(data.validation), len(data.test)) == (16, 96, 128)
+    texts = [json.dumps(pair) for pair in data.validation + data.test]
+    assert len(set(texts)) == len(texts)
+    clean = load_task(settings(tasks={"d": {"source": "stdlib_docs", "rows": 16}}).tasks["d"], 0)
+    assert sum(a != b for a, b in zip(data.train, clean.train, strict=True)) == 4
+
+
+def test_puzzles_are_split_and_reproducible() -> None:
+    pytest.importorskip("reasoning_gym")
+    options = {"source": "reasoning_gym", "puzzle": "chain_sum", "rows": 32, "test_rows": 16, "validation_rows": 8}
+    task = settings(tasks={"d": options}).tasks["d"]
+    data, other = load_task(task, 0), load_task(task, 1)
+    assert data == load_task(task, 0)
+    assert (data.test, data.validation) == (other.test, other.validation)
+    questions = [pair[0][0]["content"] for pair in data.train + data.validation + data.test]
+    assert len(set(questions)) == len(questions) == 56
+    assert all(answer.lstrip("-").isdigit() for _, answer in data.test)
+    missing = settings(tasks={"d": {**options, "puzzle": "chain_summ"}}).tasks["d"]
+    with pytest.raises(UserError, match="chain_summ"):
+        load_task(missing, 0)
+
+
+@given(st.integers(2, 40), st.integers(0, 5))
+def test_swapped_answers_are_wrong_and_the_same_ones(count: int, seed: int) -> None:
+    pairs = [(str(i), str(i)) for i in range(count)]
+    swapped = swap_answers(pairs, 1.0, seed)
+    assert [question for question, _ in swapped] == [question for question, _ in pairs]
+    assert sorted(answer for _, answer in swapped) == sorted(answer for _, answer in pairs)
+    assert all(question != answer for question, answer in swapped)
+    assert swap_answers(pairs, 0.0, seed) == pairs
