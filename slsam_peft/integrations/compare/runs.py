@@ -172,7 +172,8 @@ def build_trainer(
     """Return the trainer of a run: the same initial adapter and batches for every method of a seed.
 
     Args:
-        model, tokenizer: From `load_model`.
+        model (`PreTrainedModel`): Base model, from `load_model`.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         train (`Sequence[Tokens]`): Rows, in the order they are trained on.
         settings (`dict`): `Job.settings`.
         scratch (`str`): Folder for whatever the trainer writes.

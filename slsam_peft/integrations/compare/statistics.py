@@ -36,7 +36,8 @@ def paired_difference(method: Mapping[int, float], reference: Mapping[int, float
     """Compare two sets of scores on the seeds they share; `None` where they share none.
 
     Args:
-        method, reference (`dict[int, float]`): Score by seed.
+        method (`dict[int, float]`): Scores of a method, by seed.
+        reference (`dict[int, float]`): Scores of the reference, by seed.
     """
     seeds = sorted(method.keys() & reference.keys())
     if not seeds:
@@ -52,9 +53,7 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     if np.ptp(values) == 0:  # every resample has this mean
         return float(values[0]), float(values[0])
-    done = stats.bootstrap(
-        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
-    )
+    done = stats.bootstrap((values,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, rng=0)
     return float(done.confidence_interval.low), float(done.confidence_interval.high)
 
 
