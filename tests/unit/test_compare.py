@@ -122,6 +122,20 @@ def test_updates_are_matched_by_cost() -> None:
     assert [plan.updates("docs", method, "updates") for method in COSTS] == [12, 12, 12]
 
 
+def test_smaller_batches_cost_in_proportion() -> None:
+    methods = values()["methods"]
+    methods["sam"]["batch_size"] = 2
+    plan = Plan(settings(methods=methods), COSTS)
+    assert plan.updates("docs", "sam", "cost") == 12
+    assert plan.job("docs", "sam", "cost", 1e-3, 0).settings["training"]["batch_size"] == 2
+    assert plan.job("docs", "plain", "cost", 1e-4, 0).settings["training"]["batch_size"] == 4
+    job = plan.job("docs", "sam", "cost", 1e-3, 0)
+    tuned = {j.key: {"loss": 1.0} for j in plan.tuning("docs", "sam", "cost")}
+    row = {"loss": 1.0, "accuracy": 0.5, "exact": 0.5, "cost": 2.0, "data": "same"}
+    line = next(x for x in build_report(plan, {**tuned, job.key: row}) if (x.method, x.match) == ("sam", "cost"))
+    assert (line.cost, line.total_cost) == (1.0, 12.0)
+
+
 def test_runs_of_both_matches_are_shared_where_they_are_equal() -> None:
     plan = Plan(settings(), COSTS)
     assert plan.job("docs", "plain", "cost", 1e-4, 0).key == plan.job("docs", "plain", "updates", 1e-4, 0).key

@@ -41,17 +41,21 @@ class Plan:
 
     Args:
         settings (`CompareSettings`): The comparison.
-        costs (`dict[str, float]`): Expected cost of an update of each method, in plain LoRA updates.
+        costs (`dict[str, float]`): Expected cost of an update of each method, in plain LoRA updates of its batch size.
     """
 
     def __init__(self, settings: CompareSettings, costs: Mapping[str, float]) -> None:
         self.settings = settings
         self.costs = costs
 
+    def batch_share(self, method: str) -> float:
+        """Return a method's batch size as a multiple of the common one: what its plain LoRA update costs."""
+        return self.settings.batch_size(method) / self.settings.training.batch_size
+
     def updates(self, task: str, method: str, match: str) -> int:
         """Return how many updates a method gets."""
         wanted = self.settings.tasks[task].updates or self.settings.training.updates
-        cost = self.costs[method] if match == "cost" else 1.0
+        cost = self.costs[method] * self.batch_share(method) if match == "cost" else 1.0
         return max(1, round(wanted * self.settings.methods[method].updates_share / cost))
 
     def job(self, task: str, method: str, match: str, rate: float, seed: int) -> Job:
@@ -60,7 +64,7 @@ class Plan:
         values = {
             "model": self.settings.model,
             "task": plain_values(self.settings.tasks[task]),
-            "training": plain_values(self.settings.training),
+            "training": {**plain_values(self.settings.training), "batch_size": self.settings.batch_size(method)},
             "slsam": None if how.slsam is None else dict(how.slsam),
             "random_rho": how.random_rho,
             "learning_rate": rate,

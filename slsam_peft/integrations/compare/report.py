@@ -21,7 +21,7 @@ class Line:
         tried (`tuple[float, ...]`): Learning rates tried on the tuning seed.
         updates (`int`): Updates of a run.
         scores (`dict[str, dict[int, float]]`): Score by metric and seed.
-        cost (`float` or `None`): Mean counted cost of an update, in plain LoRA updates.
+        cost (`float` or `None`): Mean counted cost of an update, in plain LoRA updates of the common batch size.
         failed (`int`): Runs that diverged.
         differences (`dict[str, Difference]`): By metric, against the reference; empty for the reference.
         corrected (`dict[str, float]`): Holm-corrected p-values by metric, over all lines of the task and match.
@@ -92,7 +92,7 @@ def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
         tried=plan.settings.methods[method].learning_rates,
         updates=plan.updates(task, method, match),
         scores={metric: {seed: row[metric] for seed, row in good} for metric in METRICS},
-        cost=sum(row["cost"] for _, row in good) / len(good) if good else None,
+        cost=plan.batch_share(method) * sum(row["cost"] for _, row in good) / len(good) if good else None,
         failed=len(done) - len(good),
         differences={},
         corrected={},

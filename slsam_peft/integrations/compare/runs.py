@@ -37,7 +37,9 @@ Report = Callable[[int, int], None]  # updates done, updates in all
 
 
 def expected_costs(settings: CompareSettings) -> dict[str, float]:
-    """Return each method's expected cost of an update in plain LoRA updates, from the model's config alone.
+    """Return each method's expected cost of an update, in plain LoRA updates of its own batch size.
+
+    It is read from the model's config alone, no weights are loaded.
 
     Raises:
         UserError: the model's config cannot be read, or a `cost_budget` is out of reach.
@@ -47,13 +49,12 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(config), lora(training))
     costs = CostModel.from_model(model, training.gradient_checkpointing)
-    shapes = [(training.batch_size, TYPICAL_LENGTH)]
     expected = {}
     for name, method in settings.methods.items():
         if method.slsam is None:
             expected[name] = 1.0
             continue
-        slsam = SLSAMConfig.from_dict(method.slsam)
+        slsam, shapes = SLSAMConfig.from_dict(method.slsam), [(settings.batch_size(name), TYPICAL_LENGTH)]
         cost = ExpectedCost(costs, arms_of(model, slsam.granularity), slsam, shapes)
         try:
             fraction = slsam.fraction if slsam.cost_budget is None else cost.solve(slsam.cost_budget)

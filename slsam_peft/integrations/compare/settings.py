@@ -112,6 +112,7 @@ class MethodSettings:
         learning_rates (`list[float]`): Tried on the tuning seed; the best one is used on all others.
         slsam (`dict`, *optional*): Settings of SL-SAM. Missing: plain LoRA.
         random_rho (`float`, *optional*): A control: a random perturbation of this L2 norm in place of an ascent.
+        batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; an update costs in proportion.
         updates_share (`float`, *optional*, defaults to `1.0`): Share of the updates that it gets, for controls that
             stop early.
     """
@@ -119,6 +120,7 @@ class MethodSettings:
     learning_rates: tuple[float, ...]
     slsam: Mapping[str, Any] | None = None
     random_rho: float | None = None
+    batch_size: int | None = None
     updates_share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -127,6 +129,8 @@ class MethodSettings:
             raise ValueError(f"learning_rates={rates!r} must be a list of one or more numbers.")
         # YAML takes 1e-3 for a text: it wants 1.0e-3.
         object.__setattr__(self, "learning_rates", tuple(_positive("learning_rates", rate) for rate in rates))
+        if self.batch_size is not None:
+            _at_least_one("batch_size", self.batch_size)
         object.__setattr__(self, "updates_share", _positive("updates_share", self.updates_share))
         if self.random_rho is not None:
             object.__setattr__(self, "random_rho", _positive("random_rho", self.random_rho))
@@ -162,6 +166,10 @@ class CompareSettings:
     model: str = "smollm2"
     match: tuple[str, ...] = MATCHES
     reference: str = "plain"
+
+    def batch_size(self, method: str) -> int:
+        """Return the sequences per update of a method."""
+        return self.methods[method].batch_size or self.training.batch_size
 
     def __post_init__(self) -> None:
         check_name("reference", self.reference, tuple(self.methods))
