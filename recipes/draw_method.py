@@ -77,7 +77,7 @@ def main() -> None:
     arrow(axes, (7.5, 6.2), (8.06, 6.2))
     axes.text(7.78, 6.42, "g'", ha="center", fontsize=9, color=INK)
     arrow(axes, (3.3, 8.5), (5.9, 8.5), bend=-0.12)
-    axes.text(4.6, 8.76, "e = ρ g / |g|", ha="center", fontsize=9, color=INK)
+    axes.text(4.6, 8.92, "e = ρ g / |g|", ha="center", fontsize=9, color=INK)
     arrow(axes, (2.3, 8.55), (0.6, 7.98), bend=0.25)
     axes.text(0.55, 8.5, "norms per arm", ha="center", fontsize=8, color=INK)
     axes.plot([], [], color="#2a6f97", label="forward")

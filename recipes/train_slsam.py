@@ -16,6 +16,7 @@ from slsam_peft import SLSAMConfig, SLSAMTrainer
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
     parser.add_argument("--data", required=True, help="a JSONL file")
@@ -27,6 +28,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train, save the adapter and show what the sampler has learned."""
     options = parse(argv)
     on_gpu = torch.cuda.is_available()
     trainer = SLSAMTrainer(
@@ -50,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train()
     trainer.save_model()
     for arm, probability in zip(trainer.slsam.arms, trainer.slsam.probabilities.tolist(), strict=True):
-        print(f"{arm.name}: active with probability {probability:.2f}")
-    print(f'Adapter: PeftModel.from_pretrained(base, "{options.output_dir}")')
+        trainer.accelerator.print(f"{arm.name}: active with probability {probability:.2f}")
+    trainer.accelerator.print(f'Adapter: PeftModel.from_pretrained(base, "{options.output_dir}")')
 
 
 if __name__ == "__main__":
