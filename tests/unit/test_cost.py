@@ -1,0 +1,295 @@
+"""The cost model by hand, its linear form, and budgets."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+import slsam_peft
+from slsam_peft.arms import arms_of
+from slsam_peft.block_cost import Size
+from slsam_peft.budget import independent_reach, reach_of, solve_active_fraction
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.cost import CostModel, Rule, ascent_share
+from slsam_peft.planning import ExpectedCost
+from tests.tolerances import EXACT_FLOAT64
+
+BLOCKS, WIDTH, INNER, KEYS, WORDS, RANK = 6, 96, 256, 48, 500, 4
+SHAPES = [(4, 64)]
+
+
+def tiny_llama(targets="all-linear", blocks=BLOCKS):
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        lora = LoraConfig(r=RANK, target_modules=targets, task_type="CAUSAL_LM")
+        return get_peft_model(model, lora, low_cpu_mem_usage=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def cost(model):
+    return CostModel.from_model(model, checkpointing=True)
+
+
+# Multiply-adds a token of one block, written out: q and o, k and v, then gate, up and down.
+BASE = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
+ADAPTERS = RANK * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + KEYS) + 3 * (WIDTH + INNER))
+INPUTS = WIDTH * (WIDTH + 2 * KEYS) + 3 * RANK * WIDTH  # read the block's input: q, k, v and their A
+LAST = RANK * WIDTH  # B of down
+TOKENS, PAIRS, SCORED = 4 * 64, 4 * 64 * 64, 4 * 63
+HEAD = 3 * 2 * WORDS * WIDTH * SCORED
+
+
+def test_plain_update_is_the_sum_written_out(cost):
+    forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
+    again = forward - 2 * LAST * TOKENS
+    backward = 2 * (BASE + 2 * ADAPTERS) * TOKENS + 8 * WIDTH * PAIRS
+    assert cost.plain(SHAPES) == BLOCKS * (forward + again + backward) + HEAD
+
+
+def test_without_checkpointing_nothing_runs_again_and_block_0_needs_no_input_gradient(model):
+    plain = CostModel.from_model(model, checkpointing=False).plain(SHAPES)
+    forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
+    backward = 2 * (BASE + 2 * ADAPTERS) * TOKENS + 8 * WIDTH * PAIRS
+    assert plain == BLOCKS * (forward + backward) - 2 * INPUTS * TOKENS + HEAD
+
+
+def test_two_passes_over_everything(cost):
+    branches = 3 * 2 * ADAPTERS * TOKENS  # forward, again, input gradient; pass 2 only
+    floor = (2 * 2 * INPUTS + 2 * 3 * RANK * WIDTH) * TOKENS  # both passes; the branches beside q, k and v's A once
+    assert cost.update([True] * BLOCKS, SHAPES) == 2 * cost.plain(SHAPES) + BLOCKS * branches - floor
+    assert cost.lora_sam(SHAPES) == 2 * cost.plain(SHAPES)
+
+
+def test_one_pass_above_a_floor(cost):
+    """Below the floor forward only; an inactive block above it passes gradients on but makes none."""
+    active = [False, False, True, False, True, True]
+    forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
+    through = forward - 2 * LAST * TOKENS + 2 * (BASE + ADAPTERS) * TOKENS + 8 * WIDTH * PAIRS
+    expected = BLOCKS * forward + 4 * through + 3 * 2 * ADAPTERS * TOKENS - 2 * INPUTS * TOKENS + HEAD
+    assert cost.update(active, SHAPES, Rule(perturbed=False)) == expected
+
+
+def test_prefix_reuse_saves_the_forward_below_the_floor(cost):
+    active = [False] * 4 + [True] * 2
+    forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
+    whole, reused = (cost.update(active, SHAPES, Rule(reused=kept)) for kept in (0, None))
+    assert whole - reused == 4 * forward
+    assert cost.reuse_check(4, SHAPES[0]) == 2 * forward + HEAD / 3
+
+
+def test_partial_ascent_is_two_passes_where_it_sees_everything(cost):
+    active, shapes = [False] * 3 + [True] * 3, [(2, 32)] * 4
+    assert cost.update(active, shapes, Rule(ascent="partial", ascent_fraction=1.0)) == cost.update(active, shapes)
+    quarter = Rule(ascent="partial", ascent_fraction=0.25)
+    one = Rule(perturbed=False)
+    first, rest = cost.update(active, shapes[:1]), 3 * cost.update(active, shapes[:1], Rule(ascent="remembered"))
+    assert cost.update(active, shapes, one) < cost.update(active, shapes, quarter)
+    assert cost.update(active, shapes, quarter) == pytest.approx(first + rest, rel=EXACT_FLOAT64)
+
+
+def test_parts_of_a_partial_ascent():
+    rule = Rule(ascent="partial", ascent_fraction=0.25)
+    assert rule.parts([(8, 16)])[1:] == (Size.of([(2, 16)]), Size())
+    assert rule.parts([(2, 16)] * 8)[1:] == (Size.of([(2, 16)] * 2),) * 2
+    assert rule.parts([(1, 16), (3, 8)])[1] == Size.of([(1, 16)])
+    assert [ascent_share(0.25, n) for n in (1, 2, 4, 7, 8)] == [1, 1, 1, 2, 2]
+
+
+RULES = [
+    Rule(),
+    Rule(reused=0),
+    Rule(perturbed=False),
+    Rule(ascent="remembered"),
+    Rule(ascent="partial"),
+    Rule(descent="all"),
+    Rule(ascent="partial", descent="all"),
+]
+
+
+@given(
+    active=st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS).filter(any),
+    rule=st.sampled_from(RULES),
+    shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(2, 40)), min_size=1, max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_linear_form_and_names_agree_with_the_update(cost, active, rule, shapes):
+    exact = cost.ratio(active, shapes, rule)
+    floor = active.index(True)
+    reach = [float(i >= floor) for i in range(BLOCKS)]
+    assert cost.linear_terms(shapes, rule).expected(reach, active) == pytest.approx(exact, rel=EXACT_FLOAT64)
+    names = [name for block, on in zip(cost.decoder.blocks, active, strict=True) if on for name in block.trainable]
+    assert cost.ratio(names, shapes, rule) == pytest.approx(exact, rel=EXACT_FLOAT64)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nested_design_is_linear_in_its_probabilities(cost, rule):
+    const, c = cost.linear_terms(SHAPES, rule).depth_terms()
+    floors = [0.1, 0.0, 0.2, 0.3, 0.15, 0.25]
+    p = list(itertools.accumulate(floors))
+    exact = sum(
+        share * cost.ratio([i >= floor for i in range(BLOCKS)], SHAPES, rule) for floor, share in enumerate(floors)
+    )
+    assert const + sum(a * b for a, b in zip(c, p, strict=True)) == pytest.approx(exact, rel=EXACT_FLOAT64)
+
+
+def test_a_higher_floor_never_costs_more(cost):
+    for rule in RULES:
+        costs = [cost.update([i >= floor for i in range(BLOCKS)], SHAPES, rule) for floor in range(BLOCKS)]
+        assert costs == sorted(costs, reverse=True)
+
+
+def test_branches_cost_only_where_they_are(cost):
+    everything = [True] * BLOCKS
+    rule = Rule(ascent="remembered")
+    assert cost.update(everything, SHAPES, rule, branches=()) == cost.update(everything, SHAPES, Rule(perturbed=False))
+    names = cost.decoder.blocks[3].trainable
+    more = cost.update(everything, SHAPES, rule, branches=names) - cost.update(everything, SHAPES, rule, branches=())
+    assert more == 3 * 2 * ADAPTERS * TOKENS
+
+
+def test_independent_reach_against_all_masks():
+    p = [0.3, 0.05, 0.6, 0.2]
+    masks = [mask for mask in itertools.product((False, True), repeat=4) if any(mask)]
+    weights = [torch.tensor([q if on else 1 - q for q, on in zip(p, mask, strict=True)]).prod() for mask in masks]
+    total = float(sum(weights))
+    reach, inclusion = independent_reach(p)
+    for i in range(4):
+        below = sum(float(w) for w, m in zip(weights, masks, strict=True) if any(m[: i + 1])) / total
+        active = sum(float(w) for w, m in zip(weights, masks, strict=True) if m[i]) / total
+        assert reach[i] == pytest.approx(below, rel=1e-6)
+        assert inclusion[i] == pytest.approx(active, rel=1e-6)
+    assert reach_of([(False, True, True), (False, False, True)]) == ([0.0, 0.5, 1.0], [0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({"design": "depth"}, 1.2),
+        ({"design": "depth", "ascent": "partial"}, 0.85),
+        ({"design": "depth", "ascent": "remembered"}, 0.7),
+        ({"design": "bernoulli"}, 1.7),
+        ({"design": "fixed_size"}, 1.7),
+        ({"design": "depth", "descent": "all"}, 1.4),
+    ],
+)
+def test_budget_is_met_in_expectation(model, cost, changes, budget):
+    config = SLSAMConfig(**changes)
+    expected = ExpectedCost(cost, arms_of(model), config, SHAPES)
+    fraction = expected.solve(budget)
+    assert 1 / BLOCKS <= fraction <= 1
+    # averaged over 256 draws, the expectation of a fixed-size design moves in steps
+    assert expected(fraction) == pytest.approx(budget, rel=1e-2 if config.design == "fixed_size" else 1e-3)
+    assert expected(1.0) == pytest.approx(
+        cost.ratio([True] * BLOCKS, SHAPES, Rule(ascent=config.ascent, descent=config.descent)), rel=EXACT_FLOAT64
+    )
+
+
+def test_finer_arms_reach_lower_than_blocks(model, cost):
+    config = SLSAMConfig(design="bernoulli")
+    block, module = (ExpectedCost(cost, arms_of(model, name), config, SHAPES) for name in ("block", "module"))
+    assert module(0.2) > block(0.2)  # more arms, a lower floor
+
+
+def test_solver_names_what_is_reachable():
+    def expected(fraction):
+        return 0.5 + 1.5 * fraction
+
+    assert solve_active_fraction(expected, 1.1, 0.1) == pytest.approx(0.4, abs=1e-3)
+    with pytest.raises(ValueError, match=r"cost_budget=0\.5 .* between 0\.650 and 2\.000 .*ascent='partial'"):
+        solve_active_fraction(expected, 0.5, 0.1)
+    with pytest.raises(ValueError, match=r"cost_budget=2\.5 .* between 0\.650 and 2\.000 .*active_fraction=1"):
+        solve_active_fraction(expected, 2.5, 0.1)
+
+
+def test_wrong_active_sets_are_refused(cost):
+    with pytest.raises(ValueError, match="3 flags; the model has 6 blocks"):
+        cost.update([True] * 3, SHAPES)
+    with pytest.raises(ValueError, match="empty"):
+        cost.update([False] * BLOCKS, SHAPES)
+    with pytest.raises(ValueError, match="empty"):
+        cost.update(["no.such.parameter"], SHAPES)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="no stack of transformer blocks"):
+        CostModel.from_model(torch.nn.Linear(2, 2), True)
+
+
+def test_adapters_on_expert_weights_are_refused():
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    lora = LoraConfig(target_parameters=["mlp.experts.down_proj"], target_modules=[], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="adapts no linear module"):
+        CostModel.from_model(get_peft_model(model, lora), True)
+
+
+def test_only_the_active_adapter_counts(cost):
+    model = tiny_llama()
+    model.add_adapter("second", LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert CostModel.from_model(model, True).plain(SHAPES) == cost.plain(SHAPES)
+
+
+def test_trained_embeddings_send_the_floor_to_the_bottom():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_llama().config)
+        lora = LoraConfig(
+            r=RANK, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    cost = CostModel.from_model(model, checkpointing=False)
+    below, head = cost.decoder.below_trainable, cost.decoder.head_trainable
+    assert len(below) == len(head) == 1
+    assert "embed_tokens" in next(iter(below))
+    top = cost.decoder.blocks[-1].trainable
+    low, high = cost.update([*below, *top], SHAPES), cost.update(top, SHAPES)
+    assert low > high
+    assert cost.update([*top, *head], SHAPES) - high == pytest.approx(2 * HEAD / 3, rel=EXACT_FLOAT64)
+
+
+def test_packed_four_bit_weights_count_like_dense_ones(cost):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = tiny_llama()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name == "base_layer" and isinstance(child, torch.nn.Linear):
+                packed = bitsandbytes.nn.Linear4bit(child.in_features, child.out_features, bias=False, device="meta")
+                setattr(parent, name, packed)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    assert CostModel.from_model(model, True).plain(SHAPES) == cost.plain(SHAPES)
+
+
+def test_cost_modules_stand_alone():
+    """They import torch and one another, so that a plan needs nothing of the method."""
+    allowed = {"matmuls", "block_cost", "budget", "cost"}
+    for name in allowed:
+        tree = ast.parse((Path(slsam_peft.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for module in modules:
+                top, _, rest = module.partition(".")
+                assert top != "slsam_peft" or rest in allowed, f"{name} imports {module}"
+                assert top not in {"transformers", "peft", "trl", "accelerate", "bitsandbytes"}
