@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
+from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.integrations.trainer import SLSAMTrainer
@@ -79,6 +80,7 @@ def load_nf4(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
         said = " ".join(str(error).split())
         raise UserError(f"--model {name_or_path} could not be loaded: {said[:400]}") from error
+    keep_trainable(model)  # it is evaluated before it is trained
     return model, tokenizer
 
 
