@@ -1,0 +1,251 @@
+"""Imports point one way, the algorithm needs torch only, and calls that lose data or run foreign code are absent."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import slsam_peft
+
+PACKAGE = Path(slsam_peft.__file__).parent
+LEAVES = ("config", "errors")  # the standard library only
+PARTS = ("arms", "bandit", "cost", "horizon", "perturbation", "sampling")  # know nothing of one another
+FRAMEWORKS = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl"}
+
+# `x.data = ...` rebinds a storage that an optimizer or a saved copy may still point at.
+REBINDING = {"integrations/peft.py: restore_float32": "the dtype changes, before there is an optimizer"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One name that a module imports."""
+
+    target: str  # dotted
+    at_top: bool  # runs when the module is imported
+    line: int
+
+
+def path_of(module: str) -> Path:
+    folder = PACKAGE.joinpath(*module.split("."))
+    return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+
+
+@cache
+def modules() -> tuple[str, ...]:
+    """Every module below the package, by its dotted name without the package's."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return tuple(name for name in found if name)
+
+
+def core() -> list[str]:
+    return [name for name in modules() if name.split(".")[0] not in ("integrations", "cli")]
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(path_of(module).read_text(encoding="utf-8"), str(path_of(module)))
+
+
+def statements(nodes: list[ast.stmt], at_top: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Import statements that can run; those under `if TYPE_CHECKING` never do."""
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, at_top
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from statements(node.orelse, at_top)
+        else:
+            in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            for child in ast.iter_child_nodes(node):
+                below = [child] if isinstance(child, ast.stmt) else getattr(child, "body", [])
+                yield from statements(below if isinstance(below, list) else [], at_top and not in_function)
+
+
+@cache
+def imports(module: str) -> tuple[Import, ...]:
+    found = []
+    for node, at_top in statements(tree_of(module).body, at_top=True):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        else:
+            assert node.level == 0, f"{module}, line {node.lineno}: a relative import"
+            # `from package import name` may import a module of that name.
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [Import(target, at_top, node.lineno) for target in targets]
+    return tuple(found)
+
+
+def own(target: str) -> str | None:
+    """Name of our module that an import target lies in."""
+    if target.split(".")[0] != "slsam_peft":
+        return None
+    parts = target.split(".")[1:]
+    while parts and ".".join(parts) not in modules():
+        parts.pop()
+    return ".".join(parts)
+
+
+def reached(module: str) -> dict[str, str]:
+    """Modules that importing `module` or calling what is in it can bring in, each with the one that asks for it."""
+    found, waiting = {}, [module]
+    while waiting:
+        here = waiting.pop()
+        for target in filter(None, (own(i.target) for i in imports(here))):
+            if target not in found:
+                found[target] = here
+                waiting.append(target)
+    return found
+
+
+def test_the_named_parts_are_there() -> None:
+    expected = {
+        *LEAVES,
+        *PARTS,
+        "slsam",
+        "integrations.trainer",
+        "integrations.checkpoint",
+        "integrations.peft",
+        "cli.main",
+    }
+    assert expected <= set(modules())
+
+
+@pytest.mark.parametrize("module", LEAVES)
+def test_leaves_need_the_standard_library_only(module: str) -> None:
+    assert {i.target.split(".")[0] for i in imports(module)} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", core())
+def test_the_algorithm_needs_torch_only(module: str) -> None:
+    allowed = {*sys.stdlib_module_names, "slsam_peft", "torch"}
+    foreign = [f"line {i.line}: {i.target}" for i in imports(module) if i.target.split(".")[0] not in allowed]
+    assert not foreign
+
+
+@pytest.mark.parametrize("module", core())
+def test_the_algorithm_does_not_know_who_uses_it(module: str) -> None:
+    outside = {name: by for name, by in reached(module).items() if name.split(".")[0] in ("integrations", "cli")}
+    assert not outside
+
+
+@pytest.mark.parametrize("module", PARTS)
+def test_parts_do_not_know_one_another(module: str) -> None:
+    found = reached(module)
+    assert not (found.keys() & {*PARTS, "slsam"}) - {module}
+
+
+def test_integrations_do_not_know_the_command_line() -> None:
+    for module in modules():
+        if module.split(".")[0] == "integrations":
+            assert not [name for name in reached(module) if name.split(".")[0] == "cli"], module
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {m: {t for t in (own(i.target) for i in imports(m)) if t and t != m} for m in modules()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(modules())
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m.split(".")[0] == "cli"])
+def test_subcommands_import_frameworks_late(module: str) -> None:
+    heavy = [
+        f"line {i.line}: {i.target}" for i in imports(module) if i.at_top and i.target.split(".")[0] in FRAMEWORKS
+    ]
+    assert not heavy
+
+
+def test_help_needs_no_framework() -> None:
+    from slsam_peft.cli.main import SUBCOMMANDS
+
+    names = [f"slsam_peft.cli.{name}" for name in ("main", *SUBCOMMANDS)]
+    code = (
+        f"import importlib, sys; [importlib.import_module(n) for n in {names!r}]; "
+        f"sys.exit(', '.join({FRAMEWORKS!r} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert list(slsam_peft.__all__) == sorted(slsam_peft.__all__)
+    assert set(slsam_peft.__all__) <= set(dir(slsam_peft))
+    for name in slsam_peft.__all__:
+        assert getattr(slsam_peft, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'slsam_trainer'"):
+        _ = slsam_peft.slsam_trainer
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def forbidden(module: str) -> Iterator[str]:
+    """What a module does that no module may do."""
+    name = str(path_of(module).relative_to(PACKAGE))
+    for target, line in ((i.target, i.line) for i in imports(module)):
+        if target.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}:
+            yield f"{name}, line {line}: imports {target}: files are safetensors or JSON"
+    for function, node in walk(tree_of(module)):
+        where = f"{name}, line {getattr(node, 'lineno', '?')}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {k.arg: k.value for k in node.keywords}
+            weights_only = keywords.get("weights_only")
+            if called == "torch.load" and not (isinstance(weights_only, ast.Constant) and weights_only.value is True):
+                yield f"{where}: torch.load without weights_only=True runs code from the file"
+            if called.split(".")[0] in ("eval", "exec", "compile", "print") and "." not in called:
+                yield f"{where}: {called}()"
+            if called.startswith(("np.random.", "numpy.random.")) or called in ("random.seed", "random.choice"):
+                yield f"{where}: {called} draws from a generator that everyone shares"
+            if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+                yield f"{where}: {called}: yaml.safe_load reads data only"
+            trusted = keywords.get("trust_remote_code")
+            if isinstance(trusted, ast.Constant) and trusted.value is True:
+                yield f"{where}: trust_remote_code is the user's to switch on"
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            rebinds = any(isinstance(t, ast.Attribute) and t.attr == "data" for t in targets)
+            if rebinds and f"{name}: {function}" not in REBINDING:
+                yield f"{where}: rebinds .data; use copy_"
+
+
+def walk(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Every node, with the function it stands in."""
+    for child in ast.iter_child_nodes(node):
+        inside = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        yield inside, child
+        yield from walk(child, inside)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_nothing_forbidden(module: str) -> None:
+    assert not list(forbidden(module))
+
+
+def test_forbidden_things_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "import pickle",
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "print(1)",
+        "np.random.seed(0)",
+        "yaml.load(text)",
+        "load(name, trust_remote_code=True)",
+        "p.data = other",
+        "p.data -= e",
+    ]
+    (tmp_path / "bad.py").write_text("\n".join(lines))
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    for cached in (modules, tree_of, imports):
+        monkeypatch.setattr(sys.modules[__name__], cached.__name__, cached.__wrapped__)
+    assert len(list(forbidden("bad"))) == len(lines)
+
+
+def test_modules_can_be_imported_alone() -> None:
+    for module in core():
+        importlib.import_module(f"slsam_peft.{module}")
