@@ -47,7 +47,7 @@ def build_parser() -> "TrlParser":
         def error(self, message: str) -> NoReturn:
             raise UserError(f"{message}\nSee `{PROG} --help-all`.")
 
-    types = (slsam_arguments(), ScriptArguments, ModelConfig, SFTConfig)
+    types: Any = (slsam_arguments(), ScriptArguments, ModelConfig, SFTConfig)
     return SFTParser(types, prog=PROG, usage=USAGE, allow_abbrev=False, add_help=False)
 
 

@@ -20,7 +20,10 @@ _COMMON = {
         "NAME",
         "base model: a folder, a name on the Hub, or smollm2 (135M, for trying things out)",
     ),
-    "dataset_name": ("NAME", "a .json, .jsonl or .parquet file, a folder of such files, or a data set on the Hub"),
+    "dataset_name": (
+        "NAME",
+        "a .json, .jsonl or .parquet file, a folder of such files, a name on the Hub, or stdlib_docs",
+    ),
     "dataset_test_split": ("SPLIT", "what to evaluate on: a split, a part of one ('train[90%%:]') or a held-out file"),
     "output_dir": ("FOLDER", "where checkpoints and the adapter are written"),
     "use_peft": ("", "train LoRA adapters; the base stays as it is"),

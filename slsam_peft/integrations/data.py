@@ -68,7 +68,8 @@ def load_eval_split(name: str, split: str, **options: Any) -> "Dataset | Iterabl
     Takes the keywords of `load_split` and raises as it does.
     """
     if is_file_name(split) or Path(split).expanduser().is_dir():
-        return load_split(split, "train", **options | {"config": None})
+        options["config"] = None  # one of the data set `name`
+        return load_split(split, "train", **options)
     return load_split(name, split, **options)
 
 

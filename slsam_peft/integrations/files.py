@@ -125,7 +125,7 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
     except UnicodeDecodeError as error:
         line = first_line + raw.count(b"\n", 0, error.start)
         raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file, for example with iconv."
+            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file, for example by iconv."
         ) from None
 
 

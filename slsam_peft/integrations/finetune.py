@@ -14,7 +14,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_qu
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.data import load_eval_split, load_split
+from slsam_peft.integrations.data import is_file_name, load_eval_split, load_split
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
 
@@ -49,11 +49,12 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
         UserError: the output folder cannot be written, there is no such checkpoint, the data or the model cannot be
             read, or settings do not fit each other. Nothing has been written then.
     """
-    check_output_folder(args.output_dir)
+    folder = str(args.output_dir)  # SFTConfig has set one
+    check_output_folder(folder)
     args.resume_from_checkpoint = find_checkpoint(args)
     check_model(model, args)
     train, held_out = load_data(script, args)
-    with leaving_nothing(args.output_dir):
+    with leaving_nothing(folder):
         trainer = build_trainer(train, held_out, args, model, slsam)
         begun = _Begun()
         trainer.add_callback(begun)
@@ -63,7 +64,7 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
             if begun.step:
                 raise
             raise UserError(f"training cannot start: {error}") from error
-    trainer.save_model(args.output_dir)
+    trainer.save_model(folder)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer
@@ -97,7 +98,8 @@ def find_checkpoint(args: SFTConfig) -> str | None:
     if asked is None or wish in ("false", "none", "no"):
         return None
     if wish == "true":
-        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        folder = str(args.output_dir)
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         if last is None:
             raise UserError(
                 f"resume_from_checkpoint=true, but output_dir={args.output_dir} has no checkpoint-<step> folder. Name "
@@ -136,11 +138,15 @@ def check_model(model: ModelConfig, args: SFTConfig) -> None:
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model folder {name} does not exist (from {Path.cwd()}).")
     try:
-        AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model {name} cannot be loaded: {error}\nmodel_name_or_path must be a model folder or a name on the Hub."
         ) from error
+    if not config.architectures:
+        raise UserError(f"model {name} cannot be loaded: its config.json names no class under 'architectures'.")
 
 
 def load_data(script: ScriptArguments, args: SFTConfig) -> tuple[Any, Any]:
@@ -161,6 +167,8 @@ def load_data(script: ScriptArguments, args: SFTConfig) -> tuple[Any, Any]:
     }
     train = load_split(script.dataset_name, script.dataset_train_split, **options)
     if args.eval_strategy == "no":
+        if is_file_name(script.dataset_test_split):
+            logger.warning("%s is not used: set eval_strategy to evaluate on it.", script.dataset_test_split)
         return train, None
     return train, load_eval_split(script.dataset_name, script.dataset_test_split, **options)
 
@@ -171,11 +179,16 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
     Raises:
         UserError: what TRL, PEFT, transformers or SL-SAM refuse, in their words.
     """
+    given = args.model_init_kwargs or {}
+    if isinstance(given, str):
+        raise UserError(
+            f"model_init_kwargs={given!r} must be a mapping in YAML, or a JSON object, '{{...}}', as a flag."
+        )
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-    } | (args.model_init_kwargs or {})
+    } | given
     try:
         trainer = SLSAMTrainer(
             model=model.model_name_or_path,
@@ -186,7 +199,7 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
             peft_config=get_peft_config(model),
             slsam_config=slsam,
         )
-        trainer.slsam  # noqa: B018: builds the arms now, so that what does not fit them is known before training
+        _ = trainer.slsam  # builds the arms, so that what does not fit them is known before training
     except (ValueError, ImportError, OSError, RuntimeError, TemplateError) as error:
         raise UserError(f"{model.model_name_or_path} cannot be trained with these settings: {error}") from error
     return trainer

@@ -1,0 +1,256 @@
+"""Local data files: which rows are taken, and what is said about bad ones."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from slsam_peft.errors import UserError
+from slsam_peft.integrations.data import load_eval_split, load_split
+from slsam_peft.integrations.files import check_file
+from slsam_peft.integrations.rows import RowError, kind_of
+
+TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+SHAREGPT = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
+CALL = [{"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]
+TEXT = '{"text": "a"}\n'
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"text": "a"}, "text"),
+        ({"text": ""}, "text"),
+        ({"messages": TURNS}, "messages"),
+        ({"messages": CALL}, "messages"),
+        ({"messages": TURNS, "text": "ignored", "id": 3}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "messages"),
+        ({"conversations": SHAREGPT}, "conversations"),
+        ({"prompt": "a", "completion": "b"}, "prompt-completion"),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "conversational prompt-completion"),
+        ({"input_ids": [1, 2], "text": None}, "tokenized"),
+    ],
+)
+def test_kinds_of_rows(row: dict, kind: str) -> None:
+    assert kind_of(row) == kind
+
+
+def test_text_column_may_have_another_name() -> None:
+    assert kind_of({"body": "a"}, text_field="body") == "text"
+    with pytest.raises(RowError, match="'body'"):
+        kind_of({"text": "a"}, text_field="body")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({}, "the columns are none"),
+        ({"message": TURNS}, "Did you mean 'messages'"),
+        ({"instruction": "a", "output": "b"}, "the columns are 'instruction', 'output'"),
+        ({"text": None}, "'text' is null"),
+        ({"text": 3}, "'text' must be a text, not a number"),
+        ({"prompt": "a"}, "'prompt' without 'completion'"),
+        ({"completion": "a"}, "'completion' without 'prompt'"),
+        ({"prompt": "a", "completion": TURNS}, "both be texts, or both lists of messages"),
+        ({"prompt": [], "completion": TURNS}, "'prompt' must be a list of one or more messages, not an empty list"),
+        ({"messages": "a"}, "'messages' must be a list of one or more messages, not a text"),
+        ({"messages": []}, "not an empty list"),
+        ({"messages": ["a"]}, "'messages', message 1 must be an object, not a text"),
+        ({"messages": [*TURNS, {"content": "a"}]}, "'messages', message 3 needs a 'role'"),
+        ({"messages": [{"role": "user"}]}, "needs a 'content' that is a text or a list of parts, not null"),
+        ({"messages": [{"role": "user", "content": 4}]}, "not a number"),
+        ({"conversations": [{"from": "human"}]}, "needs a 'value'"),
+        ({"input_ids": []}, "'input_ids' must be a list of one or more integers"),
+        ({"input_ids": [True]}, "'input_ids' must be a list of one or more integers"),
+    ],
+)
+def test_rows_of_no_kind(row: dict, said: str) -> None:
+    with pytest.raises(RowError) as caught:
+        kind_of(row)
+    assert said in str(caught.value)
+
+
+BAD_FILES = {
+    "empty": ("a.jsonl", b"", ["a.jsonl is empty", "'messages'"]),
+    "blank lines": ("a.jsonl", b"\n  \n", ["is empty"]),
+    "empty list": ("a.json", b"[ ]", ["is empty"]),
+    "malformed line": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl, line 2", "not valid JSON"]),
+    "blank line before": ("a.jsonl", b'\n{"text": "a"}\nx\n', ["line 3", "at column 1"]),
+    "two objects a line": ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', ["line 1", "extra data"]),
+    "pretty-printed object": ("a.json", b'{\n  "text": "a"\n}\n', ["line 1", "one JSON object a line"]),
+    "malformed in list": ("a.json", b'[{"text": "a"},\n {"text": }\n]', ["a.json, line 2", "not valid JSON"]),
+    "no comma in list": ("a.json", b'[\n{"text": "a"}\n{"text": "b"}]', ["line 3", "',' or ']' expected"]),
+    "unclosed list": ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', ["line 3", "',' or ']' expected"]),
+    "text after list": ("a.json", b'[{"text": "a"}]\n\nmore', ["line 3", "after the end of the list"]),
+    "row is no object": ("a.jsonl", TEXT.encode() + b'"b"\n', ["line 2", "must be a JSON object, not a text"]),
+    "row in list is no object": ("a.json", b'[{"text": "a"},\n3]', ["line 2", "not a number"]),
+    "columns missing": ("a.jsonl", TEXT.encode() + b'{"txt": "b"}\n', ["line 2", "'txt'", "Did you mean 'text'?"]),
+    "mixed kinds": (
+        "a.jsonl",
+        TEXT.encode() + json.dumps({"messages": TURNS}).encode(),
+        ["line 2", "line 1 is a text"],
+    ),
+    "not UTF-8": ("a.jsonl", TEXT.encode() + '{"text": "é"}\n'.encode("latin-1"), ["line 2", "not UTF-8", "0xe9"]),
+    "not UTF-8 in list": ("a.json", b'[{"text": "a"},\n{"text": "\xe9"}]', ["line 2", "not UTF-8"]),
+    "UTF-16": ("a.jsonl", TEXT.encode("utf-16"), ["line 1", "not UTF-8", "0xff"]),
+    "deep nesting": ("a.jsonl", b'{"text": ' + b"[" * 100_000, ["line 1", "nested too deeply"]),
+    "unknown extension": ("a.csv", b"text\na\n", ["'.csv' is not known", ".json, .jsonl, .parquet"]),
+    "no Parquet": ("a.parquet", b"PAR1 but not really", ["a.parquet cannot be read as Parquet"]),
+    "empty Parquet file": ("a.parquet", b"", ["a.parquet cannot be read as Parquet"]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, said: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_split(str(path))
+    assert all(part in str(caught.value) for part in [name, *said]), str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.csv", "./gone", "a/b/gone"])
+def test_missing_files_are_not_looked_up_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
+    with pytest.raises(UserError, match="does not exist"):
+        load_split(name)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"text": []}, "is empty"),
+        ({"txt": ["a"]}, "row 1: the columns are 'txt'; a row needs"),
+        ({"text": ["a", None]}, "row 2: 'text' is null"),
+        ({"text": [1, 2]}, "row 1: 'text' must be a text"),
+        ({"text": ["a", None], "messages": [None, TURNS]}, "row 2: a messages row, but row 1 is a text row"),
+    ],
+)
+def test_bad_parquet_rows(tmp_path: Path, table: dict, said: str) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(UserError) as caught:
+        check_file(path)
+    assert said in str(caught.value)
+
+
+def test_rows_after_the_first_batch_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [*["a"] * 3000, None], "other": list(range(3001))}), path)
+    with pytest.raises(UserError, match="row 3001: 'text' is null"):
+        check_file(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "a"}\n{"text": "b"}\n',
+        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}',
+        b'[{"text": "a"}, {"text": "b"}]',
+        b'\n[\n  {"text": "a"},\n  {"text": "b"}\n]\n',
+    ],
+    ids=["lines", "BOM and CRLF", "list", "pretty list"],
+)
+def test_json_forms_load_alike(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    assert load_split(str(path))["text"] == ["a", "b"]
+
+
+def test_parquet_loads(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": [TURNS, TURNS]}), path)
+    assert load_split(str(path))[1]["messages"] == TURNS
+
+
+def test_parts_of_a_file_serve_as_splits(tmp_path: Path) -> None:
+    path = str(jsonl(tmp_path / "a.jsonl", *({"text": str(i)} for i in range(10))))
+    train, held_out = load_split(path, "train[:80%]"), load_eval_split(path, "train[80%:]")
+    assert (train["text"], held_out["text"]) == ([str(i) for i in range(8)], ["8", "9"])
+
+
+def test_a_held_out_file_serves_as_the_evaluation_split(tmp_path: Path) -> None:
+    train = str(jsonl(tmp_path / "a.jsonl", {"text": "a"}))
+    held_out = str(jsonl(tmp_path / "b.jsonl", {"text": "b"}))
+    assert load_eval_split(train, held_out)["text"] == ["b"]
+
+
+def test_a_folder_has_splits_by_file_name(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", {"text": "a"})
+    jsonl(tmp_path / "test.jsonl", {"text": "b"})
+    assert load_split(str(tmp_path), "train")["text"] == ["a"]
+    assert load_eval_split(str(tmp_path), "test")["text"] == ["b"]
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_unknown_splits_are_named(tmp_path: Path, split: str) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    with pytest.raises(UserError) as caught:
+        load_split(str(path), split)
+    assert all(part in str(caught.value) for part in ("a.jsonl", repr(split), "'train'", "held-out file"))
+
+
+def test_bad_rows_in_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(TEXT + "x\n")
+    with pytest.raises(UserError, match=r"train\.jsonl, line 2: not valid JSON"):
+        load_split(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "content"), [("notes.md", "# Notes"), ("train.csv", "text\na\n")])
+def test_folders_without_usable_files(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"\.json, \.jsonl, \.parquet"):
+        load_split(str(tmp_path))
+
+
+def test_an_empty_part_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match="corresponds to no data"):
+        load_split(str(path), "train[:0]")
+
+
+def test_streaming_reads_the_same_rows(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"})
+    data = load_split(str(path), streaming=True)
+    assert isinstance(data, datasets.IterableDataset)
+    assert [row["text"] for row in data] == ["a", "b"]
+
+
+def test_hub_failures_name_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError) as caught:
+        load_split("someone/some-data")
+    assert all(
+        part in str(caught.value) for part in ("'someone/some-data'", "no local file", "Couldn't reach the Hub")
+    )
+
+
+def test_hub_rows_are_checked_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = datasets.Dataset.from_dict({"question": ["a"], "answer": ["b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: table)
+    with pytest.raises(
+        UserError, match=r"'someone/some-data', split 'train', row 1: the columns are 'question', 'answer'"
+    ):
+        load_split("someone/some-data")
+
+
+def test_standard_library_documentation_has_two_splits() -> None:
+    assert kind_of(load_split("stdlib_docs", "test")[0]) == "conversational prompt-completion"
+    with pytest.raises(UserError, match="it has 'train' and 'test'"):
+        load_split("stdlib_docs", "validation")

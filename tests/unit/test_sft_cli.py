@@ -1,0 +1,262 @@
+"""`slsam-peft sft`: help without torch, and a short message for everything that cannot be done."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import LlamaConfig
+
+from slsam_peft import SLSAMConfig
+from slsam_peft.cli.arguments import build_parser, parse, read_config, slsam_arguments
+from slsam_peft.cli.main import main
+from slsam_peft.cli.sft import run_raw
+from slsam_peft.errors import UserError
+from slsam_peft.integrations import finetune
+
+HELP_SECONDS = 2.0
+
+# TRL sets fields of transformers by their old names.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with data and a model that has a configuration but no weights.
+
+    An error about anything but the weights thus shows that it came before the model was loaded.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".datasets")
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=16)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained("model")
+    Path("bare").mkdir()
+    Path("bare/config.json").write_text('{"model_type": "llama"}')
+    Path("train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below `folder` with its content, caches left out."""
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if ".datasets" not in path.parts
+    }
+
+
+GOOD = ["--model_name_or_path", "model", "--dataset_name", "train.jsonl", "--output_dir", "out", "--use_peft"]
+GOOD += ["--use_cpu", "--bf16", "false", "--report_to", "none"]
+
+BAD_FLAGS = {
+    "rho negative": (["--rho", "-1"], ["rho=-1.0", ">= 0"]),
+    "rho nan": (["--rho", "nan"], ["rho=nan", "finite"]),
+    "rho infinite": (["--rho", "inf"], ["rho=inf", "finite"]),
+    "rho no number": (["--rho", "big"], ["--rho", "'big'"]),
+    "fraction zero": (["--active_fraction", "0"], ["active_fraction=0.0", "(0, 1]"]),
+    "fraction above one": (["--active_fraction", "1.5"], ["active_fraction=1.5", "(0, 1]"]),
+    "unknown bandit": (["--bandit", "scalefree"], ["bandit='scalefree'", "Did you mean 'scale_free'?"]),
+    "unknown design": (["--design", "depht"], ["design='depht'", "Did you mean 'depth'?"]),
+    "seed negative": (["--slsam_seed", "-3"], ["slsam_seed=-3", "integer >= 0"]),
+    "unknown flag": (["--active_fractoin", "0.5"], ["--active_fractoin", "Did you mean '--active_fraction'?"]),
+    "abbreviated flag": (["--active_frac", "0.5"], ["there is no setting --active_frac"]),
+    "two unknown flags": (["--rhoo", "1", "--lrate=3"], ["--rhoo", "--lrate"]),
+    "stray word": (["recipe.yaml"], ["'recipe.yaml'", "--config recipe.yaml"]),
+    "value missing": (["--rho"], ["--rho", "expected one argument"]),
+    "config without file": (["--config"], ["--config", "YAML file"]),
+    "config twice": (["--config", "a.yaml", "--config=b.yaml"], ["--config is given 2 times"]),
+    "config missing": (["--config", "gone.yaml"], ["config file gone.yaml does not exist"]),
+    "config is a folder": (["--config", "model"], ["config file model cannot be read", "directory"]),
+    "unknown trainer value": (["--lr_scheduler_type", "cosin"], ["lr_scheduler_type", "'cosin'"]),
+    "4 bit without adapters": (["--use_peft", "false", "--load_in_4bit"], ["load_in_4bit without use_peft"]),
+    "4 and 8 bit": (["--load_in_4bit", "--load_in_8bit"], ["8 bit and 4 bit"]),
+    "no data set": (["--dataset_name", ""], ["there is no data set", "--dataset_name NAME"]),
+    "data file missing": (["--dataset_name", "gone.jsonl"], ["gone.jsonl does not exist"]),
+    "evaluation without data": (["--eval_strategy", "epoch"], ["no split 'test'", "held-out file"]),
+    "held-out file missing": (
+        ["--eval_strategy", "epoch", "--dataset_test_split", "gone.jsonl"],
+        ["gone.jsonl does not exist"],
+    ),
+    "no model": (["--model_name_or_path", ""], ["there is no model", "--model_name_or_path NAME"]),
+    "model folder missing": (["--model_name_or_path", "./gone"], ["model folder ./gone does not exist"]),
+    "model folder empty": (["--model_name_or_path", ".datasets"], ["model .datasets cannot be loaded"]),
+    "model without classes": (["--model_name_or_path", "bare"], ["model bare cannot be loaded", "'architectures'"]),
+    "model without weights": ([], ["model cannot be trained with these settings", "model.safetensors"]),
+    "output below a file": (["--output_dir", "train.jsonl/out"], ["output_dir=train.jsonl/out", "cannot be written"]),
+    "output is a file": (["--output_dir", "train.jsonl"], ["output_dir=train.jsonl cannot be written"]),
+    "output not writable": (["--output_dir", "/proc/slsam/out"], ["output_dir=/proc/slsam/out cannot be written"]),
+    "nothing to resume": (["--resume_from_checkpoint", "true"], ["output_dir=out has no checkpoint-<step> folder"]),
+    "no checkpoint": (["--resume_from_checkpoint", "model"], ["model is no checkpoint", "trainer_state.json"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "said"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags(folder: Path, flags: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / ".datasets").mkdir()
+    before = files(folder)
+    code = main(["sft", *GOOD, *flags])
+    shown = capsys.readouterr().err
+    assert code == 2, shown
+    message = shown[shown.index("slsam-peft: ") :]
+    assert all(part in message for part in said), message
+    assert "Traceback" not in shown
+    assert files(folder) == before
+
+
+BAD_CONFIGS = {
+    "empty": ("", ["is empty", "must be a mapping"]),
+    "a list": ("- rho\n- 0.1\n", ["holds a list", "must be a mapping"]),
+    "a word": ("rho\n", ["holds a str", "must be a mapping"]),
+    "no YAML": ("rho: 0.1\nbandit: [paper\n", ["line 3", "not valid YAML"]),
+    "tabs": ("rho:\n\t- 1\n", ["line 2", "not valid YAML"]),
+    "code": ("rho: !!python/object/apply:os.getcwd []\n", ["not valid YAML", "python/object/apply"]),
+    "unknown key": ("rho: 0.1\nactive_fractoin: 0.5\n", ["line 2", "'active_fractoin'", "'active_fraction'"]),
+    "two unknown keys": ("lr: 0.1\nrhoo: 0.5\n", ["line 1", "'lr'", "line 2", "'rhoo'", "'rho'"]),
+    "key twice": ("rho: 0.1\nbandit: paper\nrho: 0.2\n", ["line 3", "rho is set in line 1 already"]),
+    "no value": ("rho:\n", ["line 1", "rho: has no value"]),
+    "not a number": ("rho: [0.1]\n", ["rho: [0.1] is not allowed", "a number"]),
+    "truth for a number": ("rho: true\n", ["rho: True is not allowed", "a number"]),
+    "fraction for an integer": ("max_steps: 2.5\n", ["max_steps: 2.5 is not allowed", "an integer"]),
+    "word for an integer": ("max_steps: many\n", ["--max_steps", "'many'"]),
+    "number for truth": ("use_peft: 3\n", ["use_peft: 3 is not allowed", "true or false"]),
+    "unknown choice": ("bnb_4bit_quant_type: nf5\n", ["'nf5' is not allowed", "fp4, nf4", "Did you mean 'nf4'?"]),
+    "bare no": ("save_strategy: no\n", ["save_strategy: False is not allowed", "in quotes"]),
+    "value out of range": ("rho: -0.5\n", ["rho=-0.5", ">= 0"]),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_configs(folder: Path, content: str, said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.yaml").write_text(content)
+    before = files(folder)
+    code = main(["sft", *GOOD, "--config", "a.yaml"])
+    shown = capsys.readouterr().err
+    assert code == 2, shown
+    assert all(part in shown for part in said), shown
+    assert "Traceback" not in shown
+    assert files(folder) == before
+
+
+def test_a_config_that_is_no_text(folder: Path) -> None:
+    Path("a.yaml").write_bytes(b"rho: \xff\n")
+    with pytest.raises(UserError, match=r"a\.yaml is not UTF-8"):
+        read_config("a.yaml")
+
+
+def test_lines_of_keys(folder: Path) -> None:
+    Path("a.yaml").write_text("# comment\nrho: 0.1\n\nbandit: paper\n")
+    assert read_config("a.yaml") == ({"rho": 0.1, "bandit": "paper"}, {"rho": 2, "bandit": 4})
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(folder: Path) -> None:
+    Path("a.yaml").write_text("rho: 0.1\nactive_fraction: 0.5\nlearning_rate: 1e-3\nslsam_seed: 7\nseed: 8\n")
+    settings = parse([*GOOD, "--config=a.yaml", "--rho", "0.3", "--max-steps", "4"])
+    assert settings.slsam == SLSAMConfig(rho=0.3, active_fraction=0.5, seed=7)
+    assert (settings.training.learning_rate, settings.training.seed, settings.training.max_steps) == (1e-3, 8, 4)
+
+
+def test_every_setting_of_slsam_can_be_given(folder: Path) -> None:
+    wanted = SLSAMConfig(
+        rho=0.2, granularity="module", bandit="paper", design="depth", ascent="partial", ascent_fraction=0.5,
+        descent="all", cost_budget=1.5, probability_floor=0.2, bandit_rate=0.1, prefix_limit_mib=5.0,
+        adapter_dtype="keep", max_skipped_updates=3, accept_state_mismatch=True, seed=4,
+    )  # fmt: skip
+    default = SLSAMConfig()
+    unchanged = {f.name for f in fields(SLSAMConfig) if getattr(wanted, f.name) == getattr(default, f.name)}
+    assert unchanged == {"active_fraction"}  # excluded by cost_budget
+    names = {f.name: "slsam_seed" if f.name == "seed" else f.name for f in fields(SLSAMConfig)}
+    flags = [w for n, flag in names.items() if n not in unchanged for w in (f"--{flag}", str(getattr(wanted, n)))]
+    assert parse([*GOOD, *flags]).slsam == wanted
+
+
+def test_environment_variables_of_a_file_are_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLSAM_TEST", "before")
+    Path("a.yaml").write_text("env:\n  SLSAM_TEST: after\n")
+    parse([*GOOD, "--config", "a.yaml"])
+    assert os.environ["SLSAM_TEST"] == "after"
+
+
+def test_debug_shows_the_error_itself(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"rho=-1\.0"):
+        main(["sft", *GOOD, "--rho", "-1", "--debug"])
+
+
+def test_help_lists_every_setting_without_torch() -> None:
+    code = (
+        "import sys; from slsam_peft.cli.main import main\n"
+        "code = main(['sft', '--help'])\n"
+        "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < HELP_SECONDS
+    for field in fields(slsam_arguments()):
+        assert f"--{field.name} " in done.stdout
+        assert field.metadata["help"].split()[0] in done.stdout
+    assert "--help-all" in done.stdout
+    assert "--seed" not in done.stdout
+
+
+def test_common_settings_in_the_help_are_real(capsys: pytest.CaptureFixture[str]) -> None:
+    run_raw(["--help"])
+    text = capsys.readouterr().out
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    own = {"--help", "--help-all", "--config", "--debug"}
+    shown = {word.strip(",.:") for word in text.split() if word.startswith("--")} - {"--field", "--name"}
+    assert shown - own <= known
+
+
+def test_help_all_adds_the_settings_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--help-all"]) == 0
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--rho ", "--slsam_seed", "--packing", "--lora_r ", "--dataset_name"))
+
+
+def test_a_dataset_script_is_not_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data").mkdir()
+    Path("data/data.py").write_text("raise SystemExit('executed')\n")
+    assert main(["sft", *GOOD, "--dataset_name", "data"]) == 2
+    assert "executed" not in capsys.readouterr().err
+
+
+def test_rows_are_checked_before_the_model_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.jsonl").write_text(json.dumps({"text": "a"}) + "\n{\n")
+    assert main(["sft", *GOOD]) == 2
+    assert "train.jsonl, line 2: not valid JSON" in capsys.readouterr().err
+
+
+def test_smollm2_needs_no_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finetune, "fetch_smollm2", lambda status: folder / "model")
+    assert main(["sft", *GOOD, "--model_name_or_path", "smollm2"]) == 2
+    assert f"{folder / 'model'} cannot be trained" in capsys.readouterr().err  # it has no weights, but was found
+
+
+@pytest.mark.parametrize("wish", [None, "false", "False", "none"])
+def test_not_resuming(folder: Path, wish: str | None) -> None:
+    args = parse(GOOD).training
+    args.resume_from_checkpoint = wish
+    assert finetune.find_checkpoint(args) is None
+
+
+def test_the_last_checkpoint_is_resumed(folder: Path) -> None:
+    for step in (2, 10):
+        (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
+    args = parse([*GOOD, "--resume_from_checkpoint", "true"]).training
+    assert finetune.find_checkpoint(args) == "out/checkpoint-10"
+
+
+def test_a_held_out_file_that_is_not_used_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = parse([*GOOD, "--dataset_test_split", "train.jsonl"])
+    _, held_out = finetune.load_data(settings.script, settings.training)
+    assert held_out is None
+    assert "train.jsonl is not used: set eval_strategy" in caplog.text
