@@ -172,6 +172,7 @@ def _fetch(screen: Any) -> str:
 def _quieten() -> None:
     """Silence what other libraries say on the way; errors, and this package's own warnings, still come through."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

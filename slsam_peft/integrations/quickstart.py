@@ -159,7 +159,7 @@ def _card(trainer: SLSAMTrainer, text: str) -> ModelCard:
 
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Return the model's greedy answer to a conversation, at most 64 tokens."""
+    """Return the model's greedy answer to a conversation; it ends in "..." where it was cut off at 64 tokens."""
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
@@ -170,7 +170,8 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
             output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     finally:
         model.train(training)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return text if output[0, -1] == tokenizer.eos_token_id else f"{text} ..."
 
 
 def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:
