@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from slsam_peft.block_cost import Shapes
 from slsam_peft.cost import CostModel, Rule
-from slsam_peft.matmuls import features_of
+from slsam_peft.matmuls import features_of, head_of
 
 NF4_BYTES = 0.5 + 4 / 64  # four bits and a float32 absmax for each 64 weights (bitsandbytes)
 NF4_NESTED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the absmax in 8 bits, with one float32 for each 256 of them
@@ -196,7 +196,7 @@ def _fake(value: Any) -> Any:
 
 def _frozen_bytes(model: nn.Module, settings: MemorySettings) -> tuple[float, float]:
     """Return the frozen weights' bytes, and those of the largest packed one when unpacked for its matmul."""
-    head = model.get_output_embeddings()
+    head = head_of(model)
     packed = NF4_NESTED_BYTES if settings.nested else NF4_BYTES
     total, unpacked, seen = 0.0, 0.0, set()
     for module in model.modules():
@@ -243,5 +243,6 @@ def _prefix_bytes(hidden: list[float], rule: Rule, limit: float) -> float:
 def _head_bytes(model: nn.Module, shape: tuple[int, int], compute_dtype: torch.dtype) -> float:
     """Bytes of the fused head's logits tile and the hidden states' gradient, which it accumulates in float32."""
     tokens = shape[0] * (shape[1] - 1)
-    width = (features_of(model.get_output_embeddings()) or (0, 0))[0]
+    head = head_of(model)
+    width = (features_of(head) or (0, 0))[0] if head is not None else 0
     return float(min(tokens, HEAD_TOKENS) * HEAD_WORDS * compute_dtype.itemsize + tokens * width * 4)

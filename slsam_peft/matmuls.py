@@ -110,13 +110,16 @@ class Decoder:
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """Return `(in_features, out_features)` of a linear module, quantised or GPT-2's `Conv1D` included, else `None`."""
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    ):
-        return module.in_features, module.out_features
-    if isinstance(getattr(module, "nx", None), int) and isinstance(getattr(module, "nf", None), int):
-        return module.nx, module.nf
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        read, written = (getattr(module, name, None) for name in names)
+        if isinstance(read, int) and isinstance(written, int):
+            return read, written
     return None
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """Return the language-model head of a transformers model, or `None`."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -152,13 +155,13 @@ def decoder_of(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> D
     else:
         named_blocks = find_blocks(model)
     config = _text_config(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = head_of(model)
     owned = {id(p) for _, block in named_blocks for p in block.parameters()}
     outside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in owned}
     head_ids = {id(p) for p in head.parameters()} if head is not None else set()
     # A head tied to the embedding is used below the blocks as well.
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head_ids -= {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    for embedding in (m for m in model.modules() if isinstance(m, nn.Embedding)):
+        head_ids -= {id(p) for p in embedding.parameters()}
     return Decoder(
         blocks=tuple(_block(name, block, config) for name, block in named_blocks),
         block_names=tuple(name for name, _ in named_blocks),
@@ -168,8 +171,8 @@ def decoder_of(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> D
     )
 
 
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -214,9 +217,9 @@ def _adapted(prefix: str, block: nn.Module, config: Any) -> Iterator[tuple[nn.Mo
                     yield module, AdaptedLinear(matmul, (), p.shape[2], p.shape[1], weight, experts=True)
             continue
         seen.update(id(m) for m in module.modules())
-        inner = base if isinstance(base, nn.Module) else module
-        inner_name = f"{name}.base_layer" if inner is base else name
-        factors = tuple(_factors(name, module, base, shape[0])) if inner is base else ()
+        factors, inner, inner_name = (), module, name
+        if isinstance(base, nn.Module):
+            factors, inner, inner_name = tuple(_factors(name, module, base, shape[0])), base, f"{name}.base_layer"
         matmul = Matmul(name, float(shape[0] * shape[1]), _trainable(inner_name, inner))
         yield module, AdaptedLinear(matmul, factors, *shape, _trainable(name, module))
 

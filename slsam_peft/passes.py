@@ -131,7 +131,7 @@ class PassRunner:
         keep = cut and closure is not pending.passes.part and (self._reuse_checked or pending.passes.probe is not None)
         context = self.horizon.truncated(update.floor, update.lowest, keep=keep) if cut else nullcontext([])
         with self.firings.watch(self.watched_linears(update.mask)), context as prefixes:
-            loss = closure().detach()
+            loss = torch.as_tensor(closure()).detach()
         self.clear(~update.mask)
         if keep and update.floor > 0:
             pending.prefixes = prefixes
@@ -151,7 +151,7 @@ class PassRunner:
         else:
             context = self.horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
         with perturbed(update.shifts), context:
-            loss = closure().detach()
+            loss = torch.as_tensor(closure()).detach()
         pending.prefixes.clear()
         self.clear(~update.trained)
         update.descent_loss = loss if update.descent_loss is None else update.descent_loss + loss

@@ -12,6 +12,8 @@ from slsam_peft.config import ASCENTS, DESCENTS, DESIGNS, GRANULARITIES, SLSAMCo
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from slsam_peft.arms import Arm
     from slsam_peft.planning import ExpectedCost
 
@@ -180,7 +182,7 @@ def _model_facts(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     }
 
 
-def _arm_rows(arms: "list[Arm]", expected: "ExpectedCost", fraction: float) -> list[dict[str, Any]]:
+def _arm_rows(arms: "Sequence[Arm]", expected: "ExpectedCost", fraction: float) -> list[dict[str, Any]]:
     inclusion = expected.inclusion(fraction).tolist()
     return [
         {

@@ -100,9 +100,13 @@ def meta_model(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-            return get_peft_model(model, lora, autocast_adapter_dtype=float32_adapters, low_cpu_mem_usage=True)
+            model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     except (ValueError, KeyError) as error:
         raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {_first_line(error)}") from error
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(torch.float32 if float32_adapters else dtype)
+    return model
 
 
 def _first_line(error: Exception) -> str:
