@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.arguments import parse
 from slsam_peft.cli.main import main
+from slsam_peft.cli.quickstart import NUMBERS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -96,6 +97,14 @@ def test_plain_lora_differs_only_in_slsam() -> None:
     shared = [{k: v for k, v in r.items() if k not in of_slsam | {"output_dir"}} for r in (with_slsam, plain)]
     assert shared[0] == shared[1]
     assert (plain["rho"], plain["active_fraction"]) == (0, 1)
+
+
+def test_cpu_recipe_has_the_settings_of_the_quickstart() -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / "cpu_smollm2.yaml").read_text())
+    names = {"batch_size": "per_device_train_batch_size"}
+    for field, _, default, _ in NUMBERS:
+        if field not in ("n_train", "n_test"):  # the recipe takes all pairs
+            assert recipe[names.get(field, field)] == default, field
 
 
 def test_cpu_recipe_runs_and_plain_peft_loads_its_adapter(
