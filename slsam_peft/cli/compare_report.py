@@ -120,7 +120,11 @@ def draw(lines: Sequence[Line], metric: str, settings: CompareSettings, path: Pa
             axes[i][j].set_title(f"{task}, {MATCHED[match]}", fontsize="medium")
     better = "left" if metric == "loss" else "right"
     unit = " (nats per token)" if metric == "loss" else ""
-    figure.supxlabel(f"{HEADINGS[metric]} minus that of '{settings.reference}'{unit}; {better} is better")
+    figure.supxlabel(
+        f"{HEADINGS[metric]} minus that of '{settings.reference}'{unit}; {better} is better\n"
+        "grey: one seed each; diamond and bar: mean and 95 % interval; in brackets: cost per update x updates",
+        fontsize="medium",
+    )
     _replace(path, lambda scratch: figure.savefig(scratch, dpi=150, format=path.suffix[1:]))
 
 
