@@ -14,6 +14,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_qu
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
+from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.data import is_file_name, load_eval_split, load_split
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
@@ -199,6 +200,7 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
             peft_config=get_peft_config(model),
             slsam_config=slsam,
         )
+        keep_trainable(trainer.model)
         _ = trainer.slsam  # builds the arms, so that what does not fit them is known before training
     except (ValueError, ImportError, OSError, RuntimeError, TemplateError) as error:
         raise UserError(f"{model.model_name_or_path} cannot be trained with these settings: {error}") from error

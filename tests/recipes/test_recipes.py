@@ -129,6 +129,16 @@ def test_cpu_recipe_runs_and_plain_peft_loads_its_adapter(
     assert AutoTokenizer.from_pretrained(out).chat_template
 
 
+def test_evaluating_does_not_change_what_is_trained(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    common = ["sft", "--config", str(ROOT / "recipes" / "cpu_smollm2.yaml"), "--model_name_or_path", str(tiny_model)]
+    common += ["--dataset_name", str(chats), "--dataset_test_split", "train[:4]", *TINY]
+    written = []
+    for name, flags in (("silent", ["--eval_strategy", "no"]), ("evaluating", ["--eval_on_start"])):
+        assert main([*common, "--output_dir", str(tmp_path / name), *flags]) == 0
+        written.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_resuming_goes_on_where_the_run_was_left(tiny_model: Path, texts: Path, tmp_path: Path) -> None:
     common = ["sft", "--config", str(ROOT / "recipes" / "lora_slsam.yaml"), *ON_CPU, "--dtype", "float32"]
     common += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(texts), *TINY, "--eval_strategy", "no"]
