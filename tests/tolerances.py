@@ -3,4 +3,4 @@
 ORACLE = 1e-10  # float64 traces of the reference rule, weights and probabilities
 EXACT_FLOAT64 = 1e-12  # same sums in another order, float64
 COUNTED_FLOPS = 1e-3  # predicted against counted; measured 0, and 4e-4 where a lone last tensor is active
-PEAK_MEMORY = 0.05  # an estimate: which tensors of a backward pass overlap is not modelled; measured up to 0.03
+PEAK_MEMORY = 0.06  # an estimate with every arm perturbed; measured up to 0.05 where few are, else 0.03

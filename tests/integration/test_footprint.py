@@ -1,0 +1,114 @@
+"""Predicted memory against the peak of live tensors in a whole `trainer.train()` run, on the CPU."""
+
+import weakref
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
+from trl import SFTConfig, SFTTrainer
+
+from slsam_peft import SLSAMConfig, SLSAMTrainer, footprint
+from slsam_peft.cost import CostModel, Rule
+from slsam_peft.integrations.shapes import meta_model
+from tests.integration.test_cost_flops import WORDS, tokenizer
+from tests.tolerances import PEAK_MEMORY
+
+BATCH, LENGTH = 4, 128
+CONFIG = LlamaConfig(
+    vocab_size=WORDS, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256,
+)  # fmt: skip
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages of all tensors that operations return, and of those it is given."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+        for tensor in tensors:
+            self._see(tensor)
+
+    def _see(self, tensor):
+        if not isinstance(tensor, torch.Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.live:
+            return
+
+        def gone(_, key=key, size=size):
+            if self.live.pop(key, None) is not None:
+                self.now -= size
+
+        self.live[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            self._see(leaf)
+        return result
+
+
+CASES = {
+    "plain": (None, Rule(perturbed=False), 1, True),
+    "plain_without_checkpointing": (None, Rule(perturbed=False), 1, False),
+    "two_pass": ({"design": "depth", "active_fraction": 0.5}, Rule(), 2, True),
+    "remembered": (
+        {"design": "depth", "active_fraction": 1.0, "ascent": "remembered"}, Rule(ascent="remembered"), 1, True,
+    ),
+    "dense_descent": (
+        {"design": "depth", "active_fraction": 0.2, "descent": "all"}, Rule(descent="all"), 3, True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peak_of_a_run(case, tmp_path, monkeypatch):
+    settings, rule, micro_batches, checkpointing = CASES[case]
+    # With its usual tile of 32,768 words the head would outweigh a model of this size.
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", WORDS)
+    monkeypatch.setattr(footprint, "HEAD_WORDS", WORDS)
+    torch.manual_seed(0)
+    ids = torch.randint(0, WORDS - 2, (BATCH * micro_batches * 3, LENGTH)).tolist()
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=micro_batches,
+        activation_checkpointing=checkpointing,
+        max_length=LENGTH,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    ours = {} if settings is None else {"slsam_config": SLSAMConfig(**settings)}
+    trainer = (SLSAMTrainer if ours else SFTTrainer)(
+        AutoModelForCausalLM.from_config(CONFIG, attn_implementation="sdpa"),
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": ids}),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **ours,
+    )
+    with LiveBytes([*trainer.model.parameters(), *trainer.model.buffers()]) as counted:
+        trainer.train()
+    model = meta_model(CONFIG, torch.float32, lora_r=8)
+    parts = footprint.memory_of(
+        model,
+        CostModel.from_model(model, checkpointing),
+        [(BATCH, LENGTH)] * micro_batches,
+        rule,
+        footprint.MemorySettings(compute_dtype=torch.float32),
+    )
+    assert parts["total"] - parts["runtime"] == pytest.approx(counted.peak, rel=PEAK_MEMORY)

@@ -1,0 +1,225 @@
+"""`slsam-peft plan`: numbers, tables, errors, and what it takes to make them."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from trl import ModelConfig, SFTConfig
+
+from slsam_peft.cli import plan
+from slsam_peft.cli.main import main
+from slsam_peft.cli.parsing import Parser
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.cost import CostModel
+from slsam_peft.footprint import NF4_BYTES, NF4_NESTED_BYTES
+from slsam_peft.integrations.shapes import BUILT_IN, load_config, meta_model
+
+# Parameters of the published checkpoints, as their repositories on huggingface.co state them.
+PUBLISHED = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "smollm2-135m": 134_515_008,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the configuration of a tiny Llama."""
+    LlamaConfig(
+        vocab_size=500, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    return str(tmp_path)
+
+
+def planned(capsys, *argv):
+    assert main(["plan", "--json", *argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *argv):
+    assert main(["plan", *argv]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_shapes_have_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(name))
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+def test_plan_of_a_local_configuration(capsys, folder):
+    made = planned(capsys, "--model", folder, "--batch_size", "4", "--seq_len", "64", "--lora_r", "4")
+    cost = CostModel.from_model(meta_model(load_config(folder), lora_r=4), True)
+    assert made["cost"]["plain_flops"] == cost.plain([(4, 64)])
+    assert made["cost"]["lora_sam"] == 2
+    assert [arm["name"].rpartition(".")[2] for arm in made["arms"]] == ["0", "1", "2", "3"]
+    assert sum(arm["parameters"] for arm in made["arms"]) == made["model"]["trainable_parameters"]
+    parts = {k: v for k, v in made["memory"].items() if k not in ("total", "block", "logits")}
+    assert made["memory"]["total"] == sum(parts.values()) + max(made["memory"]["block"], made["memory"]["logits"])
+
+
+def test_a_budget_is_met_and_its_design_shown(capsys, folder):
+    made = planned(capsys, "--model", f"{folder}/config.json", "--design", "depth", "--cost_budget", "1.2")
+    assert made["cost"]["expected"] == pytest.approx(1.2, rel=1e-3)
+    inclusion = [arm["inclusion"] for arm in made["arms"]]
+    assert inclusion == sorted(inclusion)
+    assert inclusion[-1] == 1
+    assert sum(inclusion) / 4 == pytest.approx(made["cost"]["active_fraction"], rel=1e-6)
+
+
+def test_flags_change_what_they_should(capsys):
+    base = ["--model", "smollm2-135m", "--batch_size", "2", "--seq_len", "256"]
+    plain = planned(capsys, *base)["memory"]
+    packed = planned(capsys, *base, "--load_in_4bit")["memory"]
+    linear = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert plain["weights"] - packed["weights"] == pytest.approx(linear * (2 - NF4_BYTES), rel=1e-9)
+    assert planned(capsys, *base, "--optim", "sgd")["memory"]["optimizer"] == 0
+    assert planned(capsys, *base, "--rho", "0")["memory"]["perturbation"] == 0
+    assert planned(capsys, *base, "--gradient_checkpointing", "false")["memory"]["activations"] > plain["activations"]
+    assert planned(capsys, *base, "--ascent", "remembered")["memory"]["remembered"] == plain["adapters"] / 2
+    assert (
+        plain["adapters"]
+        == 2 * planned(capsys, *base, "--load_in_4bit", "--adapter_dtype", "keep")["memory"]["adapters"]
+    )
+    assert planned(capsys, *base, "--gradient_accumulation", "3")["memory"]["prefix"] == 3 * plain["prefix"]
+    limited = planned(capsys, *base, "--gradient_accumulation", "3", "--prefix_limit_mib", "1")["memory"]["prefix"]
+    assert limited == plain["prefix"] == 2 * 256 * 576 * 2
+
+
+def test_tables_name_the_parts_and_the_verdict(capsys, folder):
+    argv = ["plan", "--model", folder, "--granularity", "module", "--batch_size", "2", "--seq_len", "32"]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    for word in (
+        "28 arms",
+        "0.self_attn.q_proj",
+        "plain LoRA",
+        "LoRA-SAM",
+        "optimizer states",
+        "Fits a GPU of 24 GiB",
+    ):
+        assert word in shown
+    assert main([*argv, "--gpu_gib", "0.5"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Does not fit a GPU of 0.5 GiB" in shown
+    assert "--load_in_4bit" in shown
+
+
+def test_long_lists_of_arms_are_shown_by_kind(capsys):
+    assert main(["plan", "--model", "smollm2-135m", "--granularity", "module", "--seq_len", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "210 arms" in shown
+    assert "*.mlp.up_proj (30)" in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "llama3.1-8b"], "Did you mean 'llama-3.1-8b'?"),
+        (["--model", "{tmp}"], "holds no config.json"),
+        (["--model", "{tmp}/broken.json"], "no configuration for model"),
+        (["--model", "{tmp}/strange.json"], "no configuration for model"),
+        (["--model", "smollm2-135m", "--optim", "adamw"], "--optim='adamw' is not known"),
+        (["--model", "smollm2-135m", "--cost_budget", "0.3", "--design", "depth"], "out of reach"),
+        (["--model", "smollm2-135m", "--cost_budget", "9"], "out of reach"),
+        (["--model", "smollm2-135m", "--cost_budget", "1", "--active_fraction", "0.5"], "both set"),
+        (["--model", "smollm2-135m", "--active_fraction", "0.01"], "less than one arm"),
+        (["--model", "smollm2-135m", "--active_fraction", "1.5"], "active_fraction=1.5"),
+        (["--model", "smollm2-135m", "--ascent", "partial", "--batch_size", "1"], "and there is one"),
+        (["--model", "smollm2-135m", "--ascent", "remembered", "--descent", "all"], "has none"),
+        (["--model", "smollm2-135m", "--lora_target_modules", "no_such"], "no_such"),
+        (["--model", "smollm2-135m", "--seq_len", "1"], "--seq_len=1"),
+        (["--model", "smollm2-135m", "--gpu_gib", "0"], "--gpu_gib"),
+        (["--model", "smollm2-135m", "--use_bnb_nested_quant"], "needs --load_in_4bit"),
+        (["--model", "smollm2-135m", "--gradient_checkpointing", "maybe"], "neither true nor false"),
+        (["--model", "smollm2-135m", "--cost_bugdet", "1"], "Did you mean '--cost_budget'?"),
+        ([], "--model"),
+    ],
+)
+def test_bad_input_is_refused_with_what_to_do(capsys, tmp_path, argv, message):
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    (tmp_path / "strange.json").write_text('{"model_type": "no_such_model"}', encoding="utf-8")
+    said = refused(capsys, *(word.format(tmp=tmp_path) for word in argv))
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_repository_out_of_reach_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = refused(capsys, "--model", "nobody/nothing")
+    assert "no configuration for model 'nobody/nothing'" in said
+    assert "llama-3.1-70b" in said
+
+
+def test_defaults_are_those_of_trl_and_of_the_method():
+    parser = Parser("plan", "")
+    plan.add_arguments(parser)
+    values = parser.read(["--model", "x"])
+    trl = {f.name: f.default for f in (*dataclasses.fields(SFTConfig), *dataclasses.fields(ModelConfig))}
+    assert values.batch_size == trl["per_device_train_batch_size"]
+    assert values.seq_len == trl["max_length"]
+    assert values.optim == trl["optim"]
+    assert values.lora_r == trl["lora_r"]
+    assert values.gradient_checkpointing == trl["gradient_checkpointing"]
+    for name, default in SLSAMConfig().to_dict().items():
+        if hasattr(values, name):
+            assert getattr(values, name) == default, name
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_packed_bytes_are_those_of_bitsandbytes(nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(512, 1024)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    size = packed.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if nested else 0)
+    assert size == weight.numel() * (NF4_NESTED_BYTES if nested else NF4_BYTES)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from slsam_peft.cli.main import main; code = main(['plan', '--help']); "
+        "sys.exit(code or 'torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--cost_budget" in done.stdout
+
+
+def test_70b_takes_less_than_a_minute_and_2_gib():
+    argv = [
+        "plan",
+        "--model",
+        "llama-3.1-70b",
+        "--load_in_4bit",
+        "--design",
+        "depth",
+        "--cost_budget",
+        "1.0",
+        "--json",
+    ]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "slsam_peft.cli.main", *argv], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 60
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert peak < 2 * 2**30
+    made = json.loads(done.stdout)
+    assert len(made["arms"]) == 80
+    assert made["cost"]["expected"] == pytest.approx(1.0, rel=1e-3)
+    assert 36 * 2**30 < made["memory"]["weights"] < 42 * 2**30
