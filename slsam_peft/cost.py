@@ -2,7 +2,8 @@ r"""What an update costs, in matmul FLOPs, predicted from the model's structure 
 
 Counted as `torch.utils.flop_counter.FlopCounterMode` counts: a product of $m \times k$ and $k \times n$ is $2mnk$. The
 attention is the eager one, all $T \times T$ scores. The head is TRL's fused one, which keeps no logits: its backward
-pass computes them again before their gradient.
+pass computes them again before their gradient. Not counted, below 2 % together: rotary products, routers, the norms
+of DoRA.
 
 Every kind of update has one form: with the floor $f$ = index of the lowest active block,
 
