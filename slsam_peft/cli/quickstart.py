@@ -126,8 +126,8 @@ def _card(settings: "QuickstartSettings", before: float, after: float) -> str:
         "# Adapter of the slsam-peft quickstart\n\n"
         f"LoRA (r={settings.lora_r}, all linear layers) on an NF4 base, trained with SL-SAM (sparse-layer sharpness-"
         f"aware minimisation, arXiv 2602.09395): rho {config.rho}, active_fraction {config.fraction}, "
-        f"{settings.max_steps} updates of {settings.batch_size} sequences, learning rate {settings.learning_rate}, seed "
-        f"{settings.seed}.\n\nData: questions and answers made from the docstrings of Python's standard library. "
+        f"{settings.max_steps} updates of {settings.batch_size} sequences, learning rate {settings.learning_rate}, "
+        f"seed {settings.seed}.\n\nData: questions and answers made from the docstrings of Python's standard library. "
         f"Held-out loss: {before:.3f} before, {after:.3f} after.\n"
     )
 

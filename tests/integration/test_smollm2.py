@@ -62,7 +62,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
 
 
 def _add_tensors(writer: gguf.GGUFWriter, vocabulary: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes = {"token_embd": (vocabulary, HIDDEN)}
     for i in range(LAYERS):
@@ -76,7 +76,7 @@ def _add_tensors(writer: gguf.GGUFWriter, vocabulary: int) -> dict[str, np.ndarr
     dense = {}
     kind = gguf.GGMLQuantizationType.Q4_1
     for name, shape in shapes.items():
-        raw = gguf.quants.quantize(rng.normal(0, 0.05, shape).astype(np.float32), kind)
+        raw = gguf.quants.quantize((0.05 * torch.randn(shape, generator=generator)).numpy(), kind)
         dense[name] = gguf.quants.dequantize(raw, kind)
         writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
     for name in ["output_norm", *(f"blk.{i}.{norm}_norm" for i in range(LAYERS) for norm in ("attn", "ffn"))]:
