@@ -20,7 +20,10 @@ PARTS = ("arms", "bandit", "cost", "horizon", "perturbation", "sampling")  # kno
 FRAMEWORKS = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl"}
 
 # `x.data = ...` rebinds a storage that an optimizer or a saved copy may still point at.
-REBINDING = {"integrations/peft.py: restore_float32": "the dtype changes, before there is an optimizer"}
+REBINDING = {
+    "integrations/peft.py: restore_float32": "the dtype changes, before there is an optimizer",
+    "integrations/shapes.py: meta_model": "the dtype changes, and there is no storage on the meta device",
+}
 
 
 @dataclass(frozen=True)
