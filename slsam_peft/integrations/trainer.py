@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from slsam_peft.arms import arms_of
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
 from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of
@@ -69,6 +70,7 @@ class SLSAMMixin(_Base):
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
+        keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
         warn_if_low_precision(self.model)

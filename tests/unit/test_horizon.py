@@ -1,0 +1,204 @@
+"""Truncated backpropagation, prefix reuse and the sparse ascent are exact: the plain two-pass is the reference."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from tests.decoders import FAMILIES, WORDS, batch, closures, decoder
+from tests.reference import reference_update
+from tests.tolerances import EXACT_FLOAT64
+
+RHO = 0.1
+
+
+def masks(count):
+    """Floors at the bottom, in the middle and at the top, and a set with gaps."""
+    for floor in (0, count // 2, count - 1):
+        yield torch.arange(count) >= floor
+    yield torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor([count // 3, count - 1]), True)
+
+
+def assert_update_is_exact(model, arms, mask, descent, with_probe):
+    closure, probe = closures(model, batch())
+    trained = torch.ones_like(mask) if descent == "all" else mask
+    config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, generator: mask, descent=descent)
+    state = torch.get_rng_state()
+    loss, expected = reference_update(arms, mask, RHO, closure, trained)
+    after = torch.get_rng_state()
+    weights = [p.detach().clone() for p in model.parameters()]
+    torch.set_rng_state(state)
+    slsam = SLSAM(arms, config)
+    got = slsam.update(closure, probe=probe if with_probe else None)
+    assert float(got) == float(loss)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert all(p.requires_grad for arm in arms for p in arm.parameters)
+    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
+        assert (p.grad is None) == (e is None)
+        if e is not None:
+            torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64 * float(e.abs().max()))
+    return slsam
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_the_plain_two_pass(family, checkpointing):
+    model = decoder(family, checkpointing)
+    for granularity in ("block", "module"):
+        arms = arms_of(model, granularity)
+        for mask in masks(len(arms)):
+            for descent in ("active", "all"):
+                for with_probe in (False, True):
+                    slsam = assert_update_is_exact(model, arms, mask, descent, with_probe)
+                    reused = with_probe and int(arms[int(mask.nonzero()[0])].depth) > 0
+                    assert (slsam.horizon.peak_bytes > 0) == reused
+
+
+def test_nothing_below_the_floor_builds_a_graph():
+    model = decoder("llama", dropout=0.0)
+    arms = arms_of(model)
+    seen = []
+    for block in arms.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    mask = torch.arange(len(arms)) >= 3
+    closure, probe = closures(model, batch())
+    SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask)).update(closure, probe=probe)
+    ascent, descent = seen[:5], seen[-5:]
+    assert ascent == [False, False, False, True, True]
+    assert descent[3:] == [True, True]
+    assert not any(descent[:3])
+
+
+def test_prefixes_beyond_the_limit_are_computed_again():
+    model = decoder("llama")
+    arms = arms_of(model)
+    mask = torch.arange(len(arms)) >= 3
+    closure, probe = closures(model, batch())
+    _, expected = reference_update(arms, mask, RHO, closure)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    _, expected = reference_update(arms, mask, RHO, closure)
+    torch.set_rng_state(state)
+    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask, prefix_limit_mib=0.0))
+    slsam.update(closure, probe=probe)
+    assert slsam.horizon.peak_bytes == 0
+    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
+        assert (p.grad is None) == (e is None)
+        if e is not None:
+            torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
+
+
+class LeakyBlock(nn.Module):
+    """A block that also hands its input on past the next ones, through a shared dictionary."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+    def forward(self, hidden, shared):
+        out = hidden + self.inner(hidden) + 0.3 * shared["sum"]
+        shared["sum"] = shared["sum"] + hidden
+        return out
+
+
+class LeakyStack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(LeakyBlock(6) for _ in range(4))
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x):
+        shared = {"sum": torch.zeros_like(x)}
+        for layer in self.layers:
+            x = layer(x, shared)
+        return self.head(x).square().mean()
+
+
+def test_a_stack_that_leaks_falls_back_with_one_log_line(caplog):
+    torch.manual_seed(0)
+    model, x = LeakyStack().double(), torch.randn(5, 6, dtype=torch.float64)
+    arms = arms_of(model)
+    mask = torch.tensor([False, False, True, True, True])
+    assert [arm.depth for arm in arms] == [0, 1, 2, 3, 4]
+
+    def closure():
+        loss = model(x)
+        loss.backward()
+        return loss
+
+    def probe():
+        with torch.no_grad():
+            return model(x)
+
+    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
+    for _ in range(2):
+        _, expected = reference_update(arms, mask, RHO, closure)
+        with caplog.at_level(logging.INFO, logger="slsam_peft"):
+            slsam.update(closure, probe=probe)
+        for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
+            assert (p.grad is None) == (e is None)
+            if e is not None:
+                torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
+    assert not slsam.horizon.reuse
+    assert sum("prefix reuse is off" in record.message for record in caplog.records) == 1
+
+
+def test_router_losses_turn_reuse_off():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(MixtralForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+    closure, probe = closures(model, batch())
+    arms = arms_of(model)
+    mask = torch.arange(len(arms)) >= 2
+    slsam = SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask))
+    slsam.update(closure, probe=probe)
+    assert not slsam.horizon.reuse
+
+
+def test_forwards_outside_a_pass_are_left_alone():
+    model = decoder("llama", dropout=0.0)
+    inputs = batch()
+    with torch.no_grad():
+        before = model(**inputs).logits
+    arms = arms_of(model)
+    mask = torch.arange(len(arms)) >= 3
+    closure, probe = closures(model, inputs)
+    slsam = SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask))
+    slsam.update(closure, probe=probe)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
+    assert all("forward" not in block.__dict__ for block in arms.blocks)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"ascent": "remembered"}, {"descent": "all"}, {"granularity": "module"}])
+def test_whole_updates_run_on_the_meta_device(settings, monkeypatch):
+    """No value is read by the host but the one vector of norms, and no CPU tensor slips in."""
+    model = decoder("llama", dropout=0.0, device="meta", dtype=torch.float32)
+    monkeypatch.setattr(SLSAM, "_read", lambda self, values: torch.ones(values.shape, dtype=torch.float64))
+    arms = arms_of(model, settings.pop("granularity", "block"))
+    slsam = SLSAM(arms, SLSAMConfig(design="depth", active_fraction=0.5, **settings))
+    closure, probe = closures(model, batch(device="meta"))
+    for _ in range(6):
+        slsam.update(closure, probe=probe)
+    assert slsam.steps == 6
+    assert slsam.skipped == 0
