@@ -1,0 +1,60 @@
+"""Without a radius and with every arm active SL-SAM is plain training: bit for bit, weights and logs."""
+
+import pytest
+import torch
+from trl import SFTTrainer
+
+from slsam_peft import SLSAMConfig, SLSAMTrainer
+from tests.sft import train
+from tests.tolerances import FUSED_HEAD
+
+TIMES = ("runtime", "per_second", "slsam")
+
+
+def logs(trainer):
+    return [{k: v for k, v in log.items() if not any(t in k for t in TIMES)} for log in trainer.state.log_history]
+
+
+@pytest.mark.parametrize("checkpointing", [False, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_radius_and_all_arms_is_plain_training_bitwise(checkpointing, accumulation, packing, tmp_path):
+    settings = {
+        "gradient_accumulation_steps": accumulation,
+        "activation_checkpointing": bool(checkpointing),
+        "activation_checkpointing_kwargs": checkpointing or None,
+        "packing": packing,
+        "max_length": 32,
+    }
+    plain = train(SFTTrainer, tmp_path / "plain", **settings)
+    ours = train(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.0, active_fraction=1.0), **settings)
+    for (name, p), q in zip(plain.model.named_parameters(), ours.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert logs(plain) == logs(ours)
+    assert ours.slsam.steps == 3
+
+
+def test_reported_loss_accuracy_entropy_and_tokens_are_those_of_plain_training(tmp_path):
+    """In the first update the weights are equal; the second pass must not count."""
+    plain = train(SFTTrainer, tmp_path / "plain", gradient_accumulation_steps=2)
+    ours = train(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.1), gradient_accumulation_steps=2)
+    for key in ("loss", "mean_token_accuracy", "entropy", "num_tokens"):
+        assert plain.state.log_history[0][key] == ours.state.log_history[0][key]
+        assert all(key in log for log in ours.state.log_history[:3])
+    assert plain.state.log_history[2]["num_tokens"] == ours.state.log_history[2]["num_tokens"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"descent": "all", "design": "depth"}, {"granularity": "module"}])
+def test_four_micro_batches_of_two_are_one_of_eight(settings, tmp_path):
+    """Through SFTTrainer, with rows of unequal length and the loss normalised by the update's tokens."""
+    config = SLSAMConfig(rho=0.1, active_fraction=0.6, **settings)
+    split = train(
+        SLSAMTrainer, tmp_path / "a", config, double=True, dropout=0.0, gradient_accumulation_steps=4, optim="sgd"
+    )
+    whole = train(
+        SLSAMTrainer, tmp_path / "b", config, double=True, dropout=0.0, per_device_train_batch_size=8, optim="sgd"
+    )
+    assert torch.equal(split.slsam.active, whole.slsam.active)
+    for p, q in zip(split.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=FUSED_HEAD, atol=FUSED_HEAD)
+    torch.testing.assert_close(split.slsam.probabilities, whole.slsam.probabilities, rtol=FUSED_HEAD, atol=FUSED_HEAD)

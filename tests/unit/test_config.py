@@ -1,0 +1,76 @@
+"""The settings check themselves and say what to do."""
+
+import dataclasses
+import math
+
+import pytest
+
+from slsam_peft import SLSAMConfig
+
+BAD = [
+    ({"rho": -0.1}, "rho=-0.1", "finite number >= 0"),
+    ({"rho": math.nan}, "rho=nan", "finite number >= 0"),
+    ({"rho": math.inf}, "rho=inf", "finite number >= 0"),
+    ({"rho": "0.05"}, "rho='0.05'", "finite number"),
+    ({"rho": True}, "rho=True", "finite number"),
+    ({"active_fraction": 0}, "active_fraction=0", "(0, 1]"),
+    ({"active_fraction": 1.01}, "active_fraction=1.01", "(0, 1]"),
+    ({"active_fraction": math.nan}, "active_fraction=nan", "(0, 1]"),
+    ({"ascent_fraction": 0.0}, "ascent_fraction=0.0", "(0, 1]"),
+    ({"ascent_fraction": 2}, "ascent_fraction=2", "(0, 1]"),
+    ({"cost_budget": 0}, "cost_budget=0", "> 0"),
+    ({"cost_budget": -1.0}, "cost_budget=-1.0", "> 0"),
+    ({"cost_budget": 1.0, "active_fraction": 0.2}, "cost_budget=1.0", "leave active_fraction unset"),
+    ({"probability_floor": 1.0}, "probability_floor=1.0", "[0, 1)"),
+    ({"bandit_rate": 0}, "bandit_rate=0", "> 0"),
+    ({"prefix_limit_mib": -1}, "prefix_limit_mib=-1", ">= 0"),
+    ({"max_skipped_updates": 1.5}, "max_skipped_updates=1.5", "integer >= 0"),
+    ({"seed": -1}, "seed=-1", "integer >= 0"),
+    ({"granularity": "blok"}, "granularity='blok'", "Did you mean 'block'?"),
+    ({"bandit": "scalefree"}, "bandit='scalefree'", "Did you mean 'scale_free'?"),
+    ({"design": "bernouli"}, "design='bernouli'", "Did you mean 'bernoulli'?"),
+    ({"ascent": "two-pass"}, "ascent='two-pass'", "Did you mean 'two_pass'?"),
+    ({"descent": "al"}, "descent='al'", "Did you mean 'all'?"),
+    ({"adapter_dtype": "float23"}, "adapter_dtype='float23'", "Did you mean 'float32'?"),
+    ({"descent": "all", "ascent": "remembered"}, "descent='all'", "two_pass"),
+]
+
+
+@pytest.mark.parametrize(("values", "named", "advice"), BAD, ids=[str(b[0]) for b in BAD])
+def test_a_bad_value_is_named_with_what_is_allowed(values, named, advice):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked below
+        SLSAMConfig(**values)
+    assert named in str(error.value)
+    assert advice in str(error.value)
+
+
+def test_it_is_keyword_only_and_frozen():
+    with pytest.raises(TypeError):
+        SLSAMConfig(0.05)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SLSAMConfig().rho = 0.1
+
+
+def test_it_round_trips_through_a_dict():
+    config = SLSAMConfig(rho=0.3, cost_budget=1.0, design="depth", ascent="partial", seed=7)
+    assert SLSAMConfig.from_dict(config.to_dict()) == config
+
+
+def test_an_unknown_key_is_named_with_the_nearest_match():
+    with pytest.raises(ValueError, match="'rh' is not known.*Did you mean 'rho'"):
+        SLSAMConfig.from_dict({"rh": 0.1})
+
+
+def all_of_them(probabilities, generator):
+    return probabilities > 0
+
+
+def test_a_callable_is_stored_by_name_and_never_loaded_from_one():
+    stored = SLSAMConfig(design=all_of_them).to_dict()
+    assert stored["design"] == f"{__name__}:all_of_them"
+    with pytest.raises(ValueError, match="no code is loaded"):
+        SLSAMConfig.from_dict(stored)
+
+
+def test_every_field_has_its_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(SLSAMConfig))

@@ -1,0 +1,277 @@
+"""The contract of one update: gradients, weights, and nothing left behind, whatever happens in the closure."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.passes import Passes
+from slsam_peft.telemetry import RadiusWatch
+from tests.decoders import batch, decoder
+from tests.reference import reference_update
+from tests.tolerances import EXACT_FLOAT64
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)]
+    return nn.Sequential(*layers).double()
+
+
+def problem(**settings):
+    model = network()
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    return model, SLSAM(arms_of(model, "module"), SLSAMConfig(**settings)), closure, calls
+
+
+def snapshot(model, slsam):
+    state = slsam.state_dict()
+    return (
+        [p.detach().clone() for p in model.parameters()],
+        [p.requires_grad for p in model.parameters()],
+        {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()},
+        sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+    )
+
+
+def same(a, b):
+    return (
+        all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+        and a[1] == b[1]
+        and a[2].keys() == b[2].keys()
+        and all(
+            torch.equal(torch.nan_to_num(v), torch.nan_to_num(b[2][k])) if torch.is_tensor(v) else v == b[2][k]
+            for k, v in a[2].items()
+        )
+        and a[3] == b[3]
+    )
+
+
+def test_active_arms_get_the_descent_gradient_and_the_others_none():
+    model, slsam, closure, calls = problem(active_fraction=0.5)
+    for _ in range(20):
+        weights = [p.detach().clone() for p in model.parameters()]
+        slsam.update(closure)
+        for arm, on in zip(slsam.arms, slsam.active.tolist(), strict=True):
+            assert all((p.grad is not None) == on for p in arm.parameters)
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert len(calls) == 40
+    assert slsam.active.dtype == torch.bool
+    assert slsam.probabilities.dtype == torch.float64
+
+
+def test_no_radius_means_one_pass_and_the_plain_gradient():
+    model, slsam, closure, calls = problem(rho=0.0, active_fraction=1.0)
+    slsam.update(closure)
+    assert len(calls) == 1
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    closure()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), got, strict=True))
+
+
+def test_remembered_ascent_takes_one_pass_and_perturbs_from_the_second_on():
+    _, slsam, closure, calls = problem(ascent="remembered", rho=0.3, active_fraction=1.0)
+    losses = [float(slsam.update(closure)) for _ in range(2)]
+    assert len(calls) == 2
+    assert losses[1] > losses[0]
+    assert slsam.memory.bytes == 2 * sum(p.numel() for arm in slsam.arms for p in arm.parameters)
+
+
+def test_partial_ascent_needs_a_part():
+    _, slsam, closure, _ = problem(ascent="partial", active_fraction=1.0)
+    with pytest.raises(ValueError, match="ascent_closure"):
+        slsam.update(closure)
+    slsam.update(closure, ascent_closure=closure)
+
+
+def test_the_design_is_called_once_an_update():
+    drawn = []
+
+    def design(p, generator):
+        drawn.append(1)
+        return torch.tensor([True, False, True])
+
+    _, slsam, closure, _ = problem(design=design, active_fraction=0.6)
+    assert drawn == []
+    for i in range(3):
+        slsam.update(closure)
+        assert len(drawn) == i + 1
+        assert slsam.active.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("ascent", ["two_pass", "remembered"])
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_an_exception_leaves_everything_as_it_was(ascent, call, where):
+    model, slsam, closure, calls = problem(active_fraction=0.5, rho=0.2, design="fixed_size", ascent=ascent)
+    slsam.update(closure)
+    model.zero_grad()
+    before = snapshot(model, slsam)
+    calls.clear()
+
+    def faulty():
+        if where == "before" and len(calls) + 1 == call:
+            raise KeyboardInterrupt
+        loss = closure()
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return loss
+
+    if ascent == "remembered" and call == 2:
+        slsam.update(faulty)  # one pass: the second call never comes
+        return
+    with pytest.raises(KeyboardInterrupt):
+        slsam.update(faulty)
+    assert same(before, snapshot(model, slsam))
+    assert all(p.grad is None for p in model.parameters())
+    twin_model, twin, twin_closure, _ = problem(active_fraction=0.5, rho=0.2, design="fixed_size", ascent=ascent)
+    twin.update(twin_closure)
+    assert float(slsam.update(closure)) == float(twin.update(twin_closure))
+    assert torch.equal(slsam.active, twin.active)
+    assert torch.equal(slsam.probabilities, twin.probabilities)
+    del twin_model
+
+
+@pytest.mark.parametrize("bad_pass", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_skips_the_whole_update(bad_pass, value):
+    model, slsam, closure, calls = problem(active_fraction=1.0, max_skipped_updates=1)
+    before = slsam.probabilities.clone()
+
+    def faulty():
+        loss = closure()
+        if len(calls) % 2 == bad_pass % 2:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, value)
+        return loss
+
+    slsam.update(faulty)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(slsam.probabilities, before)
+    assert slsam.skipped == 1
+    with pytest.raises(RuntimeError, match="2 updates in a row had a NaN or infinite"):
+        slsam.update(faulty)
+    slsam.update(closure)
+    assert slsam.metrics["grad_norm_ascent"] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"ascent": "remembered"}, {"design": "fixed_size"}, {"bandit": "paper"}])
+def test_state_goes_on_bit_for_bit(settings):
+    def run(slsam, closure, model, updates):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(updates):
+            slsam.update(closure)
+            optimizer.step()
+
+    settings = {"active_fraction": 0.5, "rho": 0.2, **settings}
+    model, slsam, closure, _ = problem(**settings)
+    run(slsam, closure, model, 4)
+    state, weights = slsam.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
+    run(slsam, closure, model, 4)
+    other, twin, twin_closure, _ = problem(**settings)
+    other.load_state_dict(weights)
+    twin.load_state_dict(state)
+    run(twin, twin_closure, other, 4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert torch.equal(slsam.probabilities, twin.probabilities)
+    assert torch.equal(slsam.active, twin.active)
+
+
+def test_state_of_other_arms_is_refused_and_changes_nothing():
+    model, slsam, closure, _ = problem(active_fraction=0.5)
+    slsam.update(closure)
+    before = snapshot(model, slsam)
+    other = SLSAM(arms_of(model, "tensor"), SLSAMConfig(active_fraction=0.5))
+    with pytest.raises(ValueError, match="saved for 6 arms and this model has 3; the first difference is '0.weight'"):
+        slsam.load_state_dict(other.state_dict())
+    assert same(before, snapshot(model, slsam))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("descent", ["active", "all"])
+def test_micro_batches_add_up_to_one_batch(count, descent):
+    """An update of micro-batches of unequal length is that of their union: same arms, same e, same gradient."""
+    model = decoder("llama", dropout=0.0)
+    arms = arms_of(model)
+    mask = torch.arange(len(arms)) >= 2
+    parts = [batch(2, 6 + 2 * i) for i in range(count)]
+    total = sum(int((p["labels"][:, 1:] != -100).sum()) for p in parts)
+
+    def part(inputs):
+        def run():
+            loss = model(**inputs, num_items_in_batch=total).loss
+            loss.backward()
+            return loss
+
+        def probe():
+            with torch.no_grad():
+                return model(**inputs, num_items_in_batch=total).loss
+
+        return Passes(run, run, None, probe)
+
+    def whole():
+        return sum(part(p).counted() for p in parts)
+
+    trained = torch.ones_like(mask) if descent == "all" else mask
+    loss, expected = reference_update(arms, mask, 0.1, whole, trained)
+    slsam = SLSAM(arms, SLSAMConfig(rho=0.1, active_fraction=0.9, design=lambda p, g: mask, descent=descent))
+    losses = [slsam.accumulate(part(p), i, count) for i, p in enumerate(parts)]
+    assert float(sum(losses)) == pytest.approx(float(loss), rel=EXACT_FLOAT64)
+    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
+        assert (p.grad is None) == (e is None)
+        if e is not None:
+            torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
+
+
+def test_a_parameter_whose_module_is_not_called_is_moved_in_place():
+    """The head's weight is read, its module never called: an additive branch would be lost."""
+    torch.manual_seed(0)
+    body, head = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 2, bias=False).double()
+    model, x = nn.ModuleDict({"body": body, "head": head}), torch.randn(5, 3, dtype=torch.float64)
+
+    def closure():
+        loss = (body(x).tanh() @ head.weight.T).square().mean()
+        loss.backward()
+        return loss
+
+    arms = arms_of(model, "module")
+    mask = torch.ones(2, dtype=torch.bool)
+    _, expected = reference_update(arms, mask, 0.5, closure)
+    SLSAM(arms, SLSAMConfig(rho=0.5, active_fraction=1.0)).update(closure)
+    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
+
+
+def test_less_than_one_arm_is_refused_except_for_the_paper():
+    with pytest.raises(ValueError, match=r"active_fraction=0.1 of 3 arms is less than one arm; use at least 0.333"):
+        problem(active_fraction=0.1)
+    problem(active_fraction=0.1, bandit="paper")
+    assert problem()[1].bandit.budget == 1.0
+
+
+def test_a_budget_needs_a_cost_model():
+    with pytest.raises(ValueError, match="cost_budget=1.0 needs a cost model"):
+        problem(cost_budget=1.0)
+
+
+def test_the_watch_warns_once_when_gains_scatter(caplog):
+    quiet, loud = RadiusWatch(0.05), RadiusWatch(0.003)
+    with caplog.at_level(logging.WARNING, logger="slsam_peft"):
+        for i in range(40):
+            quiet.see(1.0 + 0.2 * (i % 2))
+            loud.see(1.5 if i % 2 else -0.3)
+    assert [record.message for record in caplog.records if "lost in rounding" in record.message] == [
+        caplog.records[0].message
+    ]
+    assert "rho=0.003" in caplog.records[0].message
