@@ -1,92 +1,177 @@
 # python recipes/draw_method.py .assets/method.svg
-"""Draw one SL-SAM update: which blocks run in which pass, where the floor cuts, what is kept."""
+"""Draw SL-SAM: active sets over updates, as the package's own bandit draws them, and the two passes of one update."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
+from slsam_peft import SLSAMConfig
+from slsam_peft.bandit import Bandit
+from slsam_peft.sampling import Bernoulli
 
-BLOCKS, FLOOR = 8, 5
-ACTIVE = {5, 6, 7}
-INK, SOFT, COLD, WARM, HOT = "#24292f", "#8b949e", "#dfe5ec", "#9ecae1", "#f4a261"
-PASSES = (
-    (2.0, "ascent pass at w", "runs every block once,\nbackpropagates to the floor"),
-    (5.6, "descent pass at w + e", "starts at the floor from the\nkept hidden state"),
-)
+BLOCKS, UPDATES, BEFORE = 10, 12, 150  # drawn: the updates after the first 150
+SHOWN = 8  # the update whose passes are drawn
+CONFIG = SLSAMConfig(active_fraction=0.3, bandit_rate=0.2)
+NORMS = torch.linspace(1.0, 4.0, BLOCKS, dtype=torch.float64)  # upper blocks have the larger gradients
+SEED = 8
+DARKEST = 0.6  # probability of the darkest shade
+
+INK, SOFT, PAPER = "#1f2328", "#8c959f", "#ffffff"
+ACTIVE, FORWARD, BACKWARD = "#f59f00", "#1c7ed6", "#e03131"
+PROBABILITY = matplotlib.colormaps["Blues"]
+FIRST, SECOND, WIDTH = 8.1, 12.9, 2.3  # the passes' left edges, and a block's width
 
 
-def box(axes, x, y, width, colour, text="", edge=INK, style="solid", size=8.5):
-    """Draw one block."""
-    shape = FancyBboxPatch(
-        (x, y), width, 0.62, boxstyle="round,pad=0.02,rounding_size=0.1", fc=colour, ec=edge, lw=1, ls=style
+def draws() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return probabilities and active sets of the drawn updates, both of shape (updates, blocks)."""
+    bandit, design = Bandit(BLOCKS, CONFIG.fraction * BLOCKS, CONFIG), Bernoulli()
+    generator = torch.Generator().manual_seed(SEED)
+    probabilities, masks = [], []
+    for _ in range(BEFORE + UPDATES):
+        probabilities.append(bandit.probabilities)
+        masks.append(design(bandit.probabilities, generator))
+        bandit.update(masks[-1], NORMS, design.inclusion(bandit.probabilities))
+    return torch.stack(probabilities[BEFORE:]), torch.stack(masks[BEFORE:])
+
+
+def text(axes: Axes, x: float, y: float, words: str, size: float = 8.5, **options) -> None:
+    """Write something, centred unless told otherwise."""
+    axes.text(x, y, words, fontsize=size, **{"ha": "center", "va": "center", "color": INK, **options})
+
+
+def arrow(axes: Axes, start: Sequence[float], end: Sequence[float], colour: str = INK, bend: float = 0.0) -> None:
+    """Draw an arrow."""
+    shape = FancyArrowPatch(
+        tuple(start),
+        tuple(end),
+        arrowstyle="-|>",
+        mutation_scale=12,
+        lw=1.6,
+        color=colour,
+        connectionstyle=f"arc3,rad={bend}",
+        shrinkA=0,
+        shrinkB=0,
     )
     axes.add_patch(shape)
-    axes.text(x + width / 2, y + 0.31, text, ha="center", va="center", fontsize=size, color=INK)
 
 
-def arrow(axes, start, end, colour=INK, style="-|>", bend=0.0, width=1.4):
-    """Draw one arrow."""
-    line = FancyArrowPatch(
-        start, end, arrowstyle=style, mutation_scale=11, lw=width, color=colour, connectionstyle=f"arc3,rad={bend}"
-    )
-    axes.add_patch(line)
-
-
-def draw_pass(axes, number, x, title, note):
-    """Draw the stack of blocks in one pass."""
-    axes.text(x + 0.8, 9.95, title, ha="center", fontsize=10.5, weight="bold", color=INK)
-    axes.text(x + 0.8, 9.4, note, ha="center", va="center", fontsize=8, color=INK)
+def draw_updates(axes: Axes, probabilities: torch.Tensor, masks: torch.Tensor) -> None:
+    """Draw blocks against updates: shade = probability, marked = active, line = floor."""
+    for update in range(UPDATES):
+        x = update * 0.55
+        floor = int(masks[update].nonzero().min())
+        for block in range(BLOCKS):
+            shade = PROBABILITY(0.05 + 0.7 * float(probabilities[update, block]) / DARKEST)
+            axes.add_patch(Rectangle((x, block), 0.55, 1, fc=shade, ec=PAPER, lw=1))
+            if masks[update, block]:
+                box = "round,pad=0,rounding_size=0.1"
+                axes.add_patch(
+                    FancyBboxPatch((x + 0.09, block + 0.17), 0.37, 0.66, boxstyle=box, fc=ACTIVE, ec=INK, lw=0.8)
+                )
+        axes.plot([x + 0.02, x + 0.53], [floor, floor], color=BACKWARD, lw=2.2, solid_capstyle="butt")
+    axes.add_patch(Rectangle((SHOWN * 0.55, -0.06), 0.55, BLOCKS + 0.12, fc="none", ec=INK, lw=1.8))
     for block in range(BLOCKS):
-        y = 0.9 + block * 0.92
-        if block in ACTIVE:
-            text = f"block {block}  + e" if number else f"block {block}"
-            box(axes, x, y, 1.6, HOT, text)
-        elif number:
-            box(axes, x, y, 1.6, "white", f"block {block}: not run", edge=SOFT, style="dashed", size=7.5)
-        else:
-            box(axes, x, y, 1.6, COLD, f"block {block}: no graph", size=7.5)
-    low, high = 0.9 + FLOOR * 0.92, 0.9 + BLOCKS * 0.92 - 0.3
-    bottom = low if number else 0.9
-    arrow(axes, (x - 0.18, bottom), (x - 0.18, high), colour="#2a6f97")
-    arrow(axes, (x + 1.78, high), (x + 1.78, low), colour="#bc4749")
+        text(axes, -0.15, block + 0.5, f"block {block}", 7.5, ha="right")
+    text(axes, UPDATES * 0.275, BLOCKS + 1.25, "which blocks are active", 11, weight="bold")
+    text(axes, UPDATES * 0.275, BLOCKS + 0.6, "drawn anew in every update from the bandit's p", 8)
+    arrow(axes, (2.0, -0.45), (4.6, -0.45), SOFT)
+    text(axes, 1.85, -0.45, "updates", 8, ha="right")
 
 
-def main() -> None:
+def draw_pass(axes: Axes, x: float, mask: torch.Tensor, second: bool) -> None:
+    """Draw the stack of blocks in one pass, with the reach of its forward and its backward."""
+    floor = int(mask.nonzero().min())
+    for block in range(BLOCKS):
+        below, active = block < floor, bool(mask[block])
+        words = "w + e" if active and second else "g" if active else "no graph" if below else "passed through"
+        dashed = below and second
+        shape = FancyBboxPatch(
+            (x, block + 0.13),
+            WIDTH,
+            0.74,
+            boxstyle="round,pad=0,rounding_size=0.16",
+            fc=ACTIVE if active else PAPER if dashed or not below else "#e9ecef",
+            ec=SOFT if dashed else INK,
+            lw=1,
+            ls="--" if dashed else "-",
+        )
+        axes.add_patch(shape)
+        weight = "bold" if active else "normal"
+        colour = SOFT if dashed else INK
+        text(axes, x + WIDTH / 2, block + 0.48, "not run" if dashed else words, 8.5, color=colour, weight=weight)
+    arrow(axes, (x - 0.2, floor + 0.1 if second else 0.1), (x - 0.2, BLOCKS), FORWARD)
+    arrow(axes, (x + WIDTH + 0.2, BLOCKS), (x + WIDTH + 0.2, floor + 0.05), BACKWARD)
+
+
+def draw_between(axes: Axes, floor: int) -> None:
+    """Draw what goes from pass to pass, to the optimizer and back to the bandit."""
+    for x, title, note in (
+        (FIRST, "1  ascent pass, at w", "backward stops at the floor"),
+        (SECOND, "2  descent pass, at w + e", "starts at the floor"),
+    ):
+        text(axes, x + WIDTH / 2, BLOCKS + 1.25, title, 11, weight="bold")
+        text(axes, x + WIDTH / 2, BLOCKS + 0.6, note, 8)
+    end = SECOND + WIDTH + 0.45
+    axes.plot([SHOWN * 0.55 + 0.55, end], [floor, floor], color=BACKWARD, lw=1.2, ls=(0, (5, 3)), zorder=0)
+    text(axes, (UPDATES * 0.55 + FIRST - 0.2) / 2, floor + 0.3, "floor", 9, color=BACKWARD)
+    left, right = FIRST + WIDTH + 0.2, SECOND - 0.2
+    text(axes, (left + right) / 2, BLOCKS - 1.1, "e = ρ g / ‖g‖", 9.5)
+    arrow(axes, (left + 0.15, BLOCKS - 1.6), (right - 0.15, BLOCKS - 1.6))
+    arrow(axes, (left - 0.15, floor - 0.05), (right, floor + 0.12), FORWARD, bend=0.35)
+    text(axes, (left + right) / 2, floor - 1.0, "kept\nhidden\nstate", 8, color=FORWARD, va="top")
+    arrow(axes, (end + 0.05, BLOCKS - 1.6), (end + 0.75, BLOCKS - 1.6))
+    text(
+        axes, end + 0.85, BLOCKS - 1.6, "g′ to the base\noptimizer, which\nsteps on the\nactive blocks", 8.5, ha="left"
+    )
+    bottom = -1.15
+    axes.plot([FIRST + WIDTH / 2] * 2, [-0.1, bottom], color=INK, lw=1.6)
+    axes.plot([FIRST + WIDTH / 2, (SHOWN + 1.5) * 0.55], [bottom, bottom], color=INK, lw=1.6)
+    arrow(axes, ((SHOWN + 1.5) * 0.55, bottom), ((SHOWN + 1.5) * 0.55, -0.1))
+    text(
+        axes,
+        (FIRST + WIDTH / 2 + (SHOWN + 1.5) * 0.55) / 2,
+        bottom - 0.35,
+        "norms of g, by block: the bandit learns p",
+        8.5,
+    )
+
+
+def draw_legend(axes: Axes) -> None:
+    """Explain the marks."""
+    y = -2.35
+    for i in range(24):
+        axes.add_patch(Rectangle((0.05 * i, y - 0.2), 0.06, 0.4, fc=PROBABILITY(0.05 + 0.7 * i / 23), lw=0))
+    text(axes, 1.35, y, f"probability p, 0 to {DARKEST}", 8, ha="left")
+    axes.add_patch(Rectangle((4.35, y - 0.2), 0.3, 0.4, fc=ACTIVE, ec=INK, lw=0.8))
+    text(axes, 4.8, y, "active: perturbed and trained", 8, ha="left")
+    for x, colour, words in ((9.0, FORWARD, "forward"), (10.9, BACKWARD, "backward")):
+        axes.plot([x, x + 0.5], [y, y], color=colour, lw=2)
+        text(axes, x + 0.65, y, words, 8, ha="left")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Draw the picture into the file named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", help="SVG or PNG file")
-    output = parser.parse_args().output
-    plt.rcParams.update({"svg.hashsalt": "slsam", "font.family": "DejaVu Sans", "svg.fonttype": "path"})
-    figure, axes = plt.subplots(figsize=(9.4, 5.6))
-    figure.patch.set_facecolor("white")
-    for number, (x, title, note) in enumerate(PASSES):
-        draw_pass(axes, number, x, title, note)
-    floor = 0.9 + FLOOR * 0.92 - 0.15
-    axes.plot([1.55, 7.65], [floor, floor], color="#bc4749", lw=1.1, ls=(0, (4, 3)))
-    axes.text(1.45, floor, "floor", ha="right", va="center", fontsize=9, color="#bc4749")
-    arrow(axes, (3.62, floor + 0.06), (5.5, floor + 0.45), colour="#2a6f97", bend=-0.15)
-    axes.text(4.55, floor + 0.62, "hidden state", ha="center", fontsize=8, color="#2a6f97")
-    box(axes, -0.75, 7.3, 1.75, WARM, "bandit: probabilities p", size=7.8)
-    box(axes, -0.75, 5.9, 1.75, WARM, "design: active set", size=7.8)
-    arrow(axes, (0.12, 7.28), (0.12, 6.56))
-    arrow(axes, (1.03, 6.2), (1.6, 6.2))
-    box(axes, 8.1, 5.9, 1.75, WARM, "base optimizer: w", size=7.8)
-    arrow(axes, (7.5, 6.2), (8.06, 6.2))
-    axes.text(7.78, 6.42, "g'", ha="center", fontsize=9, color=INK)
-    arrow(axes, (3.3, 8.5), (5.9, 8.5), bend=-0.12)
-    axes.text(4.6, 8.92, "e = ρ g / |g|", ha="center", fontsize=9, color=INK)
-    arrow(axes, (2.3, 8.55), (0.6, 7.98), bend=0.25)
-    axes.text(0.55, 8.5, "norms per arm", ha="center", fontsize=8, color=INK)
-    axes.plot([], [], color="#2a6f97", label="forward")
-    axes.plot([], [], color="#bc4749", label="backward")
-    axes.legend(loc="lower left", fontsize=8, frameon=False, bbox_to_anchor=(0.0, 0.02))
-    axes.set_xlim(-0.9, 10)
-    axes.set_ylim(0.5, 10.4)
-    axes.axis("off")
-    figure.savefig(output, bbox_inches="tight", metadata={"Date": None} if output.endswith(".svg") else None, dpi=150)
+    parser.add_argument("output", type=Path, help="SVG or PNG file")
+    output = parser.parse_args(argv).output
+    probabilities, masks = draws()
+    with matplotlib.rc_context({"svg.hashsalt": "slsam", "font.family": "DejaVu Sans", "svg.fonttype": "path"}):
+        figure = Figure(figsize=(12, 6.2), facecolor=PAPER)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(-1.5, 18.9), ylim=(-2.8, BLOCKS + 1.8))
+        axes.axis("off")
+        draw_updates(axes, probabilities, masks)
+        draw_pass(axes, FIRST, masks[SHOWN], second=False)
+        draw_pass(axes, SECOND, masks[SHOWN], second=True)
+        draw_between(axes, int(masks[SHOWN].nonzero().min()))
+        draw_legend(axes)
+        figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=150)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,13 @@ def decoder(family="llama", checkpointing=None, dropout=0.1, dtype=torch.float64
     cls, config, shape = FAMILIES[family]
     with torch.device(device):
         model = cls(config(**shape)).to(dtype)
-        settings = {"r": 3, "target_modules": "all-linear", "lora_dropout": dropout, "fan_in_fan_out": family == "gpt2", **lora}
+        settings = {
+            "r": 3,
+            "target_modules": "all-linear",
+            "lora_dropout": dropout,
+            "fan_in_fan_out": family == "gpt2",
+            **lora,
+        }
         model = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=False)
     with torch.no_grad():
         for parameter in model.parameters():

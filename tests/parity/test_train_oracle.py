@@ -34,7 +34,10 @@ def test_training_reproduces_the_trace(name):
     base = optimizer(model, meta)
     masks = iter(trace["masks"].bool())
     config = SLSAMConfig(
-        rho=meta["rho"], active_fraction=meta["budget_fraction"], bandit="paper", design=lambda p, generator: next(masks)
+        rho=meta["rho"],
+        active_fraction=meta["budget_fraction"],
+        bandit="paper",
+        design=lambda p, generator: next(masks),
     )
     slsam = SLSAM(arms_of(model, "tensor"), config)
 
