@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import importlib.metadata
 import re
+import runpy
 import shlex
 import subprocess
 import tomllib
@@ -186,6 +188,17 @@ def test_links_lead_somewhere() -> None:
     assert not [t for t in local if not (t[1:] in anchors if t.startswith("#") else (ROOT / t).exists())]
     core = {f"slsam_peft/{name}.py" for name in ("bandit", "sampling", "perturbation", "arms", "horizon", "slsam")}
     assert core <= set(targets)
+
+
+def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
+    command = (ROOT / "recipes" / "draw_method.py").read_text().splitlines()[0].removeprefix("# ")
+    _, script, stored = shlex.split(command)
+    drawn = tmp_path / "drawn.svg"
+    runpy.run_path(str(ROOT / script))["main"]([str(drawn)])
+    kept = (ROOT / stored).read_text()
+    if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in kept:  # others may place a path differently
+        assert drawn.read_text() == kept
+    assert f"]({stored})" in README
 
 
 def test_the_paper_is_credited() -> None:
