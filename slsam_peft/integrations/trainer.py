@@ -1,12 +1,12 @@
 """`SLSAMTrainer`: TRL's `SFTTrainer` with one argument more."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from slsam_peft.arms import arms_of
@@ -27,10 +27,7 @@ ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs 
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+_Base: Any = object  # whichever trainer comes after the mixin
 
 
 class _TrainBegin(TrainerCallback):
@@ -79,8 +76,11 @@ class SLSAMMixin(_Base):
         self._slsam_unsolved = False
         self._slsam_index = 0
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
+        tags = describe(self.slsam_config)
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(describe(self.slsam_config))
+            self.model.add_model_tags(tags)
+        if hasattr(self, "_tag_names"):  # TRL's own model card, written with checkpoints, takes its tags from here
+            self._tag_names = [*self._tag_names, *tags]
         self.add_callback(_TrainBegin(self))
 
     @property
