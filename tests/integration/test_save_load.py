@@ -1,0 +1,208 @@
+"""Adapters that plain PEFT loads, and checkpoints that go on bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.integrations.checkpoint import FILE_NAME, StateMismatchError
+from tests.tiny import build, llama, lora, tokenizer, train
+
+UPDATES, CUT = 6, 3
+
+
+def logits(model):
+    ids = torch.arange(5, 45).reshape(2, 20)
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_dora": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["LoRA", "DoRA", "modules_to_save"],
+)
+def test_saved_adapter_loads_in_plain_peft_with_identical_logits(settings, tmp_path):
+    config = SLSAMConfig(rho=0.03, active_fraction=0.6, design="depth")
+    trainer = train(SLSAMTrainer, tmp_path / "out", config, peft_config=lora(**settings))
+    trainer.save_model(str(tmp_path / "adapter"))
+    before = logits(llama())
+    loaded = logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter"))
+    assert torch.equal(loaded, logits(trainer.model))
+    assert not torch.equal(loaded, before)
+
+
+def test_the_model_card_names_method_and_settings(tmp_path):
+    config = SLSAMConfig(rho=0.03, active_fraction=0.6, design="depth", ascent="partial", ascent_fraction=0.5)
+    trainer = train(SLSAMTrainer, tmp_path / "out", config)
+    trainer.save_model(str(tmp_path / "adapter"))
+    trainer.create_model_card(model_name="mine")
+    expected = ("sl-sam", "sl-sam:rho=0.03", "sl-sam:design=depth", "sl-sam:ascent=partial")
+    expected += ("sl-sam:active_fraction=0.6", "sl-sam:ascent_fraction=0.5", "sl-sam:granularity=block")
+    for folder in ("adapter", "out"):
+        card = (tmp_path / folder / "README.md").read_text()
+        header = card.split("---")[1]
+        for tag in expected:
+            assert f"- {tag}\n" in header, (folder, tag)
+
+
+class Draws(TrainerCallback):
+    """Records what each update drew and where it left the probabilities."""
+
+    def __init__(self):
+        self.seen = {}
+        self.trainer = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        slsam = self.trainer.slsam
+        self.seen[state.global_step] = (slsam.active.tolist(), slsam.probabilities.tolist())
+
+
+def run(folder, config, resume=None, **settings):
+    draws = Draws()
+    trainer = build(
+        SLSAMTrainer,
+        folder,
+        config,
+        parts={"callbacks": [draws]},
+        **{"max_steps": UPDATES, "save_strategy": "steps", "save_steps": CUT, **settings},
+    )
+    draws.trainer = trainer
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer, draws.seen
+
+
+def logs(trainer):
+    times = ("runtime", "per_second", "total_flos", "train_loss")
+    times += ("num_tokens",)  # TRL 1.16 counts from 0 again in a resumed run
+    return [{k: v for k, v in log.items() if not any(t in k for t in times)} for log in trainer.state.log_history]
+
+
+RESUMED = {
+    "two_pass": {},
+    "partial": {"ascent": "partial", "ascent_fraction": 0.5},
+    "remembered": {"ascent": "remembered"},
+    "depth": {"design": "depth"},
+    "window": {"design": "window"},
+    "all descend": {"descent": "all", "design": "depth"},
+    "module arms": {"granularity": "module", "bandit": "paper"},
+}
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED.keys())
+def test_resuming_is_bitwise_going_on(settings, tmp_path):
+    """With three micro-batches an update and LoRA dropout: weights, optimizer, sampler and logs."""
+    config = SLSAMConfig(rho=0.1, active_fraction=0.5, **settings)
+    common = {"gradient_accumulation_steps": 3, "peft_config": lora(lora_dropout=0.2)}
+    whole, drawn = run(tmp_path / "whole", config, **common)
+    parted, again = run(tmp_path / "parted", config, tmp_path / "whole" / f"checkpoint-{CUT}", **common)
+    assert again == {step: seen for step, seen in drawn.items() if step > CUT}
+    assert torch.equal(whole.slsam.probabilities, parted.slsam.probabilities)
+    for (name, p), q in zip(whole.model.named_parameters(), parted.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert logs(whole)[-(UPDATES - CUT) :] == logs(parted)[-(UPDATES - CUT) :]
+    first, second = (t.optimizer.state_dict()["state"] for t in (whole, parted))
+    assert first.keys() == second.keys()
+    for key, state in first.items():
+        assert all(torch.equal(state[k], second[key][k]) for k in ("exp_avg", "exp_avg_sq", "step"))
+    one, two = whole.slsam.state_dict(), parted.slsam.state_dict()
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+        assert same, key
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    train(SLSAMTrainer, folder, SLSAMConfig(rho=0.1, active_fraction=0.5), save_strategy="steps", save_steps=2)
+    return folder / "checkpoint-2"
+
+
+def resume(checkpoint, folder, config, peft_config="lora", updates=4):
+    trainer = build(SLSAMTrainer, folder, config, peft_config=peft_config, max_steps=updates)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return trainer
+
+
+def without(checkpoint, folder):
+    copy = folder / "checkpoint-2"
+    shutil.copytree(checkpoint, copy)
+    (copy / FILE_NAME).unlink()
+    return copy
+
+
+def test_other_settings_are_refused_by_name(checkpoint, tmp_path):
+    with pytest.raises(StateMismatchError, match=r"rho=0\.1 there, 0\.2 here") as caught:
+        resume(checkpoint, tmp_path, SLSAMConfig(rho=0.2, active_fraction=0.5))
+    assert "accept_state_mismatch=True" in str(caught.value)
+
+
+def test_settings_that_change_no_update_are_not_compared(checkpoint, tmp_path):
+    config = SLSAMConfig(rho=0.1, active_fraction=0.5, prefix_limit_mib=1, max_skipped_updates=3)
+    assert resume(checkpoint, tmp_path, config).slsam.steps == 4
+
+
+def test_other_arms_are_refused_by_name(checkpoint, tmp_path):
+    """Arms of other names: PEFT itself would load the factors that fit and leave the rest."""
+    config = SLSAMConfig(rho=0.1, active_fraction=0.5)
+    with pytest.raises(StateMismatchError, match=r"saved for 5 arms and this model has 3; .*'.*layers\.0'"):
+        resume(checkpoint, tmp_path, config, lora(target_modules=["q_proj"], layers_to_transform=[1, 2, 4]))
+
+
+def test_a_checkpoint_of_a_plain_trainer_is_refused(checkpoint, tmp_path):
+    plain = without(checkpoint, tmp_path)
+    with pytest.raises(
+        StateMismatchError, match=f"{FILE_NAME} does not exist: the checkpoint was not made with SL-SAM"
+    ):
+        resume(plain, tmp_path / "out", SLSAMConfig(rho=0.1, active_fraction=0.5))
+
+
+def test_a_damaged_state_is_refused(checkpoint, tmp_path):
+    damaged = without(checkpoint, tmp_path)
+    content = (checkpoint / FILE_NAME).read_bytes()
+    (damaged / FILE_NAME).write_bytes(content[: len(content) // 2])
+    with pytest.raises(StateMismatchError, match="is damaged"):
+        resume(damaged, tmp_path / "out", SLSAMConfig(rho=0.1, active_fraction=0.5))
+
+
+@pytest.mark.parametrize("case", ["settings", "missing", "arms"])
+def test_accepting_a_mismatch_goes_on_with_a_fresh_sampler(case, checkpoint, tmp_path, caplog):
+    rho = 0.2 if case == "settings" else 0.1
+    config = SLSAMConfig(
+        rho=rho,
+        active_fraction=0.5,
+        granularity="module" if case == "arms" else "block",
+        accept_state_mismatch=True,
+    )
+    folder = without(checkpoint, tmp_path) if case == "missing" else checkpoint
+    trainer = resume(folder, tmp_path / "out", config)
+    assert trainer.state.global_step == 4
+    assert trainer.slsam.steps == 2, "the sampler counts from its fresh start"
+    assert "The sampler starts afresh" in caplog.text
+
+
+def test_the_state_is_plain_data(checkpoint):
+    """The state holds the settings as plain JSON: no pickle, readable by anything."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / FILE_NAME, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    assert state["config"]["rho"] == 0.1
+    assert len(state["arms"]) == 5
+
+
+def test_only_adapter_and_tokenizer_are_saved(tmp_path):
+    """What `save_model` writes is the adapter and the tokenizer, never the base model or the sampler."""
+    trainer = train(SLSAMTrainer, tmp_path / "out", SLSAMConfig())
+    trainer.save_model(str(tmp_path / "adapter"))
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= names
+    assert FILE_NAME not in names
+    assert not any(name.startswith("model") for name in names)
+    assert tokenizer().vocab_size == trainer.processing_class.vocab_size
