@@ -1,0 +1,235 @@
+"""Set-ups that cannot work are refused before the first update, with the value and what to do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+
+from slsam_peft import SLSAMConfig, SLSAMMixin, SLSAMTrainer
+from slsam_peft.integrations.support import check_trainer
+from tests.tiny import build, llama, lora, sft_args, texts, tokenizer, train
+
+
+class SLSAMPlainTrainer(SLSAMMixin, Trainer):
+    """SL-SAM in transformers' own trainer."""
+
+
+class SLSAMGRPOTrainer(SLSAMMixin, GRPOTrainer):
+    """Refused."""
+
+
+class Weights:
+    """Checks that a failing call trained nothing."""
+
+    def __init__(self, model):
+        self.model, self.before = model, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def check(self):
+        assert all(torch.equal(p, self.before[n]) for n, p in self.model.named_parameters())
+
+
+def test_no_trainable_parameter(tmp_path):
+    model = llama().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no trainable parameter; pass a peft_config, .*is_trainable=True"):
+        build(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model, peft_config=None)
+
+
+def test_wrong_type_of_config(tmp_path):
+    with pytest.raises(TypeError, match=r"slsam_config=\{'rho': 0\.1\} must be an SLSAMConfig"):
+        build(SLSAMTrainer, tmp_path, {"rho": 0.1})
+
+
+def test_optimizer_that_lacks_arms(tmp_path):
+    """An optimizer over half of the adapters."""
+    from peft import get_peft_model
+
+    model = get_peft_model(llama(), lora())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained[: len(trained) // 2])
+    parts = {"optimizers": (optimizer, None)}
+    trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model, peft_config=None, parts=parts)
+    weights = Weights(model)
+    with pytest.raises(
+        ValueError, match=rf"lacks {len(trained) - len(trained) // 2} trainable .*layers\.\d.*optimizers"
+    ):
+        trainer.train()
+    weights.check()
+
+
+def test_optimizer_that_holds_all_arms_is_used(tmp_path):
+    from peft import get_peft_model
+
+    model = get_peft_model(llama(), lora())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    parts = {"optimizers": (optimizer, None)}
+    trainer = train(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model, peft_config=None, parts=parts)
+    assert trainer.slsam.steps == 3
+
+
+def test_torch_compile_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"torch\.compile is not supported.*Set torch_compile=False"):
+        build(SLSAMTrainer, tmp_path, SLSAMConfig(), torch_compile=True)
+
+
+def test_compiled_model(tmp_path):
+    compiled = torch.compile(llama(), backend="eager")
+    with pytest.raises(ValueError, match=r"torch\.compile is not supported.*pass the model as it was before"):
+        SLSAMPlainTrainer(
+            compiled,
+            args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
+            train_dataset=texts(),
+            slsam_config=SLSAMConfig(),
+        )
+
+
+def _fake(**changes):
+    args = SimpleNamespace(torch_compile=False)
+    values = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "args": args, "model": nn.Linear(2, 2)}
+    return SimpleNamespace(**{**values, **changes})
+
+
+def test_a_plain_set_up_passes():
+    check_trainer(_fake())
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("is_deepspeed_enabled", r"DeepSpeed is not supported: .*Use DDP"),
+        ("is_fsdp_enabled", r"FSDP is not supported: .*Use DDP"),
+    ],
+)
+def test_engines_that_own_the_gradients(flag, message):
+    """Neither can be started on a CPU without its launcher, so the trainer is stood in for."""
+    with pytest.raises(ValueError, match=message):
+        check_trainer(_fake(**{flag: True}))
+
+
+def test_grpo(tmp_path):
+    args = sft_args(
+        tmp_path,
+        config_class=GRPOConfig,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=4,
+    )
+    with pytest.raises(
+        ValueError, match=r"SLSAMGRPOTrainer is not supported: .*SFT, DPO, KTO and reward trainers work"
+    ):
+        SLSAMGRPOTrainer(
+            llama(),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": "w1 w2"}] * 8),
+            processing_class=tokenizer(),
+            peft_config=lora(),
+            slsam_config=SLSAMConfig(),
+        )
+
+
+def test_what_grpo_is_told_by_is_there_in_every_generating_trainer():
+    """The refusal goes by this method; TRL's RLOO trainer has it as well."""
+    assert hasattr(GRPOTrainer, "_generate_and_score_completions")
+    assert hasattr(RLOOTrainer, "_generate_and_score_completions")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 1},
+        {"packing": True, "max_length": 32},
+        {"padding_free": True, "max_length": None},
+    ],
+    ids=["batch of one", "packed", "padding-free"],
+)
+def test_partial_ascent_of_one_sequence(settings, tmp_path):
+    config = SLSAMConfig(ascent="partial", ascent_fraction=0.5)
+    trainer = build(SLSAMTrainer, tmp_path, config, **settings)
+    weights = Weights(trainer.model)
+    with pytest.raises(ValueError, match=r"batch of 1 sequence .*gradient_accumulation_steps > 1"):
+        trainer.train()
+    weights.check()
+
+
+def test_partial_ascent_of_one_sequence_with_accumulation(tmp_path):
+    config = SLSAMConfig(ascent="partial", ascent_fraction=0.5)
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert train(SLSAMTrainer, tmp_path, config, **settings).slsam.steps == 3
+
+
+@pytest.mark.parametrize("budget", [0.01, 50.0])
+def test_cost_budget_out_of_reach(budget, tmp_path):
+    trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(cost_budget=budget, design="depth"))
+    weights = Weights(trainer.model)
+    with pytest.raises(ValueError, match=rf"cost_budget={budget:g} is out of reach: .* between .* and .*; set "):
+        trainer.train()
+    weights.check()
+
+
+def test_cost_budget_with_trained_embeddings(tmp_path):
+    trainer = build(
+        SLSAMTrainer,
+        tmp_path,
+        SLSAMConfig(cost_budget=1.0, design="depth"),
+        peft_config=lora(target_modules=["q_proj", "embed_tokens"]),
+    )
+    with pytest.raises(ValueError, match=r"cost_budget=1\.0 needs a floor .*embed_tokens.* lies below the blocks"):
+        trainer.train()
+
+
+def test_active_fraction_of_less_than_one_arm(tmp_path):
+    trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(active_fraction=0.1))
+    with pytest.raises(ValueError, match=r"active_fraction=0\.1 of 5 arms is less than one arm; use at least 0\.2"):
+        trainer.train()
+
+
+class Flat(PreTrainedModel):
+    """A classifier without a stack of blocks."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.post_init()
+
+    def forward(self, x, labels=None):
+        return {"loss": nn.functional.cross_entropy(self.head(self.body(x).tanh()), labels)}
+
+
+def _flat_trainer(folder, config):
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"x": torch.randn(4, generator=generator), "labels": i % 2} for i in range(12)]
+    settings = {"use_cpu": True, "report_to": [], "max_steps": 3, "save_strategy": "no", "disable_tqdm": True}
+    torch.manual_seed(0)
+    return SLSAMPlainTrainer(
+        Flat(PreTrainedConfig()),
+        args=TrainingArguments(str(folder), **settings),
+        train_dataset=rows,
+        slsam_config=config,
+    )
+
+
+def test_model_without_blocks_at_granularity_block(tmp_path):
+    with pytest.raises(ValueError, match=r"needs a stack of transformer blocks.*Flat has none.*'module' or 'tensor'"):
+        _flat_trainer(tmp_path, SLSAMConfig())
+
+
+def test_model_without_blocks_at_granularity_module_trains(tmp_path):
+    trainer = _flat_trainer(tmp_path, SLSAMConfig(granularity="module", active_fraction=0.5))
+    trainer.train()
+    assert trainer.slsam.steps == 3
+
+
+@pytest.mark.parametrize("design", ["depth", "window"])
+def test_designs_by_depth_without_blocks(design, tmp_path):
+    config = SLSAMConfig(granularity="module", active_fraction=0.5, design=design)
+    trainer = _flat_trainer(tmp_path, config)
+    weights = Weights(trainer.model)
+    with pytest.raises(ValueError, match=rf"design='{design}'.*(depth|blocks)"):
+        trainer.train()
+    weights.check()
