@@ -96,14 +96,20 @@ class PassRunner:
 
     @contextmanager
     def switched(self, trained: torch.Tensor) -> Iterator[None]:
-        """Switch the arms that are not trained off inside the context."""
+        """Switch the arms that are not trained off inside the context.
+
+        They stay off whatever the loss does: a loss that switches adapters (DPO's reference pass) has PEFT turn every
+        factor on again, and a checkpointed block would then be recomputed with another graph than it was run with.
+        """
         off = [self.parameters[i] for i in self.members(~trained)]
         try:
             for parameter in off:
                 parameter.requires_grad_(False)
+                setattr(parameter, "requires_grad_", lambda *_, parameter=parameter: parameter)  # noqa: B010
             yield
         finally:
             for parameter in off:
+                vars(parameter).pop("requires_grad_", None)
                 parameter.requires_grad_(True)
 
     def clear(self, arms: torch.Tensor | None = None) -> None:
