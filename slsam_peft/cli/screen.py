@@ -30,11 +30,12 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._bar.add_task("", total=total, note="")
+        self._task = self._bar.add_task("", start=False, total=total, note="")
         self._loss: float | None = None
 
     def __enter__(self) -> Self:
         self._bar.start()
+        self._bar.start_task(self._task)  # time counts from here
         return self
 
     def __exit__(self, *exception: object) -> None:
