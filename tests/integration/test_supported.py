@@ -8,7 +8,7 @@ from trl.models import activation_offloading
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMMixin, SLSAMTrainer
 from tests.tiny import build, completions, conversations, llama, lora, preferences, reward_model, sft_args, texts
 from tests.tiny import tokenizer as make_tokenizer
-from tests.watch import Watch, check
+from tests.watch import Watch, check, hooks
 
 CONFIG = SLSAMConfig(rho=0.05, active_fraction=0.4)
 
@@ -25,8 +25,8 @@ class SLSAMRewardTrainer(SLSAMMixin, RewardTrainer):
     """Reward models."""
 
 
-def watched(trainer):
-    watch = Watch()
+def watched(trainer, **settings):
+    watch = Watch(**settings)
     trainer.add_callback(watch)
     trainer.train()
     check(trainer, watch)
@@ -48,20 +48,31 @@ OTHERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_disable. is deprecated:FutureWarning")  # by TRL 1.16
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 def test_other_trainers_by_the_mixin(case, checkpointing, tmp_path):
+    """TRL's preference trainers turn checkpointing off and on inside every loss, and each time transformers leaves a
+    hook on the embeddings, with and without SL-SAM; every other module is as after plain training.
+    """
     cls, config_class, model, data, adapter = case
-    trainer = cls(
-        model(),
-        args=sft_args(tmp_path, config_class=config_class, activation_checkpointing=checkpointing),
-        train_dataset=data(),
-        processing_class=make_tokenizer(),
-        peft_config=lora(**adapter),
-        slsam_config=SLSAMConfig(rho=0.05, active_fraction=0.5),
+    config = {"slsam_config": SLSAMConfig(rho=0.05, active_fraction=0.5)}
+    plain, ours = (
+        kind(
+            model(),
+            args=sft_args(tmp_path, config_class=config_class, activation_checkpointing=checkpointing),
+            train_dataset=data(),
+            processing_class=make_tokenizer(),
+            peft_config=lora(**adapter),
+            **more,
+        )
+        for kind, more in ((cls.__mro__[2], {}), (cls, config))
     )
-    watched(trainer)
+    plain.train()
+    watched(ours, hooks=not checkpointing)
+    left, expected = hooks(ours.model), hooks(plain.model)
+    differing = {name for name in left if left[name] != expected[name]}
+    assert all(name.endswith("embed_tokens") for name in differing)
 
 
 @pytest.mark.parametrize("prefix_limit_mib", [0, 256])
@@ -118,7 +129,9 @@ def test_streaming_data_set_trains_like_the_same_rows(tmp_path):
 
 
 def test_streaming_data_set_with_a_short_last_group(tmp_path, monkeypatch):
-    """Ten rows are groups of three and two micro-batches of two; each is one update."""
+    """Ten rows are groups of three and two micro-batches of two. transformers makes no optimizer step for a stream's
+    short group; it is an update of its own here, and its gradient is not mixed into the next one.
+    """
     data = texts(10).to_iterable_dataset()
     trainer = build(SLSAMTrainer, tmp_path, CONFIG, data=data, gradient_accumulation_steps=3, max_steps=3)
     counts = []
@@ -129,8 +142,11 @@ def test_streaming_data_set_with_a_short_last_group(tmp_path, monkeypatch):
         return accumulate(slsam, passes, index, count)
 
     monkeypatch.setattr(SLSAM, "accumulate", counting)
-    watched(trainer)
-    assert counts == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    trainer.train()
+    three, two = [(0, 3), (1, 3), (2, 3)], [(0, 2), (1, 2)]
+    assert counts == [*three, *two, *three, *two, *three]
+    assert trainer.state.global_step == 3
+    assert trainer.slsam.steps == 5
 
 
 def test_added_chat_tokens_are_arms_at_the_bottom(tmp_path):
@@ -167,7 +183,7 @@ def test_activation_offloading(checkpointing, tmp_path, monkeypatch):
     """
     kept = []
     if torch.accelerator.current_accelerator() is None:
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cpu"))
         monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
     make = activation_offloading.OffloadActivations.__init__
 
