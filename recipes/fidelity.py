@@ -6,8 +6,8 @@ For each radius and each way to perturb the script prints the cosine of g' - g w
 lengths, and the ascent gain. The last way computes g' at a radius that bfloat16 resolves and scales the difference
 back to the one asked for.
 
-With `--gains` it prints instead what the watch on the radius would see: the ascent gains of 20 batches, and whether the
-warning would come.
+With `--gains` it prints instead what the watch on the radius would see: the ascent gains of 20 batches, and whether
+the warning would come.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def measure(folder: Path, batch: dict) -> list[dict]:
 
 
 def gains(folder: Path, batches: list[dict]) -> list[dict]:
-    """Return the ascent gains over several batches, and whether they raise the warning, a row a precision and radius."""
+    """Return the ascent gains over several batches, and whether they raise the warning."""
     rows = []
     for name, base, autocast, radii in (
         ("bfloat16", torch.bfloat16, True, (0.003, 0.01, 0.02, 0.05, 0.2)),

@@ -124,7 +124,7 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     in_place = _perturbed_in_place(places)
     arms = [_arm(name, members, in_place) for name, members in groups.items()]
     if granularity in ("block", "module") and stacks:
-        arms.sort(key=lambda arm: arm.depth)  # stable
+        arms.sort(key=lambda arm: -1 if arm.depth is None else arm.depth)  # stable
     return Arms(arms, stacks[0] if len(stacks) == 1 else ())
 
 

@@ -215,7 +215,7 @@ def _without_graph(blocks: Sequence[nn.Module], lowest: int) -> Iterator[None]:
     if lowest < 0 or (lowest == 0 and _is_reentrant(blocks[0])):
         yield
         return
-    checkpointed = [block for block in blocks[:lowest] if getattr(block, "gradient_checkpointing", False)]
+    checkpointed: list[Any] = [block for block in blocks[:lowest] if getattr(block, "gradient_checkpointing", False)]
     for block in checkpointed:
         block.gradient_checkpointing = False
     handle = blocks[0].register_forward_pre_hook(_cut_input, with_kwargs=True)

@@ -132,16 +132,16 @@ class PassRunner:
 
     def ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
-        cut = self._is_cut(update)
-        # A part's hidden states fit no other pass.
-        keep = cut and closure is not pending.passes.part and (self._reuse_checked or pending.passes.probe is not None)
-        context = self.horizon.truncated(update.floor, update.lowest, keep=keep) if cut else nullcontext([])
+        horizon = self._horizon(update)
+        checkable = self._reuse_checked or pending.passes.probe is not None
+        keep = horizon is not None and checkable and closure is not pending.passes.part  # whose rows fit no other pass
+        context = horizon.truncated(update.floor, update.lowest, keep=keep) if horizon else nullcontext([])
         with self.firings.watch(self.watched_linears(update.mask)), context as prefixes:
             loss = torch.as_tensor(closure()).detach()
         self.clear(~update.mask)
-        if keep and update.floor > 0:
+        if horizon is not None and keep and update.floor > 0:
             pending.prefixes = prefixes
-            self._check_reuse(update, pending, loss)
+            self._check_reuse(horizon, update, pending, loss)
             update.kept += any(prefix.hidden is not None for prefix in pending.prefixes)
         update.ascent_loss = loss if update.ascent_loss is None else update.ascent_loss + loss
         return loss
@@ -150,12 +150,13 @@ class PassRunner:
         """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
         if update.ascents:
             rng.restore(pending.state)
-        if not self._is_cut(update):
+        horizon = self._horizon(update)
+        if horizon is None:
             context = nullcontext()
         elif pending.prefixes:
-            context = self.horizon.resumed(update.floor, update.lowest, pending.prefixes)
+            context = horizon.resumed(update.floor, update.lowest, pending.prefixes)
         else:
-            context = self.horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
+            context = horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
         with perturbed(update.shifts), context:
             loss = torch.as_tensor(closure()).detach()
         pending.prefixes.clear()
@@ -163,16 +164,17 @@ class PassRunner:
         update.descent_loss = loss if update.descent_loss is None else update.descent_loss + loss
         return loss
 
-    def _is_cut(self, update: Update) -> bool:
-        return self.horizon is not None and update.floor >= 0
+    def _horizon(self, update: Update) -> Horizon | None:
+        return self.horizon if update.floor >= 0 else None
 
-    def _check_reuse(self, update: Update, pending: Pending, loss: torch.Tensor) -> None:
+    def _check_reuse(self, horizon: Horizon, update: Update, pending: Pending, loss: torch.Tensor) -> None:
         """Once: does the stack above the floor depend on anything but the kept hidden state?
 
         The pass is run again at w from the kept hidden state and must give the loss of the first pass. A stack that
         leaks anything else (keys and values shared across layers, router losses) fails, and reuse is turned off.
         """
-        if self._reuse_checked or not any(prefix.hidden is not None for prefix in pending.prefixes):
+        probe = pending.passes.probe
+        if self._reuse_checked or probe is None or not any(p.hidden is not None for p in pending.prefixes):
             return
         self._reuse_checked = True
         if loss.is_meta:  # no values to compare
@@ -181,8 +183,8 @@ class PassRunner:
         after = rng.snapshot(self.accelerators)
         try:
             rng.restore(pending.state)
-            with self.horizon.resumed(update.floor, max(update.floor, update.lowest), pending.prefixes):
-                again = pending.passes.probe().detach()
+            with horizon.resumed(update.floor, max(update.floor, update.lowest), pending.prefixes):
+                again = probe().detach()
             same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
         except Exception as error:  # noqa: BLE001 - a leaky stack may fail in any way; the plain pass has just run
@@ -192,7 +194,7 @@ class PassRunner:
             for parameter, gradient in held:
                 parameter.grad = gradient
         if not same:
-            self.horizon.reuse = False
+            horizon.reuse = False
             pending.prefixes = []
             logger.info(
                 "prefix reuse is off: started from the hidden state that enters block %d, %s, so the blocks pass on "

@@ -105,7 +105,7 @@ def _branch(offset: torch.Tensor):
 
 
 @contextmanager
-def _moved(parameters: list[nn.Parameter], offsets: list[torch.Tensor]) -> Iterator[None]:
+def _moved(parameters: list[torch.Tensor], offsets: list[torch.Tensor]) -> Iterator[None]:
     if not parameters:
         yield
         return

@@ -23,7 +23,18 @@ GOLDEN = (5**0.5 - 1) / 2  # Kronecker sequence u + t * GOLDEN mod 1: low discre
 LAST_POINT = 1.0 - 2.0**-53
 
 
-class Bernoulli:
+class _Stateless:
+    """A design whose draws depend on nothing but its arguments."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore nothing."""
+
+
+class Bernoulli(_Stateless):
     """Every arm independently, drawn again if none came up: the paper's design (Poisson sampling)."""
 
     def __call__(self, probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -38,7 +49,7 @@ class Bernoulli:
         return probabilities / (1.0 - (1.0 - probabilities).prod())
 
 
-class FixedSize:
+class FixedSize(_Stateless):
     """A constant number of arms with exact inclusion probabilities: systematic sampling in a random order.
 
     With sum p = k + fraction, k or k + 1 arms are drawn (Madow 1949).
@@ -176,7 +187,7 @@ class Depth(_OnePoint):
         return at(middle)
 
 
-class _Checked:
+class _Checked(_Stateless):
     """A user's callable as a design; its inclusion probabilities are taken to be those it is given."""
 
     def __init__(self, draw: Design) -> None:

@@ -222,7 +222,7 @@ class SLSAM:
         if index >= update.ascents:
             return self._descend(update, pending, passes.counted)
         alone = update.count == 1 and self.config.ascent == "partial"
-        closure = passes.counted if exact else passes.part if alone else passes.silent
+        closure = passes.counted if exact else (alone and passes.part) or passes.silent
         loss = self.runner.ascend(update, pending, closure)
         update.pending.append(pending)
         if index < update.ascents - 1:
@@ -245,12 +245,12 @@ class SLSAM:
         """Turn the ascent gradients in `.grad` into e and clear them."""
         gradients = self._reduced(update.mask)
         update.squared = squared = self._norms.squared(gradients, self._device(gradients))
-        members = [i for i, g in enumerate(gradients) if g is not None]
-        norm = squared.sum().sqrt()
+        found = [(i, g) for i, g in enumerate(gradients) if g is not None]
         if update.ascents < update.count:  # the loss is scaled for all micro-batches
             update.squared = squared * (update.count / update.ascents) ** 2
-        offsets = ascent_offsets([gradients[i] for i in members], norm, self.config.rho) if members else []
-        update.shifts = [self._shift(i, e) for i, e in zip(members, offsets, strict=True)]
+        if found:
+            offsets = ascent_offsets([g for _, g in found], squared.sum().sqrt(), self.config.rho)
+            update.shifts = [self._shift(i, e) for (i, _), e in zip(found, offsets, strict=True)]
         self.runner.clear()
 
     def _shift(self, index: int, offset: torch.Tensor) -> Shift:
@@ -269,10 +269,12 @@ class SLSAM:
         """Return each parameter's gradient, averaged over ranks; `None` where there is none."""
         gradients = [p.grad for p in self.runner.parameters]
         if self.reduce is not None:
-            for i in self.runner.members(mask):  # every rank sends the same tensors
-                if gradients[i] is None:
-                    gradients[i] = torch.zeros_like(self.runner.parameters[i])
-            self.reduce([gradients[i] for i in self.runner.members(mask)])
+            sent = []
+            for i in self.runner.members(mask):  # the same tensors on every rank
+                gradient = gradients[i]
+                gradients[i] = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
+                sent.append(gradients[i])
+            self.reduce(sent)
         return gradients
 
     def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
@@ -286,8 +288,9 @@ class SLSAM:
                 parameter.grad = gradient
         squared = self._norms.squared(gradients, self._device(gradients))
         ascent_squared = squared if update.squared is None else update.squared
-        numbers = [ascent_squared, squared.sum()[None], update.descent_loss.reshape(1)]
-        numbers.append((update.descent_loss if update.ascent_loss is None else update.ascent_loss).reshape(1))
+        descent_loss = torch.zeros(()) if update.descent_loss is None else update.descent_loss
+        ascent_loss = descent_loss if update.ascent_loss is None else update.ascent_loss
+        numbers = [ascent_squared, squared.sum()[None], descent_loss.reshape(1), ascent_loss.reshape(1)]
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
         values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))

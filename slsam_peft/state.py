@@ -13,10 +13,9 @@ State = dict[str, Any]
 
 def sampler(slsam: "SLSAM") -> State:
     """Return what a draw and a bandit update change."""
-    design = slsam.design.state_dict() if hasattr(slsam.design, "state_dict") else {}
     return {
         "generator": slsam.generator.get_state(),
-        **{f"design.{key}": value for key, value in design.items()},
+        **{f"design.{key}": value for key, value in slsam.design.state_dict().items()},
         **{f"bandit.{key}": value for key, value in slsam.bandit.state_dict().items()},
     }
 
@@ -25,8 +24,7 @@ def restore_sampler(slsam: "SLSAM", saved: State) -> None:
     """Put back what `sampler` returned."""
     slsam.bandit.load_state_dict(_below(saved, "bandit."))
     slsam.generator.set_state(saved["generator"])
-    if design := _below(saved, "design."):
-        slsam.design.load_state_dict(design)
+    slsam.design.load_state_dict(_below(saved, "design."))
 
 
 def collect(slsam: "SLSAM") -> State:

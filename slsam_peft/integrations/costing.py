@@ -41,7 +41,8 @@ def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:
     Raises:
         ValueError: `cost_budget` is set and there is no cost model, or no floor to cut at.
     """
-    config, args = trainer.slsam_config, trainer.args
+    config: SLSAMConfig = trainer.slsam_config
+    args: Any = trainer.args
     model, reason = None, "only SFTTrainer's updates can be counted."
     if hasattr(trainer, "maybe_activation_offload_context"):
         reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False))

@@ -27,7 +27,7 @@ def load_base(name: str | None, in_4bit: bool, tell: Callable[[str], None] = lam
     if in_4bit:
         return load_nf4(source, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
         said = " ".join(str(error).split())

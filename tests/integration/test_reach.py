@@ -1,4 +1,4 @@
-"""The price of whole trainings, counted: at or below plain LoRA's with exact gradients, well below with cheaper ascents."""
+"""The price of whole trainings, counted: at plain LoRA's with exact gradients, well below with cheaper ascents."""
 
 import pytest
 import torch

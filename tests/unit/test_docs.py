@@ -179,6 +179,13 @@ def test_metrics_exist() -> None:
     assert shown <= logged
 
 
+def test_supported_table_names_tests_that_exist() -> None:
+    named = re.findall(r"\[`(test_\w+)`\]\((tests/[\w/]+\.py)\)", README)
+    assert len(named) > 10
+    for test, path in named:
+        assert f"def {test}(" in (ROOT / path).read_text(), f"README.md names {test}"
+
+
 def test_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", README)
     anchors = {

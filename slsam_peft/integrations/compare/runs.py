@@ -113,7 +113,8 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
             return {"error": str(error)}
         seconds = time.monotonic() - start
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    scores = score(trainer.model, tokens(held_out))
+    trained: Any = trainer.model
+    scores = score(trained, tokens(held_out))
     if not math.isfinite(scores.loss):
         return {"error": "the held-out loss is not finite"}
     costs = [entry.get("slsam/cost", 1.0) for entry in logs]
@@ -138,7 +139,7 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
     if training.quantise == "nf4":
         return load_nf4(source, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
         raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error

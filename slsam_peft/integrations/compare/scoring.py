@@ -74,11 +74,12 @@ def score(model: torch.nn.Module, rows: Sequence[Tokens]) -> Score:
     """
     training = model.training
     model.eval()
+    device = next(model.parameters()).device
     loss = torch.zeros((), dtype=torch.float64)
     right = exact = tokens = answers = 0
     ordered = sorted(rows, key=lambda row: len(row.ids))  # little padding
     for start in range(0, len(ordered), SCORED_BATCH):
-        ids, mask, labels = (t.to(model.device) for t in _padded(ordered[start : start + SCORED_BATCH]))
+        ids, mask, labels = (t.to(device) for t in _padded(ordered[start : start + SCORED_BATCH]))
         first = max(0, int((labels != IGNORED).any(0).int().argmax()) - 1)  # no answer token before
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False).logits
         targets = labels[:, first + 1 :]

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -64,7 +65,8 @@ def _p_value(values: np.ndarray) -> float:
         return 0.0 if values[0] else 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal values: the p-value is tiny, not wrong
-        return float(stats.ttest_1samp(values, 0.0).pvalue)
+        result: Any = stats.ttest_1samp(values, 0.0)
+    return float(result.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -49,7 +49,7 @@ def stdlib_docs_task(task: TaskSettings, seed: int) -> TaskData:
 
     held = task.validation_rows + task.test_rows
     try:
-        data = stdlib_docs(n_train=task.rows, n_test=held, seed=seed, noisy=task.noisy)
+        data: Any = stdlib_docs(n_train=task.rows, n_test=held, seed=seed, noisy=task.noisy)
     except ValueError as error:
         raise UserError(f"task stdlib_docs: {error}") from error
     train, test = ([(row["prompt"], row["completion"][0]["content"]) for row in data[s]] for s in ("train", "test"))
@@ -69,7 +69,7 @@ def reasoning_gym_task(task: TaskSettings, seed: int) -> TaskData:
         pairs: list[Pair] = []
         spare = 4 * count + 64  # some are repeated
         try:
-            puzzles = reasoning_gym.create_dataset(task.puzzle, size=spare, seed=seed, **task.puzzle_options)
+            puzzles = reasoning_gym.create_dataset(str(task.puzzle), size=spare, seed=seed, **task.puzzle_options)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"puzzle={task.puzzle!r} with {dict(task.puzzle_options)}: {error}") from error
         for puzzle in puzzles:
