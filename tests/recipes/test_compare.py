@@ -1,6 +1,7 @@
 """`slsam-peft compare` on a tiny model: every method runs, a second start repeats nothing, the results are written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan
 from slsam_peft.integrations.compare.runs import build_trainer, load_model, row_order
 from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
-from slsam_peft.integrations.compare.settings import TrainingSettings, parse_settings
+from slsam_peft.integrations.compare.settings import TrainingSettings, parse_settings, read_settings
+from slsam_peft.integrations.compare.store import RowStore
 from slsam_peft.integrations.compare.tasks import load_task
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 
 
 def comparison(model: Path, data: Path, **changes: object) -> dict:
@@ -184,3 +188,25 @@ def test_order_of_a_shorter_run_is_a_prefix() -> None:
     assert row_order(5, 7, seed=3) == row_order(5, 23, seed=3)[:7]
     assert sorted(row_order(5, 10, seed=3)) == sorted([*range(5), *range(5)])
     assert row_order(5, 10, seed=3) != row_order(5, 10, seed=4)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_accepted_and_name_their_command(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first == f"# slsam-peft compare --config recipes/compare/{path.name}"
+    settings = read_settings(path)
+    assert settings.reference in settings.methods
+    for task in settings.tasks.values():
+        data = load_task(task, settings.seeds[0])
+        assert (len(data.train), len(data.test)) == (task.rows, task.test_rows)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_committed_rows_belong_to_their_recipe(path: Path) -> None:
+    """Every row is a run of the YAML file above it: its key is the one that file gives."""
+    settings = read_settings(path)
+    plan = Plan(settings, dict.fromkeys(settings.methods, 1.0))
+    for row in RowStore(path.parent / "rows" / f"{path.stem}.jsonl").read().values():
+        run = row["settings"]
+        job = plan.job(row["task"], row["method"], "updates", run["learning_rate"], run["seed"])
+        assert replace(job, settings={**job.settings, "updates": run["updates"]}).key == row["key"]

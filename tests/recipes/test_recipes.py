@@ -21,7 +21,7 @@ from slsam_peft.cli.main import main
 from slsam_peft.cli.quickstart import NUMBERS
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))  # of sft; each other subcommand has a folder
 SCRIPTS = sorted((ROOT / "recipes").rglob("*.py"))
 
 # What a machine without a GPU needs to have the settings of one checked.
