@@ -68,6 +68,8 @@ class Horizon:
 
     Attributes:
         reuse (`bool`): Whether second passes may start at the floor. Turned off for stacks that leak anything else.
+        shares (`bool`): Whether blocks were handed a container they could write to (a cache, shared keys and values).
+            What leaks through one may reach some floors and not others.
         kept_bytes (`int`): Memory of the hidden states that are kept now.
         peak_bytes (`int`): The most there ever was.
     """
@@ -77,6 +79,7 @@ class Horizon:
         self.limit_bytes = limit_bytes
         self.accelerators = rng.accelerators_of(p for block in self.blocks for p in block.parameters())
         self.reuse = True
+        self.shares = False
         self.kept_bytes = 0
         self.peak_bytes = 0
 
@@ -112,6 +115,9 @@ class Horizon:
             floor (`int`): As in `truncated`.
             lowest (`int`): As in `truncated`.
             prefixes (`Sequence[Prefix]`): What `truncated` yielded for the same closure.
+
+        Raises:
+            RuntimeError: the pass entered the floor block another number of times than the first one.
         """
         cursor = _Cursor(prefixes)
         through = lowest < floor
@@ -122,6 +128,12 @@ class Horizon:
                 stack.enter_context(_shadowed_forward(block, skip))
             stack.enter_context(self._hooked(floor, self._resumer(floor, cursor, through)))
             yield
+        if cursor.index != len(prefixes):
+            raise RuntimeError(
+                f"the second pass entered block {floor} {cursor.index} times and the first {len(prefixes)} times, so "
+                "what was kept does not fit. Turn off what skips blocks at random (layerdrop=0), or set "
+                "prefix_limit_mib=0 to run second passes whole."
+            )
         reached = [(source, leaf.grad) for source, leaf in cursor.leaves if leaf.grad is not None]
         if reached:
             torch.autograd.backward([source for source, _ in reached], [gradient for _, gradient in reached])
@@ -132,7 +144,7 @@ class Horizon:
         if floor == 0:
             yield
             return
-        handle = self.blocks[floor - 1].register_forward_hook(hook)
+        handle = self.blocks[floor - 1].register_forward_hook(hook, with_kwargs=True)
         try:
             yield
         finally:
@@ -141,7 +153,8 @@ class Horizon:
     def _recorder(self, floor: int, lowest: int, prefixes: list[Prefix], keep: bool):
         needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
 
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            self.shares = self.shares or not _immutable((args, *kwargs.values()))
             hidden, tail = _split(output)
             if hidden is None:  # more than a hidden state leaves the block: the second pass cannot start here
                 prefixes.append(Prefix(None, {}, None))
@@ -161,7 +174,7 @@ class Horizon:
     def _resumer(self, floor: int, cursor: "_Cursor", through: bool):
         needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
 
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             prefix, cursor.index = cursor.current, cursor.index + 1
             if prefix is not None:
                 rng.restore(prefix.state)
@@ -231,6 +244,12 @@ def _cut_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if args:
         return (args[0].detach(), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
+
+
+def _immutable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_immutable(x) for x in value)
+    return value is None or isinstance(value, torch.Tensor | bool | int | float | str)
 
 
 def _split(output: Any) -> tuple[torch.Tensor | None, tuple | None]:

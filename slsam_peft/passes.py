@@ -88,7 +88,7 @@ class PassRunner:
         self.horizon = horizon
         self.firings = Firings()
         self.accelerators = rng.accelerators_of(parameters)
-        self._reuse_checked = False
+        self._checked_floors: set[int] = set()
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
@@ -133,8 +133,11 @@ class PassRunner:
     def ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
         horizon = self._horizon(update)
-        checkable = self._reuse_checked or pending.passes.probe is not None
-        keep = horizon is not None and checkable and closure is not pending.passes.part  # whose rows fit no other pass
+        keep = (
+            horizon is not None
+            and (pending.passes.probe is not None or self._is_checked(horizon, update.floor))
+            and closure is not pending.passes.part  # whose rows fit no other pass
+        )
         context = horizon.truncated(update.floor, update.lowest, keep=keep) if horizon else nullcontext([])
         with self.firings.watch(self.watched_linears(update.mask)), context as prefixes:
             loss = torch.as_tensor(closure()).detach()
@@ -167,16 +170,22 @@ class PassRunner:
     def _horizon(self, update: Update) -> Horizon | None:
         return self.horizon if update.floor >= 0 else None
 
+    def _is_checked(self, horizon: Horizon, floor: int) -> bool:
+        """Whether prefix reuse has been checked: at this floor where blocks share a container, at any elsewhere."""
+        return floor in self._checked_floors or (bool(self._checked_floors) and not horizon.shares)
+
     def _check_reuse(self, horizon: Horizon, update: Update, pending: Pending, loss: torch.Tensor) -> None:
-        """Once: does the stack above the floor depend on anything but the kept hidden state?
+        """Once, or once a floor: does the stack above it depend on anything but the kept hidden state?
 
         The pass is run again at w from the kept hidden state and must give the loss of the first pass. A stack that
         leaks anything else (keys and values shared across layers, router losses) fails, and reuse is turned off.
         """
         probe = pending.passes.probe
-        if self._reuse_checked or probe is None or not any(p.hidden is not None for p in pending.prefixes):
+        if probe is None or self._is_checked(horizon, update.floor):
             return
-        self._reuse_checked = True
+        if not any(prefix.hidden is not None for prefix in pending.prefixes):
+            return
+        self._checked_floors.add(update.floor)
         if loss.is_meta:  # no values to compare
             return
         held = [(p, p.grad) for p in self.parameters]

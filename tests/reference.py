@@ -2,6 +2,8 @@
 
 import torch
 
+from tests.tolerances import EXACT_FLOAT64
+
 
 def reference_update(arms, mask, rho, closure, trained=None):
     """Return the loss at w and the descent gradient of every parameter in arm order, `None` where it is not trained.
@@ -26,7 +28,7 @@ def reference_update(arms, mask, rho, closure, trained=None):
     loss = closure().detach()
     ascent = [(p, p.grad.clone()) for p, on, _ in rows if on and p.grad is not None]
     after = torch.get_rng_state()
-    norm = torch.sqrt(sum((g**2).sum() for _, g in ascent))
+    norm = torch.stack([torch.zeros((), dtype=loss.dtype), *((g**2).sum() for _, g in ascent)]).sum().sqrt()
     clear()
     saved = [p.detach().clone() for p, _ in ascent]
     with torch.no_grad():
@@ -41,3 +43,29 @@ def reference_update(arms, mask, rho, closure, trained=None):
     gradients = [p.grad.clone() if kept and p.grad is not None else None for p, _, kept in rows]
     clear()
     return loss, gradients
+
+
+def assert_update_is_exact(slsam, mask, closure, probe):
+    """Check one update that draws `mask` against the reference: loss, gradients, weights, random state, switches."""
+    parameters = [p for arm in slsam.arms for p in arm.parameters]
+    trained = torch.ones_like(mask) if slsam.config.descent == "all" else mask
+    state = torch.get_rng_state()
+    loss, expected = reference_update(slsam.arms, mask, slsam.config.rho, closure, trained)
+    after = torch.get_rng_state()
+    weights = [p.detach().clone() for p in parameters]
+    torch.set_rng_state(state)
+    got = slsam.update(closure, probe=probe)
+    assert torch.equal(slsam.active, mask)
+    assert float(got) == float(loss)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(p, w) for p, w in zip(parameters, weights, strict=True))
+    assert all(p.requires_grad for p in parameters)
+    assert_gradients_are(expected, parameters)
+
+
+def assert_gradients_are(expected, parameters):
+    """Check `.grad` of each parameter, `None` included, to 1e-12 of the largest entry."""
+    for p, e in zip(parameters, expected, strict=True):
+        assert (p.grad is None) == (e is None)
+        if e is not None:
+            torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64 * float(e.abs().max()))

@@ -9,8 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from tests.decoders import FAMILIES, WORDS, batch, closures, decoder
-from tests.reference import reference_update
-from tests.tolerances import EXACT_FLOAT64
+from tests.reference import assert_update_is_exact
 
 RHO = 0.1
 
@@ -22,32 +21,11 @@ def masks(count):
     yield torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor([count // 3, count - 1]), True)
 
 
-def assert_update_is_exact(model, arms, mask, descent, with_probe):
-    closure, probe = closures(model, batch())
-    trained = torch.ones_like(mask) if descent == "all" else mask
-    config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, generator: mask, descent=descent)
-    state = torch.get_rng_state()
-    loss, expected = reference_update(arms, mask, RHO, closure, trained)
-    after = torch.get_rng_state()
-    weights = [p.detach().clone() for p in model.parameters()]
-    torch.set_rng_state(state)
-    slsam = SLSAM(arms, config)
-    got = slsam.update(closure, probe=probe if with_probe else None)
-    assert float(got) == float(loss)
-    assert torch.equal(torch.get_rng_state(), after)
-    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
-    assert all(p.requires_grad for arm in arms for p in arm.parameters)
-    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
-        assert (p.grad is None) == (e is None)
-        if e is not None:
-            torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64 * float(e.abs().max()))
-    return slsam
-
-
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_the_plain_two_pass(family, checkpointing):
     model = decoder(family, checkpointing)
+    closure, probe = closures(model, batch())
     for granularity in ("block", "module"):
         arms = arms_of(model, granularity)
         for mask in masks(len(arms)):
@@ -78,18 +56,9 @@ def test_prefixes_beyond_the_limit_are_computed_again():
     arms = arms_of(model)
     mask = torch.arange(len(arms)) >= 3
     closure, probe = closures(model, batch())
-    _, expected = reference_update(arms, mask, RHO, closure)
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    _, expected = reference_update(arms, mask, RHO, closure)
-    torch.set_rng_state(state)
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask, prefix_limit_mib=0.0))
-    slsam.update(closure, probe=probe)
+    assert_update_is_exact(slsam, mask, closure, probe)
     assert slsam.horizon.peak_bytes == 0
-    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
-        assert (p.grad is None) == (e is None)
-        if e is not None:
-            torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
 
 
 class LeakyBlock(nn.Module):
@@ -136,13 +105,8 @@ def test_a_stack_that_leaks_falls_back_with_one_log_line(caplog):
 
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
     for _ in range(2):
-        _, expected = reference_update(arms, mask, RHO, closure)
         with caplog.at_level(logging.INFO, logger="slsam_peft"):
-            slsam.update(closure, probe=probe)
-        for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
-            assert (p.grad is None) == (e is None)
-            if e is not None:
-                torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
+            assert_update_is_exact(slsam, mask, closure, probe)
     assert not slsam.horizon.reuse
     assert sum("prefix reuse is off" in record.message for record in caplog.records) == 1
 

@@ -10,7 +10,7 @@ from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.passes import Passes
 from slsam_peft.telemetry import RadiusWatch
 from tests.decoders import batch, decoder
-from tests.reference import reference_update
+from tests.reference import assert_gradients_are, reference_update
 from tests.tolerances import EXACT_FLOAT64
 
 
@@ -228,10 +228,7 @@ def test_micro_batches_add_up_to_one_batch(count, descent):
     slsam = SLSAM(arms, SLSAMConfig(rho=0.1, active_fraction=0.9, design=lambda p, g: mask, descent=descent))
     losses = [slsam.accumulate(part(p), i, count) for i, p in enumerate(parts)]
     assert float(sum(losses)) == pytest.approx(float(loss), rel=EXACT_FLOAT64)
-    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
-        assert (p.grad is None) == (e is None)
-        if e is not None:
-            torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
+    assert_gradients_are(expected, [p for arm in arms for p in arm.parameters])
 
 
 def test_a_parameter_whose_module_is_not_called_is_moved_in_place():
@@ -249,8 +246,7 @@ def test_a_parameter_whose_module_is_not_called_is_moved_in_place():
     mask = torch.ones(2, dtype=torch.bool)
     _, expected = reference_update(arms, mask, 0.5, closure)
     SLSAM(arms, SLSAMConfig(rho=0.5, active_fraction=1.0)).update(closure)
-    for p, e in zip([p for arm in arms for p in arm.parameters], expected, strict=True):
-        torch.testing.assert_close(p.grad, e, rtol=EXACT_FLOAT64, atol=EXACT_FLOAT64)
+    assert_gradients_are(expected, [p for arm in arms for p in arm.parameters])
 
 
 def test_less_than_one_arm_is_refused_except_for_the_paper():

@@ -1,0 +1,199 @@
+"""Stacks whose blocks pass on more than a hidden state, or that run another way in each pass: exact, or told."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from tests.decoders import FAMILIES, WORDS, batch, closures, decoder
+from tests.reference import assert_update_is_exact
+
+RHO = 0.1
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SHAPE = {"vocab_size": WORDS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, **_TOKENS}
+
+
+def adapted(model, **lora):
+    """Give a model non-zero adapters and training mode, all in float64."""
+    model = get_peft_model(model.double(), LoraConfig(r=2, **lora), autocast_adapter_dtype=False).train()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def above(floor):
+    """Return a design that draws every arm from the one at `floor` up."""
+    return lambda p, generator: torch.arange(len(p)) >= floor
+
+
+def sharing(family):
+    """Return six blocks; the last two attend to keys and values of blocks 2 (sliding) and 3 (full)."""
+    torch.manual_seed(0)
+    shape = {
+        **_SHAPE,
+        "num_hidden_layers": 6,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": WORDS,
+        "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    }
+    if family == "gemma3n":
+        more = {"intermediate_size": [48] * 6, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6}
+        model = Gemma3nForCausalLM(Gemma3nTextConfig(**shape, **more))
+    else:
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**shape, intermediate_size=48, global_head_dim=8))
+    return adapted(model, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_keys_shared_across_blocks_are_found_at_whichever_floor_they_matter(family, checkpointing, caplog):
+    """Below the shared blocks a second pass may start anywhere; between source and reader it must run whole."""
+    model = sharing(family)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    floor = [0]
+    arms = arms_of(model)
+    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: above(floor[0])(p, g)))
+    closure, probe = closures(model, batch())
+    reuse = []
+    with caplog.at_level(logging.INFO, logger="slsam_peft"):
+        for floor[0] in (1, 2, 1, 3, 5, 4, 2):
+            assert_update_is_exact(slsam, above(floor[0])(arms, None), closure, probe)
+            reuse.append(slsam.horizon.reuse)
+    assert slsam.horizon.shares
+    assert reuse == [True, True, True, False, False, False, False]
+    assert sum("prefix reuse is off: started from" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ordinary_blocks_share_nothing_so_one_check_is_enough(family):
+    model = decoder(family)
+    closure, probe = closures(model, batch())
+    probes = []
+    floors = iter(range(1, 5))
+    design = lambda p, g: torch.arange(len(p)) >= next(floors)  # noqa: E731
+    slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=0.9, design=design))
+    for _ in range(4):
+        slsam.update(closure, probe=lambda: probes.append(1) or probe())
+    assert slsam.horizon.reuse
+    assert not slsam.horizon.shares
+    assert len(probes) == 1
+
+
+def test_a_cache_that_blocks_could_write_to_is_checked_at_each_floor():
+    model = decoder("llama")
+    inputs = {**batch(), "use_cache": True}
+    closure, probe = closures(model, inputs)
+    probes = []
+    floors = iter([1, 2, 1, 2, 4])
+    design = lambda p, g: torch.arange(len(p)) >= next(floors)  # noqa: E731
+    slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=0.9, design=design))
+    for _ in range(5):
+        slsam.update(closure, probe=lambda: probes.append(1) or probe())
+    assert slsam.horizon.shares
+    assert len(probes) == 3
+
+
+@pytest.mark.parametrize("granularity", ["block", "module"])
+@pytest.mark.parametrize("descent", ["active", "all"])
+def test_encoder_and_decoder_run_whole_and_exact(granularity, descent):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0, **_TOKENS
+    )
+    model = adapted(T5ForConditionalGeneration(config), target_modules=["q", "v", "wo"], lora_dropout=0.1)
+    arms = arms_of(model, granularity)
+    assert [arm.depth for arm in arms] == sorted(arm.depth for arm in arms)
+    assert arms[0].name.startswith("base_model.model.encoder.block.0")
+    mask = torch.arange(len(arms)) >= len(arms) // 2
+    config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask, descent=descent)
+    slsam = SLSAM(arms, config)
+    assert slsam.horizon is None
+    closure, probe = closures(model, batch())
+    assert_update_is_exact(slsam, mask, closure, probe)
+
+
+@pytest.mark.parametrize("granularity", ["block", "module"])
+def test_factors_that_are_read_without_their_module_are_moved_in_place(granularity):
+    """PEFT's `target_parameters` multiplies the factors of an expert weight itself: no hook would fire."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**_SHAPE, intermediate_size=48, num_hidden_layers=4, num_local_experts=4)
+    model = adapted(
+        MixtralForCausalLM._from_config(config, experts_implementation="eager"),
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    arms = arms_of(model, granularity)
+    mask = torch.arange(len(arms)) >= len(arms) // 2
+    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
+    assert_update_is_exact(slsam, mask, *closures(model, batch()))
+    fired = slsam.runner.fired()
+    names = [name for arm in arms for name in arm.parameter_names]
+    on = mask[slsam.runner.owner]
+    assert {f for f, n, a in zip(fired.tolist(), names, on.tolist(), strict=True) if a and "experts" in n} == {False}
+    assert {f for f, n, a in zip(fired.tolist(), names, on.tolist(), strict=True) if a and "q_proj" in n} == {True}
+
+
+class Skipping(nn.Module):
+    """Residual blocks, some of which may be skipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
+        self.skipped = set()
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = x if i in self.skipped else layer(x)
+        return x.square().mean()
+
+
+def test_a_second_pass_that_skips_the_way_into_the_floor_is_an_error_not_a_wrong_gradient():
+    """As LayerDrop may: the kept hidden state would never be put in."""
+    torch.manual_seed(0)
+    model, x = Skipping().double(), torch.randn(5, 6, dtype=torch.float64)
+    passes = []
+
+    def closure():
+        passes.append(1)
+        model.skipped = {1} if len(passes) in (4, 5) else set()
+        loss = model(x)
+        loss.backward()
+        return loss
+
+    def probe():
+        with torch.no_grad():
+            return model(x)
+
+    arms = arms_of(model)
+    mask = torch.arange(4) >= 2
+    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.5, design=lambda p, g: mask))
+    slsam.update(closure, probe=probe)
+    probabilities = slsam.probabilities.clone()
+    with pytest.raises(RuntimeError, match=r"entered block 2 0 times and the first 1 times.*prefix_limit_mib=0"):
+        slsam.update(closure, probe=probe)
+    assert torch.equal(slsam.probabilities, probabilities)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
+    passes.extend([1] * 2)
+    assert_update_is_exact(slsam, mask, closure, probe)
