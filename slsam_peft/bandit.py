@@ -112,9 +112,10 @@ class Bandit:
 
     def _checked(self, probabilities: Any) -> torch.Tensor:
         p = torch.as_tensor(probabilities, dtype=torch.float64)
-        if p.shape != self.probabilities.shape or not bool(((p >= 0) & (p <= 1)).all()):
+        if p.shape != self.probabilities.shape or not bool(((p >= 0) & (p <= 1)).all() and p.any()):
             raise ValueError(
-                f"the bandit rule returned {p!r}; it must return {len(self.probabilities)} probabilities in [0, 1]."
+                f"the bandit rule returned {p!r}; it must return {len(self.probabilities)} probabilities in [0, 1], "
+                "not all 0."
             )
         return p
 

@@ -6,7 +6,8 @@ This module imports neither torch nor any framework, so that a command line can 
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 BANDITS = ("paper", "scale_free", "uniform")
@@ -217,10 +218,8 @@ class SLSAMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; callables become their qualified name, `"module:qualname"`."""
-        return {
-            name: f"{value.__module__}:{value.__qualname__}" if callable(value) else value
-            for name, value in asdict(self).items()
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _qualified_name(value) if callable(value) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SLSAMConfig":
@@ -242,6 +241,13 @@ class SLSAMConfig:
                     f"pass the callable itself: dataclasses.replace(config, {key}=...)."
                 )
         return cls(**values)
+
+
+def _qualified_name(value: Any) -> str:
+    """Name a function, the function of a partial, or the class of any other callable."""
+    value = value.func if isinstance(value, partial) else value
+    value = value if hasattr(value, "__qualname__") else type(value)
+    return f"{value.__module__}:{value.__qualname__}"
 
 
 def _require_number(name: str, value: Any, allowed: str, test: Callable[[float], bool]) -> None:

@@ -101,7 +101,14 @@ def test_a_callable_rule_is_used_and_checked():
     bandit.update(torch.ones(4, dtype=torch.bool), torch.ones(4, dtype=torch.float64), bandit.probabilities)
     assert bandit.probabilities.tolist() == [0.25] * 4
 
-    bandit.rule = lambda p, mask, norms, inclusion: p * 10
+
+@pytest.mark.parametrize(
+    "returned", [[2.5] * 4, [-0.1, 0.5, 0.5, 0.5], [float("nan")] * 4, [0.5] * 3, [0.0] * 4], ids=str
+)
+def test_what_a_callable_rule_returns_is_checked(returned):
+    """All zeros would never draw an arm again."""
+    bandit = Bandit(4, 2.0, SLSAMConfig(bandit=lambda p, mask, norms, inclusion: returned, active_fraction=0.5))
     seen = torch.ones(4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"4 probabilities in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"4 probabilities in \[0, 1\], not all 0"):
         bandit.update(seen.bool(), seen, bandit.probabilities)
+    assert bandit.probabilities.tolist() == [0.5] * 4

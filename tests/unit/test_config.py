@@ -1,6 +1,7 @@
 """The settings check themselves and say what to do."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -70,6 +71,30 @@ def test_a_callable_is_stored_by_name_and_never_loaded_from_one():
     assert stored["design"] == f"{__name__}:all_of_them"
     with pytest.raises(ValueError, match="no code is loaded"):
         SLSAMConfig.from_dict(stored)
+
+
+class Everything:
+    """A design with state that cannot be copied."""
+
+    def __init__(self):
+        self.source = iter([])
+
+    def __call__(self, probabilities, generator):
+        return probabilities > 0
+
+
+@pytest.mark.parametrize(
+    ("design", "name"),
+    [
+        (functools.partial(all_of_them), "all_of_them"),
+        (Everything(), "Everything"),
+        (Everything, "Everything"),
+        (Everything().__call__, "Everything.__call__"),
+    ],
+    ids=["partial", "object", "class", "method"],
+)
+def test_callables_of_every_kind_have_a_name(design, name):
+    assert SLSAMConfig(design=design).to_dict()["design"] == f"{__name__}:{name}"
 
 
 def test_every_field_has_its_help():
