@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from trl import SFTTrainer
+
 from slsam_peft.arms import Arms
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost import CostModel
@@ -44,7 +46,7 @@ def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:
     config: SLSAMConfig = trainer.slsam_config
     args: Any = trainer.args
     model, reason = None, "only SFTTrainer's updates can be counted."
-    if hasattr(trainer, "maybe_activation_offload_context"):
+    if isinstance(trainer, SFTTrainer):
         reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False))
         try:
             model = CostModel.from_model(trainer.model, args.gradient_checkpointing, reentrant, arms.blocks or None)

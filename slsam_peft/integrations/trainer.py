@@ -16,7 +16,13 @@ from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
 from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of
 from slsam_peft.integrations.distributed import average_over_ranks
-from slsam_peft.integrations.peft import ascent_part, float32_adapters, restore_float32, warn_if_low_precision
+from slsam_peft.integrations.peft import (
+    ascent_part,
+    float32_adapters,
+    restore_float32,
+    sequences_an_example,
+    warn_if_low_precision,
+)
 from slsam_peft.integrations.quiet import forward_only, muted
 from slsam_peft.integrations.support import check_optimizer, check_trainer
 from slsam_peft.passes import Passes
@@ -157,7 +163,7 @@ class SLSAMMixin(_Base):
 
         def part() -> torch.Tensor:
             with muted(self):
-                rows, share = ascent_part(inputs, self.slsam_config.ascent_fraction)
+                rows, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_an_example(self))
                 return step(model, rows, None if num_items is None else num_items * share)
 
         return Passes(counted, silent, part, probe)

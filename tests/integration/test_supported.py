@@ -2,27 +2,14 @@
 
 import pytest
 import torch
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.models import activation_offloading
 
-from slsam_peft import SLSAM, SLSAMConfig, SLSAMMixin, SLSAMTrainer
-from tests.tiny import build, completions, conversations, llama, lora, preferences, reward_model, sft_args, texts
+from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer
+from tests.tiny import build, conversations, lora, texts
 from tests.tiny import tokenizer as make_tokenizer
-from tests.watch import Watch, check, hooks
+from tests.watch import Watch, check
 
 CONFIG = SLSAMConfig(rho=0.05, active_fraction=0.4)
-
-
-class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer):
-    """Preferences."""
-
-
-class SLSAMKTOTrainer(SLSAMMixin, KTOTrainer):
-    """Unpaired preferences."""
-
-
-class SLSAMRewardTrainer(SLSAMMixin, RewardTrainer):
-    """Reward models."""
 
 
 def watched(trainer, **settings):
@@ -35,44 +22,6 @@ def watched(trainer, **settings):
 
 def same_weights(first, second):
     return all(torch.equal(p, q) for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True))
-
-
-def _labelled():
-    return completions().add_column("label", [i % 2 == 0 for i in range(24)])
-
-
-OTHERS = {
-    "DPO": (SLSAMDPOTrainer, DPOConfig, llama, preferences, {}),
-    "KTO": (SLSAMKTOTrainer, KTOConfig, llama, _labelled, {}),
-    "reward": (SLSAMRewardTrainer, RewardConfig, reward_model, preferences, {"task_type": "SEQ_CLS"}),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
-def test_other_trainers_by_the_mixin(case, checkpointing, tmp_path):
-    """TRL's preference trainers turn checkpointing off and on inside every loss, and each time transformers leaves a
-    hook on the embeddings, with and without SL-SAM; every other module is as after plain training.
-    """
-    cls, config_class, model, data, adapter = case
-    config = {"slsam_config": SLSAMConfig(rho=0.05, active_fraction=0.5)}
-    plain, ours = (
-        kind(
-            model(),
-            args=sft_args(tmp_path, config_class=config_class, activation_checkpointing=checkpointing),
-            train_dataset=data(),
-            processing_class=make_tokenizer(),
-            peft_config=lora(**adapter),
-            **more,
-        )
-        for kind, more in ((cls.__mro__[2], {}), (cls, config))
-    )
-    plain.train()
-    watched(ours, hooks=not checkpointing)
-    left, expected = hooks(ours.model), hooks(plain.model)
-    differing = {name for name in left if left[name] != expected[name]}
-    assert all(name.endswith("embed_tokens") for name in differing)
 
 
 @pytest.mark.parametrize("prefix_limit_mib", [0, 256])

@@ -1,0 +1,128 @@
+"""TRL's preference trainers by the mixin, in one line each."""
+
+import pytest
+import torch
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+
+from slsam_peft import SLSAMConfig, SLSAMMixin
+from slsam_peft.integrations.peft import ascent_part
+from tests.tiny import completions, llama, lora, preferences, reward_model, sft_args, tokenizer
+from tests.watch import Watch, check, hooks
+
+ROWS = 24
+
+
+class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer):
+    """Preferences."""
+
+
+class SLSAMKTOTrainer(SLSAMMixin, KTOTrainer):
+    """Unpaired preferences."""
+
+
+class SLSAMRewardTrainer(SLSAMMixin, RewardTrainer):
+    """Reward models."""
+
+
+def _labelled():
+    return completions(ROWS).add_column("label", [i % 2 == 0 for i in range(ROWS)])
+
+
+OTHERS = {
+    "DPO": (SLSAMDPOTrainer, DPOConfig, llama, preferences, {}),
+    "KTO": (SLSAMKTOTrainer, KTOConfig, llama, _labelled, {}),
+    "reward": (SLSAMRewardTrainer, RewardConfig, reward_model, preferences, {"task_type": "SEQ_CLS"}),
+}
+
+
+def build(case, folder, config=None, **settings):
+    """Build the trainer of a case, or TRL's own without a config."""
+    cls, config_class, model, data, adapter = case
+    return (cls if config else cls.__mro__[2])(
+        model(),
+        args=sft_args(folder, config_class=config_class, **settings),
+        train_dataset=data(),
+        processing_class=tokenizer(),
+        peft_config=lora(**adapter),
+        **({"slsam_config": config} if config else {}),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
+def test_three_updates(case, checkpointing, tmp_path):
+    """The right arms move, what is logged of the first update is what the trainer logs without SL-SAM, and nothing is
+    left behind.
+
+    TRL's preference trainers turn checkpointing off and on inside every loss, and each time transformers leaves a hook
+    on the embeddings, with and without SL-SAM; every other module is as after plain training.
+    """
+    settings = {"activation_checkpointing": checkpointing}
+    plain = build(case, tmp_path, **settings)
+    ours = build(case, tmp_path, SLSAMConfig(rho=0.05, active_fraction=0.5), **settings)
+    plain.train()
+    watch = Watch(hooks=not checkpointing)
+    ours.add_callback(watch)
+    ours.train()
+    check(ours, watch)
+    left, expected = hooks(ours.model), hooks(plain.model)
+    assert all(name.endswith("embed_tokens") for name in left if left[name] != expected[name])
+
+    first, ours_first = plain.state.log_history[0], ours.state.log_history[0]
+    assert {k: v for k, v in first.items() if k != "grad_norm"} == {
+        k: ours_first[k] for k in first if k != "grad_norm"
+    }
+    added = ours_first.keys() - first.keys()
+    assert "slsam/sharpness" in added
+    assert all(name.startswith("slsam/") for name in added)
+    assert "slsam/cost" not in added, "only SFTTrainer's updates have a cost model"
+
+
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
+def test_a_cost_budget_is_refused(case, tmp_path):
+    trainer = build(case, tmp_path, SLSAMConfig(cost_budget=1.0, design="depth"))
+    with pytest.raises(ValueError, match="needs a cost model, and only SFTTrainer's updates can be counted"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", [OTHERS["DPO"], OTHERS["reward"]], ids=["DPO", "reward"])
+def test_a_partial_ascent_takes_whole_pairs(case, tmp_path):
+    """Of four pairs, stacked as four chosen above four rejected sequences, the ascent takes one of each."""
+    config = SLSAMConfig(rho=0.05, active_fraction=0.5, ascent="partial", ascent_fraction=0.25)
+    trainer = build(case, tmp_path, config, per_device_train_batch_size=4, max_steps=1)
+    seen, compute_loss = [], trainer.compute_loss
+
+    def noting(model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"])
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = noting
+    trainer.train()
+    part, whole = seen
+    assert part.shape[0] == 2
+    assert whole.shape[0] == 8
+    assert torch.equal(part, whole[[0, 4]])
+
+
+def test_a_part_of_a_batch_is_cut_by_example():
+    """Tensors and lists with an entry a sequence or an example are cut, anything else is passed on."""
+    ids = torch.arange(12).reshape(6, 2)
+    inputs = {"input_ids": ids, "ref_chosen_logps": torch.arange(3), "names": list("abc"), "rows": list("uvwxyz")}
+    inputs |= {"scale": torch.tensor(2.0), "flag": True, "odd": torch.arange(5)}
+    part, share = ascent_part(inputs, 0.6, stacked=2)
+    assert share == pytest.approx(2 / 3)
+    assert torch.equal(part["input_ids"], ids[[0, 1, 3, 4]])
+    assert part["ref_chosen_logps"].tolist() == [0, 1]
+    assert part["names"] == ["a", "b"]
+    assert part["rows"] == ["u", "v", "x", "y"]
+    assert part["scale"] is inputs["scale"]
+    assert part["flag"] is True
+    assert part["odd"] is inputs["odd"]
+
+    single, share = ascent_part({"input_ids": ids}, 0.1)
+    assert share == pytest.approx(1 / 6)
+    assert torch.equal(single["input_ids"], ids[:1])
+    with pytest.raises(ValueError, match="batch of 1 sequence"):
+        ascent_part({"input_ids": ids[:2]}, 0.5, stacked=2)
