@@ -120,7 +120,7 @@ def build(cls, folder, config=None, *, model=None, data=None, peft_config="lora"
         settings: `SFTConfig`'s.
     """
     return cls(
-        model or llama(),
+        llama() if model is None else model,
         args=sft_args(folder, **settings),
         train_dataset=texts() if data is None else data,
         processing_class=tokenizer(),

@@ -10,8 +10,8 @@ def check_trainer(trainer: Any) -> None:
     """Refuse set-ups that SL-SAM does not support.
 
     Raises:
-        ValueError: DeepSpeed, FSDP, torch.compile, or a trainer that generates inside its training step. The message
-            says why and what to use instead.
+        ValueError: DeepSpeed, FSDP, DataParallel, torch.compile, or a trainer that generates inside its training
+            step. The message says why and what to use instead.
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -22,6 +22,12 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             "FSDP is not supported: its flat and sharded parameters cannot be switched on and off by arm. Use DDP, or "
             "a quantised base on one device."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"one process for {trainer.args.n_gpu} GPUs is not supported: torch.nn.DataParallel copies the model in "
+            "every pass, and the copies know neither arms nor perturbation. Start one process a GPU (torchrun or "
+            "accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)."
         )
     if trainer.args.torch_compile or hasattr(trainer.model, "_orig_mod"):
         raise ValueError(

@@ -75,6 +75,22 @@ def test_torch_compile_asked_for(tmp_path):
         build(SLSAMTrainer, tmp_path, SLSAMConfig(), torch_compile=True)
 
 
+@pytest.mark.parametrize("adapted", ["by the trainer", "before", "inside"])
+def test_compiled_language_model(adapted, tmp_path):
+    """Whether the adapter goes around the compiled model or was compiled with it."""
+    from peft import get_peft_model
+
+    settings = lora(target_modules=["q_proj"])
+    if adapted == "inside":
+        model, settings = torch.compile(get_peft_model(llama(), settings), backend="eager"), None
+    else:
+        model = torch.compile(llama(), backend="eager")
+    if adapted == "before":
+        model, settings = get_peft_model(model, settings), None
+    with pytest.raises(ValueError, match=r"torch\.compile is not supported.*pass the model as it was before"):
+        build(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model, peft_config=settings)
+
+
 def test_compiled_model(tmp_path):
     compiled = torch.compile(llama(), backend="eager")
     with pytest.raises(ValueError, match=r"torch\.compile is not supported.*pass the model as it was before"):
@@ -87,7 +103,7 @@ def test_compiled_model(tmp_path):
 
 
 def _fake(**changes):
-    args = SimpleNamespace(torch_compile=False)
+    args = SimpleNamespace(torch_compile=False, n_gpu=0)
     values = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "args": args, "model": nn.Linear(2, 2)}
     return SimpleNamespace(**{**values, **changes})
 
@@ -107,6 +123,12 @@ def test_engines_that_own_the_gradients(flag, message):
     """Neither can be started on a CPU without its launcher, so the trainer is stood in for."""
     with pytest.raises(ValueError, match=message):
         check_trainer(_fake(**{flag: True}))
+
+
+def test_one_process_for_several_gpus():
+    """`DataParallel` copies the model in every pass; two GPUs are stood in for."""
+    with pytest.raises(ValueError, match=r"one process for 2 GPUs is not supported.*torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        check_trainer(_fake(args=SimpleNamespace(torch_compile=False, n_gpu=2)))
 
 
 def test_grpo(tmp_path):
