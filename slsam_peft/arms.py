@@ -54,11 +54,14 @@ class Arms(Sequence[Arm]):
         arms (`Sequence[Arm]`): The arms.
         blocks (`Sequence[nn.Module]`, *optional*, defaults to `()`): The blocks of the one stack that holds trainable
             parameters; empty where there is none or more than one (encoder-decoder models).
+        above (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules with trainable parameters that are taken
+            to run after the stack.
     """
 
-    def __init__(self, arms: Sequence[Arm], blocks: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, arms: Sequence[Arm], blocks: Sequence[nn.Module] = (), above: Sequence[nn.Module] = ()) -> None:
         self._arms = tuple(arms)
         self.blocks = tuple(blocks)
+        self.above = tuple(above)
 
     def __len__(self) -> int:
         return len(self._arms)
@@ -125,7 +128,9 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     arms = [_arm(name, members, in_place) for name, members in groups.items()]
     if granularity in ("block", "module") and stacks:
         arms.sort(key=lambda arm: -1 if arm.depth is None else arm.depth)  # stable
-    return Arms(arms, stacks[0] if len(stacks) == 1 else ())
+    if len(stacks) != 1:
+        return Arms(arms)
+    return Arms(arms, stacks[0], list(dict.fromkeys(p.owner for p in places if p.depth == len(stacks[0]))))
 
 
 def _arm_name(place: _Place, granularity: Granularity) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from slsam_peft import rng
+from slsam_peft.leaks import watched
 
 
 @dataclass(eq=False)
@@ -65,6 +66,8 @@ class Horizon:
         blocks (`Sequence[nn.Module]`): The stack, lowest first. Each block takes the hidden state first and returns it
             (alone, or as a 1-tuple).
         limit_bytes (`float`): Most memory for kept hidden states; forwards beyond it are not kept.
+        above (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules with trained parameters that are taken to
+            run after the blocks.
 
     Attributes:
         reuse (`bool`): Whether second passes may start at the floor. Turned off for stacks that leak anything else.
@@ -74,8 +77,9 @@ class Horizon:
         peak_bytes (`int`): The most there ever was.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], limit_bytes: float) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], limit_bytes: float, above: Sequence[nn.Module] = ()) -> None:
         self.blocks = tuple(blocks)
+        self.above = tuple(above)
         self.limit_bytes = limit_bytes
         self.accelerators = rng.accelerators_of(p for block in self.blocks for p in block.parameters())
         self.reuse = True
@@ -99,9 +103,13 @@ class Horizon:
 
         Yields:
             `list[Prefix]`: One a forward of the stack, filled as they run.
+
+        Raises:
+            LeakyStackError: the pass cannot be cut; it must run whole.
         """
         prefixes: list[Prefix] = []
-        with _without_graph(self.blocks, lowest), self._hooked(floor, self._recorder(floor, lowest, prefixes, keep)):
+        recorder = self._recorder(floor, lowest, prefixes, keep)
+        with watched(self.blocks, self.above), _without_graph(self.blocks, lowest), self._hooked(floor, recorder):
             yield prefixes
 
     @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 
 from slsam_peft import rng
 from slsam_peft.horizon import Horizon, Prefix
+from slsam_peft.leaks import LeakyStackError
 from slsam_peft.perturbation import Firings, Shift, perturbed
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,27 @@ class PassRunner:
 
     def ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
+        try:
+            return self._ascend(update, pending, closure)
+        except LeakyStackError as leak:
+            self._stop_cutting(leak, pending)
+            return self._ascend(update, pending, closure)
+
+    def descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
+        try:
+            return self._descend(update, pending, closure)
+        except LeakyStackError as leak:
+            self._stop_cutting(leak, pending)
+            return self._descend(update, pending, closure)
+
+    def _stop_cutting(self, leak: LeakyStackError, pending: Pending) -> None:
+        """Run this pass, which has lost nothing yet, and all later ones whole."""
+        self.horizon = None
+        rng.restore(pending.state)
+        logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", leak)
+
+    def _ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
         horizon = self._horizon(update)
         keep = (
             horizon is not None
@@ -149,8 +171,7 @@ class PassRunner:
         update.ascent_loss = loss if update.ascent_loss is None else update.ascent_loss + loss
         return loss
 
-    def descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
-        """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
+    def _descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
         if update.ascents:
             rng.restore(pending.state)
         horizon = self._horizon(update)

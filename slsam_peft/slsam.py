@@ -90,7 +90,8 @@ class SLSAM:
         self.design = build_design(config, depths)
         self.generator = torch.Generator().manual_seed(config.seed)
         blocks = getattr(arms, "blocks", ())
-        self.horizon = Horizon(blocks, config.prefix_limit_mib * 2**20) if blocks and None not in depths else None
+        limit, above = config.prefix_limit_mib * 2**20, getattr(arms, "above", ())
+        self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
         self.runner = PassRunner(
             [p for arm in arms for p in arm.parameters],
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),

@@ -95,10 +95,10 @@ def ascent_part(inputs: Mapping[str, Any], fraction: float, stacked: int = 1) ->
         countable = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.dim() > 0)
         if not countable or len(value) not in (rows, examples):
             return value
-        parts = [value[start : start + taken] for start in range(0, len(value), examples)]
+        parts: Any = [value[start : start + taken] for start in range(0, len(value), examples)]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat(parts) if isinstance(value, torch.Tensor) else [x for part in parts for x in part]
+        return [x for part in parts for x in part] if isinstance(value, list) else torch.cat(parts)
 
     return {key: cut(value) for key, value in inputs.items()}, taken / examples
 

@@ -197,3 +197,109 @@ def test_a_second_pass_that_skips_the_way_into_the_floor_is_an_error_not_a_wrong
     assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
     passes.extend([1] * 2)
     assert_update_is_exact(slsam, mask, closure, probe)
+
+
+class Block(nn.Module):
+    """A residual block that may take something in from the side."""
+
+    def __init__(self, open_to_the_side=False):
+        super().__init__()
+        self.inner, self.open = nn.Linear(6, 6), open_to_the_side
+
+    def forward(self, x, side=None):
+        x = x + self.inner(x).tanh()
+        return x + 0.3 * side if self.open else x
+
+
+class Looped(nn.Module):
+    """Runs its stack twice, the second time on its own output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 1)
+
+    def forward(self, x):
+        for _ in range(2):
+            for layer in self.layers:
+                x = layer(x)
+            x = self.norm(x)
+        return self.head(x).square().mean()
+
+
+class FedFromTheSide(nn.Module):
+    """Blocks 1 and 3 take in what a projector, defined behind the blocks, makes of other inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(i in (1, 3)) for i in range(4))
+        self.projector, self.head = nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x):
+        side = self.projector(x.flip(0)).tanh()
+        for layer in self.layers:
+            x = layer(x, side=side)
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("descent", ["active", "all"])
+@pytest.mark.parametrize("ascent", ["two_pass", "none"])
+@pytest.mark.parametrize("kind", [Looped, FedFromTheSide])
+def test_passes_run_whole_where_a_cut_would_drop_a_gradient(kind, ascent, descent, caplog):
+    torch.manual_seed(0)
+    model, x = kind().double(), torch.randn(5, 6, dtype=torch.float64)
+
+    def probe():
+        with torch.no_grad():
+            return model(x)
+
+    def closure():
+        loss = model(x)
+        loss.backward()
+        return loss
+
+    arms = arms_of(model)
+    assert [arm.depth for arm in arms] == [0, 1, 2, 3, 4, 4]
+    cases = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0], [1, 0, 0, 1, 0, 1], [0, 0, 0, 0, 1, 1]]).bool()
+    for mask in cases:
+        caplog.clear()
+        config = SLSAMConfig(
+            rho=RHO if ascent == "two_pass" else 0.0,
+            active_fraction=0.9,
+            design=lambda p, g, m=mask: m,
+            descent=descent,
+        )
+        slsam = SLSAM(arms, config)
+        with caplog.at_level(logging.INFO, logger="slsam_peft"):
+            assert_update_is_exact(slsam, mask, closure, probe)
+            assert_update_is_exact(slsam, mask, closure, probe)
+        assert [r.message for r in caplog.records if "passes are not cut" in r.message] == [
+            "passes are not cut: "
+            + (
+                "the blocks are run on their own output"
+                if kind is Looped
+                else "a trained Linear outside the blocks runs"
+            )
+            + ("" if kind is Looped else " before them")
+            + ". Every pass runs whole, and costs what that costs."
+        ]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_without_adapters_is_exact(family, tied):
+    """Every parameter is trained: embeddings, norms and heads too."""
+    cls, config, shape = FAMILIES[family]
+    torch.manual_seed(0)
+    model = cls(config(**{**shape, "tie_word_embeddings": tied})).double().train()
+    closure, probe = closures(model, batch())
+    for granularity in ("block", "tensor"):
+        arms = arms_of(model, granularity)
+        positions = torch.arange(len(arms))
+        for mask in (positions >= len(arms) // 2, positions == len(arms) // 3, positions == len(arms) - 1):
+            for descent in ("active", "all"):
+                config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
+                slsam = SLSAM(arms, config)
+                assert_update_is_exact(slsam, mask, closure, probe)
+                assert slsam.runner.horizon is not None
