@@ -217,7 +217,7 @@ def test_common_settings_in_the_help_are_real(capsys: pytest.CaptureFixture[str]
 def test_help_all_adds_the_settings_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", "--help-all"]) == 0
     text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--rho ", "--slsam_seed", "--packing", "--lora_r ", "--dataset_name"))
+    assert all(flag in text for flag in ("--rho ", "--slsam_seed", "--packing", "--lora_r", "--dataset_name"))
 
 
 def test_a_dataset_script_is_not_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
