@@ -52,6 +52,11 @@ def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:
             model = CostModel.from_model(trainer.model, args.gradient_checkpointing, reentrant, arms.blocks or None)
         except ValueError as error:
             reason = str(error)
+        if model is not None and any(x.base.trainable for block in model.decoder.blocks for x in block.linears):
+            model, reason = (
+                None,
+                "it counts adapters on frozen weights; here weight matrices of the blocks are trained.",
+            )
     if config.cost_budget is None:
         return model
     if model is None:

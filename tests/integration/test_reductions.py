@@ -6,6 +6,7 @@ from trl import SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from tests.sft import train
+from tests.tiny import build, texts
 from tests.tolerances import FUSED_HEAD
 
 TIMES = ("runtime", "per_second", "slsam")
@@ -32,6 +33,27 @@ def test_no_radius_and_all_arms_is_plain_training_bitwise(checkpointing, accumul
         assert torch.equal(p, q), name
     assert logs(plain) == logs(ours)
     assert ours.slsam.steps == 3
+
+
+def test_short_last_groups_and_epochs_are_those_of_plain_training(tmp_path):
+    """Eleven rows are six micro-batches of up to two; an update of four is followed by one of two, in each epoch."""
+    settings = {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 2, "data": texts(11)}
+    plain = build(SFTTrainer, tmp_path / "plain", **settings)
+    ours = build(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.0, active_fraction=1.0), **settings)
+    plain.train()
+    ours.train()
+    assert plain.state.global_step == ours.state.global_step == ours.slsam.steps == 4
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+    assert logs(plain) == logs(ours)
+
+
+def test_training_without_adapters_is_plain_training(tmp_path):
+    plain = build(SFTTrainer, tmp_path / "plain", peft_config=None)
+    ours = build(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.0, active_fraction=1.0), peft_config=None)
+    plain.train()
+    ours.train()
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+    assert logs(plain) == logs(ours)
 
 
 def test_reported_loss_accuracy_entropy_and_tokens_are_those_of_plain_training(tmp_path):

@@ -203,6 +203,17 @@ def test_cost_budget_with_trained_embeddings(tmp_path):
         trainer.train()
 
 
+def test_cost_budget_without_adapters(tmp_path):
+    """The unit is a plain LoRA update; training itself works, and logs no cost."""
+    config = SLSAMConfig(cost_budget=1.0, design="depth")
+    trainer = build(SLSAMTrainer, tmp_path / "a", config, peft_config=None)
+    with pytest.raises(ValueError, match="needs a cost model, and it counts adapters on frozen weights"):
+        trainer.train()
+    trainer = train(SLSAMTrainer, tmp_path / "b", SLSAMConfig(active_fraction=0.4), peft_config=None)
+    assert trainer.slsam.steps == 3
+    assert not any("slsam/cost" in log for log in trainer.state.log_history)
+
+
 def test_active_fraction_of_less_than_one_arm(tmp_path):
     trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(active_fraction=0.1))
     with pytest.raises(ValueError, match=r"active_fraction=0\.1 of 5 arms is less than one arm; use at least 0\.2"):
