@@ -102,37 +102,75 @@ def test_training_follows_the_slow_reference(settings, checkpointing):
     assert sum(moved) > len(moved) // 2
 
 
-def test_partial_ascent_follows_its_definition():
-    """e from the first of three micro-batches, g' from all of them; the bandit sees norms on the scale of all."""
-    config = SLSAMConfig(rho=RHO, active_fraction=0.9, ascent="partial", ascent_fraction=0.3, design="bernoulli")
-    model = decoder("llama", dropout=0.0)
-    arms = arms_of(model)
-    parts, tokens = micro_batches(0)
-    passes = [passes_of(model, p, tokens) for p in parts]
-    slsam = SLSAM(arms, config)
-    losses = [slsam.accumulate(p, i, 3) for i, p in enumerate(passes)]
-    members = [p for arm, on in zip(arms, slsam.active.tolist(), strict=True) if on for p in arm.parameters]
-    got = [p.grad.clone() for p in members]
-
-    model.zero_grad()
-    passes[0].counted()
-    ascent = [p.grad.clone() for p in members]
-    norm = torch.sqrt(sum(g.square().sum() for g in ascent))
-    model.zero_grad()
-    saved = [p.detach().clone() for p in members]
+def two_passes(slsam, ascent, descent):
+    """Return loss and gradients at w + e, e from the pass `ascent`, and the norm of its gradient, in plain steps."""
+    parameters = [p for arm in slsam.arms for p in arm.parameters]
+    moved = [p for arm, on in zip(slsam.arms, slsam.active.tolist(), strict=True) if on for p in arm.parameters]
+    for p in parameters:
+        p.grad = None
+    ascent()
+    gradients = [p.grad.clone() for p in moved]
+    norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+    saved = [p.detach().clone() for p in moved]
+    for p in parameters:
+        p.grad = None
     with torch.no_grad():
-        for p, g in zip(members, ascent, strict=True):
+        for p, g in zip(moved, gradients, strict=True):
             p.add_(RHO * g / (norm + 1e-12))
-    loss = sum(p.counted() for p in passes)
-    for p, g in zip(members, got, strict=True):
-        torch.testing.assert_close(g, p.grad, rtol=TRAJECTORY, atol=TRAJECTORY)
+    loss = descent().detach()
     with torch.no_grad():
-        for p, w in zip(members, saved, strict=True):
+        for p, w in zip(moved, saved, strict=True):
             p.copy_(w)
-    assert float(sum(losses)) == pytest.approx(float(loss.detach()), rel=TRAJECTORY)
-    assert float(losses[0]) != 0
-    assert slsam.metrics["grad_norm_ascent"] == pytest.approx(3 * float(norm), rel=TRAJECTORY)
-    assert "sharpness" not in slsam.metrics
+    return loss, [p.grad for p in parameters], norm
+
+
+def assert_partial_update(slsam, got, losses, expected, share):
+    """Check gradients `got` and `losses` of an update against what `two_passes` returned."""
+    loss, gradients, norm = expected
+    for g, e in zip(got, gradients, strict=True):
+        if g is not None:
+            torch.testing.assert_close(g, e, rtol=TRAJECTORY, atol=TRAJECTORY)
+    on = torch.ones_like(slsam.active) if slsam.config.descent == "all" else slsam.active
+    assert [g is not None for g in got] == on[slsam.runner.owner].tolist()
+    assert float(sum(losses)) == pytest.approx(float(loss), rel=TRAJECTORY)
+    assert slsam.metrics["grad_norm_ascent"] == pytest.approx(float(norm) / share, rel=TRAJECTORY)
+    assert "sharpness" not in slsam.metrics, "the loss at w is never computed on the whole batch"
+
+
+PARTIAL = [("bernoulli", "active"), ("depth", "active"), ("depth", "all")]
+
+
+@pytest.mark.parametrize(("design", "descent"), PARTIAL)
+def test_partial_ascent_on_micro_batches(design, descent):
+    """e from the first of three micro-batches, g' from all of them; the bandit sees norms on the scale of all."""
+    config = SLSAMConfig(
+        rho=RHO, active_fraction=0.6, ascent="partial", ascent_fraction=0.3, design=design, descent=descent
+    )
+    model = decoder("llama", dropout=0.0)
+    slsam = SLSAM(arms_of(model), config)
+    for update in range(3):
+        parts, tokens = micro_batches(update)
+        passes = [passes_of(model, p, tokens) for p in parts]
+        losses = [slsam.accumulate(p, i, 3) for i, p in enumerate(passes)]
+        got = [p.grad for arm in slsam.arms for p in arm.parameters]
+        expected = two_passes(slsam, passes[0].counted, lambda p=passes: sum(x.counted() for x in p))
+        assert_partial_update(slsam, got, losses, expected, share=1 / 3)
+    assert slsam.horizon.peak_bytes > 0
+
+
+@pytest.mark.parametrize(("design", "descent"), PARTIAL)
+def test_partial_ascent_on_part_of_a_lone_batch(design, descent):
+    """e from the first of two sequences, g' from both."""
+    config = SLSAMConfig(rho=RHO, active_fraction=0.6, ascent="partial", design=design, descent=descent)
+    model = decoder("llama", dropout=0.0)
+    slsam = SLSAM(arms_of(model), config)
+    for update in range(3):
+        (inputs, *_), tokens = micro_batches(update)
+        whole = passes_of(model, inputs, tokens)
+        part = passes_of(model, {k: v[:1] if torch.is_tensor(v) else v for k, v in inputs.items()}, tokens / 2).counted
+        losses = [slsam.update(whole.counted, ascent_closure=part, probe=whole.probe)]
+        got = [p.grad for arm in slsam.arms for p in arm.parameters]
+        assert_partial_update(slsam, got, losses, two_passes(slsam, part, whole.counted), share=1)
 
 
 def test_remembered_ascent_follows_its_definition():
