@@ -173,6 +173,13 @@ class SLSAMConfig:
             "starts afresh."
         ),
     )
+    trace: bool = field(
+        default=True,
+        metadata=_help(
+            "Record each update's probabilities, active arms and cost in slsam_trace.safetensors, in the output "
+            "folder and in checkpoints, for slsam-peft plot. At most 20 MB; read by trainers only."
+        ),
+    )
     seed: int = field(default=0, metadata=_help("Seed of the sampler's own random generator."))
 
     def __post_init__(self) -> None:

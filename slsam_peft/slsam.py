@@ -44,6 +44,9 @@ class SLSAM:
     Attributes:
         active (`torch.Tensor`): Arms perturbed in the last update, boolean, shape `(L,)`.
         metrics (`dict[str, float]`): Numbers of the last update.
+        loss (`float`): Loss of the last update, as `update` returned it; summed over its micro-batches.
+        norms (`torch.Tensor`): Gradient norms the bandit saw in it, 0 for arms it did not see, float64, shape `(L,)`.
+        drawn (`torch.Tensor`): Probabilities its arms were drawn with, float64, shape `(L,)`.
         steps (`int`): Updates completed.
         skipped, skipped_in_a_row (`int`): Updates skipped because a loss or gradient was NaN or infinite.
         reduce (callable or `None`): Averages a list of gradients over ranks, in place.
@@ -102,6 +105,9 @@ class SLSAM:
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
         self.active = torch.zeros(len(arms), dtype=torch.bool)
         self.metrics: dict[str, float] = {}
+        self.loss = math.nan
+        self.norms = torch.zeros(len(arms), dtype=torch.float64)
+        self.drawn = self.probabilities
         self.steps = self.skipped = self.skipped_in_a_row = 0
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
@@ -299,6 +305,8 @@ class SLSAM:
         finite = bool(torch.isfinite(values).all())
         seen = update.mask if update.squared is not None else update.trained & update.mask
         norms = norms / scale_value
+        self.norms, self.drawn = norms, self.probabilities
+        self.loss = float(values[-2 if self.config.ascent == "two_pass" else -3])
         if finite and bool(norms[seen].any()):
             self.bandit.update(seen, norms, update.inclusion)
         if not finite:

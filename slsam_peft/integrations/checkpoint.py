@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from slsam_peft.integrations.atomic import write_atomically
 from slsam_peft.slsam import SLSAM
 
 FILE_NAME = "slsam.safetensors"
 SCHEMA = 1
 
 # Settings that do not change what an update computes.
-_FREE_SETTINGS = {"prefix_limit_mib", "max_skipped_updates", "accept_state_mismatch"}
+_FREE_SETTINGS = {"prefix_limit_mib", "max_skipped_updates", "accept_state_mismatch", "trace"}
 
 
 class StateMismatchError(ValueError):
@@ -38,16 +38,7 @@ def save_state(slsam: SLSAM, folder: str | os.PathLike) -> Path:
     plain = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
     content = save(tensors, metadata={"schema": str(SCHEMA), "state": json.dumps(plain)})
     target = Path(folder) / FILE_NAME
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{FILE_NAME}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(target, content)
     return target
 
 

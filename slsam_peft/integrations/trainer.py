@@ -25,6 +25,7 @@ from slsam_peft.integrations.peft import (
 )
 from slsam_peft.integrations.quiet import forward_only, muted
 from slsam_peft.integrations.support import check_optimizer, check_trainer
+from slsam_peft.integrations.tracing import TraceFile, recorded_until
 from slsam_peft.passes import Passes
 from slsam_peft.planning import ExpectedCost
 from slsam_peft.slsam import SLSAM
@@ -36,14 +37,18 @@ logger = logging.getLogger(__name__)
 _Base: Any = object  # whichever trainer comes after the mixin
 
 
-class _TrainBegin(TrainerCallback):
-    """Builds the arms when training starts: only then is it settled what is trained."""
+class _TrainingSpan(TrainerCallback):
+    """Builds the arms when training starts: only then is it settled what is trained. Ends the trace with it."""
 
     def __init__(self, trainer: "SLSAMMixin") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin_training()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._slsam_trace is not None:
+            self.trainer._slsam_trace.finish()
 
 
 class SLSAMMixin(_Base):
@@ -81,13 +86,15 @@ class SLSAMMixin(_Base):
         self._slsam_restored = False
         self._slsam_unsolved = False
         self._slsam_index = 0
+        self._slsam_checkpoint: str | None = None
+        self._slsam_trace: TraceFile | None = None
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
         tags = describe(self.slsam_config)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(tags)
         if hasattr(self, "_tag_names"):  # TRL's own model card, written with checkpoints, takes its tags from here
             self._tag_names = [*self._tag_names, *tags]
-        self.add_callback(_TrainBegin(self))
+        self.add_callback(_TrainingSpan(self))
 
     @property
     def slsam(self) -> SLSAM:
@@ -118,6 +125,16 @@ class SLSAMMixin(_Base):
         self._slsam_restored = False
         self._slsam_index = 0
         check_optimizer(self.optimizer, self.slsam.arms)
+        self._slsam_trace = self._open_trace()
+        self._slsam_checkpoint = None
+
+    def _open_trace(self) -> TraceFile | None:
+        if not (self.slsam_config.trace and self.is_world_process_zero()):
+            return None
+        before, step = None, self.state.global_step
+        if self._slsam_checkpoint is not None:
+            before = recorded_until(self._slsam_checkpoint, self.slsam, step)
+        return TraceFile(self.slsam, self.args.output_dir, self.state.max_steps, before)
 
     def _loss_scale(self) -> torch.Tensor | None:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -145,6 +162,8 @@ class SLSAMMixin(_Base):
             raise
         if index == count - 1:
             self._log_update()
+            if self._slsam_trace is not None:
+                self._slsam_trace.see(self.state.global_step + 1, self.slsam)
         return loss
 
     def _passes(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Passes:
@@ -190,16 +209,20 @@ class SLSAMMixin(_Base):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_state(self.slsam, output_dir)
+        if self._slsam_trace is not None:
+            self._slsam_trace.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._slsam = self._build_slsam()
+            self._slsam_checkpoint = checkpoint
             try:
                 load_state(self._slsam, checkpoint)
             except StateMismatchError as error:
                 if not self.slsam_config.accept_state_mismatch:
                     raise
                 logger.warning("The sampler starts afresh: %s", error)
+                self._slsam_checkpoint = None
             self._slsam_restored = True
         super()._load_optimizer_and_scheduler(checkpoint)
 
