@@ -8,7 +8,8 @@ Blocks are run through forward hooks, which lie outside gradient checkpointing i
 `forward` is shadowed on the instance only while a pass that skips it runs.
 """
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from slsam_peft import rng
-from slsam_peft.leaks import watched
+from slsam_peft.leaks import LeakyStackError, check_cut
 
 
 @dataclass(eq=False)
@@ -71,8 +72,9 @@ class Horizon:
 
     Attributes:
         reuse (`bool`): Whether second passes may start at the floor. Turned off for stacks that leak anything else.
-        shares (`bool`): Whether blocks were handed a container they could write to (a cache, shared keys and values).
-            What leaks through one may reach some floors and not others.
+        shares (`bool`): Whether blocks were handed a container they could write to (a cache, shared keys and values),
+            or the model kept what a block returned (a long skip, a loss on hidden states). What leaks that way may
+            reach some floors and not others.
         kept_bytes (`int`): Memory of the hidden states that are kept now.
         peak_bytes (`int`): The most there ever was.
     """
@@ -108,9 +110,14 @@ class Horizon:
             LeakyStackError: the pass cannot be cut; it must run whole.
         """
         prefixes: list[Prefix] = []
-        recorder = self._recorder(floor, lowest, prefixes, keep)
-        with watched(self.blocks, self.above), _without_graph(self.blocks, lowest), self._hooked(floor, recorder):
-            yield prefixes
+        starts: list[None] = []
+        recorder = self._recorder(floor, lowest, prefixes, keep, starts)
+        counter = self.blocks[0].register_forward_pre_hook(lambda module, args: starts.append(None))
+        try:
+            with self._without_graph(lowest), self._hooked(floor, recorder):
+                yield prefixes
+        finally:
+            counter.remove()
 
     @contextmanager
     def resumed(self, floor: int, lowest: int, prefixes: Sequence[Prefix]) -> Iterator[None]:
@@ -130,7 +137,7 @@ class Horizon:
         cursor = _Cursor(prefixes)
         through = lowest < floor
         with ExitStack() as stack:
-            stack.enter_context(_without_graph(self.blocks, lowest))
+            stack.enter_context(self._without_graph(lowest))
             for index, block in enumerate(self.blocks[:floor]):
                 skip = _skipping(block, cursor, last=index == floor - 1, through=through)
                 stack.enter_context(_shadowed_forward(block, skip))
@@ -147,6 +154,30 @@ class Horizon:
             torch.autograd.backward([source for source, _ in reached], [gradient for _, gradient in reached])
 
     @contextmanager
+    def noting_kept(self, floor: int) -> Iterator[None]:
+        """Note in `shares` whether a resumed pass without a graph holds on to a hidden state that is not its own.
+
+        Nothing but the next block should: by the time the last one returns, all but its own input are gone. Hidden
+        states below the one that enters `floor` are wrong in such a pass already, so its loss tells of them.
+        """
+        returned: list[weakref.ref[torch.Tensor]] = []
+
+        def note(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden, _ = _split(output)
+            if hidden is not None:
+                returned.append(weakref.ref(hidden))
+
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
+            self.shares = self.shares or any(kept() is not None for kept in returned)
+            returned.clear()
+
+        with ExitStack() as stack:
+            for block in self.blocks[floor - 1 : -2]:
+                stack.callback(block.register_forward_hook(note).remove)
+            stack.callback(self.blocks[-1].register_forward_hook(look).remove)
+            yield
+
+    @contextmanager
     def _hooked(self, floor: int, hook: Any) -> Iterator[None]:
         """Install `hook` where the hidden state enters the floor block: at the output of the block below."""
         if floor == 0:
@@ -158,7 +189,34 @@ class Horizon:
         finally:
             handle.remove()
 
-    def _recorder(self, floor: int, lowest: int, prefixes: list[Prefix], keep: bool):
+    @contextmanager
+    def _without_graph(self, lowest: int) -> Iterator[None]:
+        """Keep the blocks below `lowest`, and the input of the stack, from building a graph; -1 leaves all as it is.
+
+        Parameters below are off already. What is left is an input that requires grad (`enable_input_require_grads`),
+        and reentrant checkpointing, which wraps whatever it is given and complains when nothing requires grad.
+        """
+        if lowest < 0 or (lowest == 0 and _is_reentrant(self.blocks[0])):
+            yield
+            return
+        checkpointed: list[Any] = [b for b in self.blocks[:lowest] if getattr(b, "gradient_checkpointing", False)]
+        for block in checkpointed:
+            block.gradient_checkpointing = False
+
+        def check(hidden: torch.Tensor) -> None:
+            check_cut(hidden, (*self.blocks, *self.above), "the blocks")
+
+        handle = self.blocks[0].register_forward_pre_hook(
+            lambda module, args, kwargs: _cut_input(args, kwargs, check), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in checkpointed:
+                block.gradient_checkpointing = True
+
+    def _recorder(self, floor: int, lowest: int, prefixes: list[Prefix], keep: bool, starts: list[None]):
         needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -167,6 +225,10 @@ class Horizon:
             if hidden is None:  # more than a hidden state leaves the block: the second pass cannot start here
                 prefixes.append(Prefix(None, {}, None))
                 return None
+            above = (*self.blocks[floor:], *self.above)
+            check_cut(hidden, above, f"block {floor}", opaque=lowest == floor)
+            if lowest < floor and len(prefixes) == len(starts):  # what was cut the last time is below the floor again
+                raise LeakyStackError(f"block {floor} is entered again, and the first block has not run in between")
             cut, size = hidden.detach(), hidden.numel() * hidden.element_size()
             if keep and self.reuse and self.kept_bytes + size <= self.limit_bytes:
                 source = hidden if lowest < floor and hidden.requires_grad else None
@@ -226,32 +288,14 @@ def _shadowed_forward(block: nn.Module, forward: Any) -> Iterator[None]:
             del block.__dict__["forward"]
 
 
-@contextmanager
-def _without_graph(blocks: Sequence[nn.Module], lowest: int) -> Iterator[None]:
-    """Keep the blocks below `lowest`, and the input of the stack, from building a graph; -1 leaves all as it is.
-
-    Parameters below are off already. What is left is an input that requires grad (`enable_input_require_grads`), and
-    reentrant checkpointing, which wraps whatever it is given and complains when nothing requires grad.
-    """
-    if lowest < 0 or (lowest == 0 and _is_reentrant(blocks[0])):
-        yield
-        return
-    checkpointed: list[Any] = [block for block in blocks[:lowest] if getattr(block, "gradient_checkpointing", False)]
-    for block in checkpointed:
-        block.gradient_checkpointing = False
-    handle = blocks[0].register_forward_pre_hook(_cut_input, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for block in checkpointed:
-            block.gradient_checkpointing = True
-
-
-def _cut_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+def _cut_input(args: tuple, kwargs: dict[str, Any], check: Callable[[torch.Tensor], None]):
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise LeakyStackError("the blocks take their hidden state neither first nor as `hidden_states`")
+    check(hidden)
     if args:
-        return (args[0].detach(), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
+        return (hidden.detach(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden.detach()}
 
 
 def _immutable(value: Any) -> bool:

@@ -1,12 +1,11 @@
-"""What a pass may not do when it is cut at a floor: feed the blocks on something trained, other than their input.
+"""What a pass may not do when it is cut at a floor: feed what lies below the cut on something trained above it.
 
-A cut drops the gradient of whatever enters below it. Two kinds of model have such a thing, and show it only when they
-run: one that runs its stack more than once, on its own output, and one whose blocks are fed from the side by a module
-that lies behind them in the order of definition (a projector of images).
+A cut drops the gradient of whatever enters below it, and a second pass that starts there takes what entered to be the
+same. Two kinds of model break that, and show it only when they run: those that run blocks more than once, on their own
+output, and those whose blocks are fed from the side by a module that lies behind them (a projector of images).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,56 +15,35 @@ REENTRANT = "CheckpointFunctionBackward"  # hides what it has run
 
 
 class LeakyStackError(RuntimeError):
-    """A pass that was cut would have dropped part of the gradient. Raised in the forward, before anything is lost."""
+    """A pass that was cut would have dropped part of the gradient. Raised in the forward, before that happens."""
 
 
-@contextmanager
-def watched(blocks: Sequence[nn.Module], above: Sequence[nn.Module]) -> Iterator[None]:
-    """Run a pass; stop it where the blocks turn out to be fed on something trained.
+def check_cut(hidden: torch.Tensor, above: Sequence[nn.Module], place: str, *, opaque: bool = True) -> None:
+    """Check that a hidden state may be cut from its graph.
 
     Args:
-        blocks (`Sequence[nn.Module]`): The stack, lowest first.
-        above (`Sequence[nn.Module]`): Modules with trained parameters that are taken to run after it.
+        hidden (`torch.Tensor`): What enters the blocks above the cut.
+        above (`Sequence[nn.Module]`): Modules whose trained parameters must not have had a part in it.
+        place (`str`): Where the cut is, for the message.
+        opaque (`bool`, *optional*, defaults to `True`): Whether reentrant checkpointing counts as such a
+            parameter; `False` where blocks below the cut are trained, and checkpointed, too.
 
     Raises:
-        LeakyStackError: one of `above` runs before the stack, or the stack is entered with its own output.
+        LeakyStackError: one of them had.
     """
-    has_run = False
-
-    def ran(module: nn.Module, args: tuple, output: Any) -> None:
-        nonlocal has_run
-        has_run = True
-
-    def entered(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not has_run:
-            return
-        trained = {p for part in (*blocks, *above) for p in part.parameters() if p.requires_grad}
-        if _depends_on(args[0] if args else kwargs["hidden_states"], trained):
-            raise LeakyStackError("the blocks are run on their own output")
-
-    def early(module: nn.Module, args: tuple) -> None:
-        if not has_run:
-            raise LeakyStackError(f"a trained {type(module).__name__} outside the blocks runs before them")
-
-    with ExitStack() as stack:
-        for handle in (
-            blocks[-1].register_forward_hook(ran),
-            blocks[0].register_forward_pre_hook(entered, with_kwargs=True, prepend=True),
-            *(module.register_forward_pre_hook(early) for module in above),
-        ):
-            stack.callback(handle.remove)
-        yield
-
-
-def _depends_on(tensor: torch.Tensor, parameters: set[nn.Parameter]) -> bool:
-    """Whether the graph of a tensor holds one of the parameters. What enters a stack has a graph of few nodes."""
-    waiting, seen = [tensor.grad_fn], set()
+    if hidden.grad_fn is None:  # as good as always
+        return
+    trained = {p for module in above for p in module.parameters() if p.requires_grad}
+    waiting: list[Any] = [hidden.grad_fn]
+    seen = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if getattr(node, "variable", None) in parameters or node.name() == REENTRANT:
-            return True
+        if getattr(node, "variable", None) in trained or (opaque and node.name() == REENTRANT):
+            raise LeakyStackError(
+                f"what enters {place} depends on parameters above it (blocks that run on their own output, or are fed "
+                "from the side by something trained)"
+            )
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
-    return False

@@ -136,7 +136,7 @@ class PassRunner:
         try:
             return self._ascend(update, pending, closure)
         except LeakyStackError as leak:
-            self._stop_cutting(leak, pending)
+            self._stop_cutting(leak, update, pending)
             return self._ascend(update, pending, closure)
 
     def descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
@@ -144,12 +144,14 @@ class PassRunner:
         try:
             return self._descend(update, pending, closure)
         except LeakyStackError as leak:
-            self._stop_cutting(leak, pending)
+            self._stop_cutting(leak, update, pending)
             return self._descend(update, pending, closure)
 
-    def _stop_cutting(self, leak: LeakyStackError, pending: Pending) -> None:
+    def _stop_cutting(self, leak: LeakyStackError, update: Update, pending: Pending) -> None:
         """Run this pass, which has lost nothing yet, and all later ones whole."""
         self.horizon = None
+        if update.count == 1:
+            self.clear()  # what a closure that accumulates has gathered before the forward that leaks
         rng.restore(pending.state)
         logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", leak)
 
@@ -192,8 +194,9 @@ class PassRunner:
         return self.horizon if update.floor >= 0 else None
 
     def _is_checked(self, horizon: Horizon, floor: int) -> bool:
-        """Whether prefix reuse has been checked: at this floor where blocks share a container, at any elsewhere."""
-        return floor in self._checked_floors or (bool(self._checked_floors) and not horizon.shares)
+        """Whether prefix reuse has been checked: at this floor where more may leave the blocks, at any elsewhere."""
+        anywhere = bool(self._checked_floors) and not horizon.shares and floor < len(horizon.blocks)
+        return floor in self._checked_floors or anywhere
 
     def _check_reuse(self, horizon: Horizon, update: Update, pending: Pending, loss: torch.Tensor) -> None:
         """Once, or once a floor: does the stack above it depend on anything but the kept hidden state?
@@ -213,7 +216,8 @@ class PassRunner:
         after = rng.snapshot(self.accelerators)
         try:
             rng.restore(pending.state)
-            with horizon.resumed(update.floor, max(update.floor, update.lowest), pending.prefixes):
+            whole = max(update.floor, update.lowest)
+            with horizon.resumed(update.floor, whole, pending.prefixes), horizon.noting_kept(update.floor):
                 again = probe().detach()
             same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"

@@ -211,79 +211,173 @@ class Block(nn.Module):
         return x + 0.3 * side if self.open else x
 
 
-class Looped(nn.Module):
-    """Runs its stack twice, the second time on its own output."""
+class Stack(nn.Module):
+    """Four blocks, and a projector and a head that are defined behind them."""
 
-    def __init__(self):
+    def __init__(self, open_to_the_side=()):
         super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(4))
-        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 1)
+        self.layers = nn.ModuleList(Block(i in open_to_the_side) for i in range(4))
+        self.projector, self.head = nn.Linear(6, 6), nn.Linear(6, 1)
+
+
+class Looped(Stack):
+    """Runs its stack twice, the second time on its own output."""
 
     def forward(self, x):
         for _ in range(2):
             for layer in self.layers:
                 x = layer(x)
-            x = self.norm(x)
+            x = self.projector(x)
         return self.head(x).square().mean()
 
 
-class FedFromTheSide(nn.Module):
+class LoopedInTheMiddle(Stack):
+    """Runs blocks 1 and 2 twice, the second time on their own output."""
+
+    def forward(self, x):
+        for i in (0, 1, 2, 1, 2, 3):
+            x = self.layers[i](x)
+        return self.head(self.projector(x)).square().mean()
+
+
+class FedFromTheSide(Stack):
     """Blocks 1 and 3 take in what a projector, defined behind the blocks, makes of other inputs."""
 
     def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(i in (1, 3)) for i in range(4))
-        self.projector, self.head = nn.Linear(6, 6), nn.Linear(6, 1)
+        super().__init__((1, 3))
 
-    def forward(self, x):
-        side = self.projector(x.flip(0)).tanh()
+    def forward(self, x, plain=False):
+        side = x if plain else self.projector(x.flip(0)).tanh()
         for layer in self.layers:
             x = layer(x, side=side)
         return self.head(x).square().mean()
 
 
-@pytest.mark.parametrize("descent", ["active", "all"])
-@pytest.mark.parametrize("ascent", ["two_pass", "none"])
-@pytest.mark.parametrize("kind", [Looped, FedFromTheSide])
-def test_passes_run_whole_where_a_cut_would_drop_a_gradient(kind, ascent, descent, caplog):
-    torch.manual_seed(0)
-    model, x = kind().double(), torch.randn(5, 6, dtype=torch.float64)
+class FedInItsSecondForward(FedFromTheSide):
+    """The projector takes part in the second forward alone, after the first one has run blocks and head."""
 
-    def probe():
-        with torch.no_grad():
-            return model(x)
+    def forward(self, x):
+        return super().forward(x.flip(1), plain=True) + super().forward(x)
+
+
+class OtherNames(Stack):
+    """Its blocks take their hidden state by a name of their own."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x=x)
+        return self.head(self.projector(x)).square().mean()
+
+
+def passes_of(model, x):
+    """Return a closure and a probe."""
 
     def closure():
         loss = model(x)
         loss.backward()
         return loss
 
+    def probe():
+        with torch.no_grad():
+            return model(x)
+
+    return closure, probe
+
+
+# Floors from which a cut drops nothing, so that passes stay cut.
+HARMLESS = {
+    Looped: (),
+    LoopedInTheMiddle: (0, 1, 3, 4),
+    FedFromTheSide: (0, 1),
+    FedInItsSecondForward: (0, 1),
+    OtherNames: (),
+}
+
+
+@pytest.mark.parametrize("descent", ["active", "all"])
+@pytest.mark.parametrize("rho", [RHO, 0.0])
+@pytest.mark.parametrize("floor", range(5))
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_passes_run_whole_where_a_cut_would_drop_a_gradient(kind, floor, rho, descent, caplog):
+    torch.manual_seed(0)
+    model, x = kind().double(), torch.randn(5, 6, dtype=torch.float64)
     arms = arms_of(model)
     assert [arm.depth for arm in arms] == [0, 1, 2, 3, 4, 4]
-    cases = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0], [1, 0, 0, 1, 0, 1], [0, 0, 0, 0, 1, 1]]).bool()
-    for mask in cases:
-        caplog.clear()
-        config = SLSAMConfig(
-            rho=RHO if ascent == "two_pass" else 0.0,
-            active_fraction=0.9,
-            design=lambda p, g, m=mask: m,
-            descent=descent,
-        )
-        slsam = SLSAM(arms, config)
-        with caplog.at_level(logging.INFO, logger="slsam_peft"):
-            assert_update_is_exact(slsam, mask, closure, probe)
-            assert_update_is_exact(slsam, mask, closure, probe)
-        assert [r.message for r in caplog.records if "passes are not cut" in r.message] == [
-            "passes are not cut: "
-            + (
-                "the blocks are run on their own output"
-                if kind is Looped
-                else "a trained Linear outside the blocks runs"
-            )
-            + ("" if kind is Looped else " before them")
-            + ". Every pass runs whole, and costs what that costs."
-        ]
+    mask = torch.arange(6) >= floor
+    slsam = SLSAM(arms, SLSAMConfig(rho=rho, active_fraction=0.9, design=lambda p, g: mask, descent=descent))
+    with caplog.at_level(logging.INFO, logger="slsam_peft"):
+        for _ in range(2):
+            assert_update_is_exact(slsam, mask, *passes_of(model, x))
+    told = [r.message for r in caplog.records if "passes are not cut" in r.message]
+    assert len(told) == (slsam.runner.horizon is None)
+    assert all("every pass runs whole" in message.lower() for message in told)
+    if descent == "active":
+        assert (slsam.runner.horizon is not None) == (floor in HARMLESS[kind]), told
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_a_closure_gathered_before_a_leak_is_not_counted_twice():
+    """It accumulates over two forwards by itself, and only the second one is fed from the side."""
+    torch.manual_seed(0)
+    model, x = FedFromTheSide().double(), torch.randn(5, 6, dtype=torch.float64)
+
+    def closure():
+        losses = [model(x, plain=True), model(x)]
+        for loss in losses:
+            loss.backward()
+        return sum(losses).detach()
+
+    arms = arms_of(model)
+    mask = torch.arange(6) >= 2
+    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
+    assert_update_is_exact(slsam, mask, closure, None)
+    assert slsam.runner.horizon is None
+
+
+class LongSkip(Stack):
+    """Takes what block 0 returns in again before block 3."""
+
+    def forward(self, x):
+        first = x = self.layers[0](x)
+        for layer in self.layers[1:3]:
+            x = layer(x)
+        return self.head(self.projector(self.layers[3](x + first))).square().mean()
+
+
+class DeepLoss(Stack):
+    """Its loss is on the hidden state in the middle, too."""
+
+    def forward(self, x):
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return self.head(self.projector(states[-1])).square().mean() + states[2].square().mean()
+
+
+class LossBelowTheTop(DeepLoss):
+    """Its loss is on what enters the last block."""
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        return self.head(self.projector(self.layers[-1](x))).square().mean() + x.square().mean()
+
+
+@pytest.mark.parametrize("descent", ["active", "all"])
+@pytest.mark.parametrize("kind", [LongSkip, DeepLoss, LossBelowTheTop])
+def test_hidden_states_that_are_kept_are_found_at_whichever_floor_they_matter(kind, descent):
+    """The first floor's check is passed, since nothing below it is kept."""
+    torch.manual_seed(0)
+    model, x = kind().double(), torch.randn(5, 6, dtype=torch.float64)
+    arms, floor = arms_of(model), [0]
+    config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: above(floor[0])(p, g), descent=descent)
+    slsam = SLSAM(arms, config)
+    reuse = []
+    for floor[0] in (1, 2, 3, 4, 1):
+        assert_update_is_exact(slsam, torch.arange(6) >= floor[0], *passes_of(model, x))
+        reuse.append(slsam.horizon.reuse)
+    assert reuse[0]
+    assert not reuse[3]
 
 
 @pytest.mark.parametrize("tied", [False, True])
