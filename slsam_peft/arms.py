@@ -106,7 +106,8 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
         parameter shared by several modules at its lowest place.
 
     Raises:
-        ValueError: no parameter is trainable, the granularity is unknown, or `"block"` on a model without blocks.
+        ValueError: no parameter is trainable, the granularity is unknown or returns no name, or `"block"` on a model
+            without blocks.
     """
     if not callable(granularity):
         check_name("granularity", granularity, GRANULARITIES, callable_too=True)
@@ -135,7 +136,12 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
 
 def _arm_name(place: _Place, granularity: Granularity) -> str:
     if callable(granularity):
-        return granularity(place.name)
+        name = granularity(place.name)
+        if not isinstance(name, str):
+            raise ValueError(
+                f"the granularity returned {name!r} for {place.name!r}; it must return an arm name, a str."
+            )
+        return name
     if granularity == "tensor":
         return place.name
     if granularity == "block" and place.block_name is not None:

@@ -111,11 +111,15 @@ class Bandit:
         self._scale = scale
 
     def _checked(self, probabilities: Any) -> torch.Tensor:
-        p = torch.as_tensor(probabilities, dtype=torch.float64)
-        if p.shape != self.probabilities.shape or not bool(((p >= 0) & (p <= 1)).all() and p.any()):
+        try:
+            p = torch.as_tensor(probabilities, dtype=torch.float64).detach().cpu()
+            fits = p.shape == self.probabilities.shape and bool(((p >= 0) & (p <= 1)).all() and p.any())
+        except (TypeError, ValueError, RuntimeError):  # what torch raises for what is no tensor
+            fits = False
+        if not fits:
             raise ValueError(
-                f"the bandit rule returned {p!r}; it must return {len(self.probabilities)} probabilities in [0, 1], "
-                "not all 0."
+                f"the bandit rule returned {probabilities!r}; it must return {len(self.probabilities)} probabilities "
+                "in [0, 1], not all 0."
             )
         return p
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,15 @@ class Update:
     squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
     ascent_loss: torch.Tensor | None = None
     descent_loss: torch.Tensor | None = None
+
+
+def _loss(returned: Any) -> torch.Tensor:
+    if isinstance(returned, int | float):
+        return torch.tensor(float(returned))
+    if not isinstance(returned, torch.Tensor) or returned.numel() != 1:
+        what = f"shape {tuple(returned.shape)}" if isinstance(returned, torch.Tensor) else type(returned).__name__
+        raise TypeError(f"the closure returned {what}; it must return its loss, a tensor of one element or a number.")
+    return returned.detach()
 
 
 class PassRunner:
@@ -164,7 +174,7 @@ class PassRunner:
         )
         context = horizon.truncated(update.floor, update.lowest, keep=keep) if horizon else nullcontext([])
         with self.firings.watch(self.watched_linears(update.mask)), context as prefixes:
-            loss = torch.as_tensor(closure()).detach()
+            loss = _loss(closure())
         self.clear(~update.mask)
         if horizon is not None and keep and update.floor > 0:
             pending.prefixes = prefixes
@@ -184,7 +194,7 @@ class PassRunner:
         else:
             context = horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
         with perturbed(update.shifts), context:
-            loss = torch.as_tensor(closure()).detach()
+            loss = _loss(closure())
         pending.prefixes.clear()
         self.clear(~update.trained)
         update.descent_loss = loss if update.descent_loss is None else update.descent_loss + loss
@@ -218,7 +228,7 @@ class PassRunner:
             rng.restore(pending.state)
             whole = max(update.floor, update.lowest)
             with horizon.resumed(update.floor, whole, pending.prefixes), horizon.noting_kept(update.floor):
-                again = probe().detach()
+                again = _loss(probe())
             same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
         except Exception as error:  # noqa: BLE001 - a leaky stack may fail in any way; the plain pass has just run

@@ -3,6 +3,7 @@
 import torch
 
 PAPER_LEAST_SUM = 1e-5  # the reference rule's guard against dividing by vanishing weights
+TINY = 1e-300  # without a floor, weights vanish in the end
 PROJECTION_STEPS = 200  # far more than a bracketed Newton iteration takes in float64
 
 
@@ -39,14 +40,14 @@ def project_with_floor(weights: torch.Tensor, budget: float, floor: float) -> to
     sum is increasing and piecewise linear in `c`. A step that leaves the bracket is replaced by a bisection.
 
     Args:
-        weights (`torch.Tensor`): Positive weights, shape `(L,)`.
+        weights (`torch.Tensor`): Positive weights, shape `(L,)`; some may have vanished.
         budget (`float`): Sum of the result, in [L * floor, L].
         floor (`float`): Lower bound, in [0, 1].
 
     Returns:
         `torch.Tensor`: Probabilities, shape `(L,)`.
     """
-    low, high = 0.0, 1.0 / float(weights.min())
+    low, high = 0.0, 1.0 / max(float(weights.min()), TINY)
     c = budget / float(weights.sum())
     for _ in range(PROJECTION_STEPS):
         scaled = c * weights

@@ -194,13 +194,18 @@ class _Checked(_Stateless):
         self.draw = draw
 
     def __call__(self, probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        mask = torch.as_tensor(self.draw(probabilities.clone(), generator))
-        if mask.dtype not in (torch.bool, torch.uint8) or mask.shape != probabilities.shape or not mask.any():
+        drawn = self.draw(probabilities.clone(), generator)
+        try:
+            mask = torch.as_tensor(drawn)
+            fits = mask.dtype in (torch.bool, torch.uint8) and mask.shape == probabilities.shape and bool(mask.any())
+        except (TypeError, ValueError, RuntimeError):  # what torch raises for what is no tensor
+            fits = False
+        if not fits:
             raise ValueError(
-                f"the design returned {mask!r}; it must return a boolean mask of shape ({len(probabilities)},) with "
+                f"the design returned {drawn!r}; it must return a boolean mask of shape ({len(probabilities)},) with "
                 "at least one active arm."
             )
-        return mask.bool().cpu()
+        return mask.to("cpu", torch.bool, copy=True)  # the callable may use its tensor again
 
     def inclusion(self, probabilities: torch.Tensor) -> torch.Tensor:
         return probabilities

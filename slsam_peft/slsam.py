@@ -35,7 +35,8 @@ class SLSAM:
     gradient at w + e, every other arm's is `None`, and the weights are w, bit for bit.
 
     Args:
-        arms (`Sequence[Arm]`): What `arms_of(model)` returns, or any list of arms.
+        arms (`Sequence[Arm]`): What `arms_of(model)` returns, or any list of arms that holds every trainable parameter
+            of the model once: one that is trained and in no arm would gather the gradients of both passes.
         config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here.
         fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
             where `config.cost_budget` is set.
@@ -53,8 +54,8 @@ class SLSAM:
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
 
     Raises:
-        ValueError: no arms; an explicit `active_fraction` of less than one arm (except for `bandit="paper"`); a design
-            that needs a depth order on arms without one; `cost_budget` without `fraction`.
+        ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm (except for
+            `bandit="paper"`); a design that needs a depth order on arms without one; `cost_budget` without `fraction`.
 
     Example:
 
@@ -86,6 +87,11 @@ class SLSAM:
         self.arms = arms
         if not len(arms):
             raise ValueError("there are no arms; arms_of(model) needs a model with trainable parameters.")
+        parameters = [p for arm in arms for p in arm.parameters]
+        if len(set(parameters)) < len(parameters):
+            names = [name for arm in arms for name in arm.parameter_names]
+            twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
+            raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
         self.cost = cost
         depths = [arm.depth for arm in arms]
         self._depths = torch.tensor([-1 if d is None else d for d in depths])
@@ -96,7 +102,7 @@ class SLSAM:
         limit, above = config.prefix_limit_mib * 2**20, getattr(arms, "above", ())
         self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
         self.runner = PassRunner(
-            [p for arm in arms for p in arm.parameters],
+            parameters,
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
             [linear for arm in arms for linear in arm.linears],
             self.horizon,

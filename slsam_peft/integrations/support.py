@@ -29,7 +29,7 @@ def check_trainer(trainer: Any) -> None:
             "every pass, and the copies know neither arms nor perturbation. Start one process a GPU (torchrun or "
             "accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)."
         )
-    if trainer.args.torch_compile or hasattr(trainer.model, "_orig_mod"):
+    if trainer.args.torch_compile or any(_is_compiled(module) for module in trainer.model.modules()):
         raise ValueError(
             "torch.compile is not supported: active arms change in every update, so every update would be compiled "
             "again. Set torch_compile=False and pass the model as it was before torch.compile."
@@ -39,6 +39,11 @@ def check_trainer(trainer: Any) -> None:
             f"{type(trainer).__name__} is not supported: its training step generates completions and "
             "counts its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
         )
+
+
+def _is_compiled(module: Any) -> bool:
+    """Whether a module was wrapped by `torch.compile(module)` or compiled in place by `module.compile()`."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:

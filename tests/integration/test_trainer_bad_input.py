@@ -91,6 +91,18 @@ def test_compiled_language_model(adapted, tmp_path):
         build(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model, peft_config=settings)
 
 
+@pytest.mark.parametrize("how", ["model.compile", "block.compile", "torch.compile(block)"])
+def test_model_compiled_in_place_or_in_part(how, tmp_path):
+    model = llama()
+    layers = model.model.layers
+    if how == "torch.compile(block)":
+        layers[1] = torch.compile(layers[1], backend="eager")
+    else:
+        (model if how == "model.compile" else layers[1]).compile(backend="eager")
+    with pytest.raises(ValueError, match=r"torch\.compile is not supported.*pass the model as it was before"):
+        build(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model)
+
+
 def test_compiled_model(tmp_path):
     compiled = torch.compile(llama(), backend="eager")
     with pytest.raises(ValueError, match=r"torch\.compile is not supported.*pass the model as it was before"):

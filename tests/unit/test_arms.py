@@ -131,3 +131,9 @@ def test_errors_say_what_to_do():
 def test_repr_counts():
     assert "5 blocks" in repr(arms_of(decoder("llama")))
     assert torch.is_tensor(arms_of(decoder("llama"))[0].parameters[0])
+
+
+@pytest.mark.parametrize("name", [None, 3, ("a", "b")])
+def test_a_callable_granularity_must_name_its_arms(name):
+    with pytest.raises(ValueError, match=r"the granularity returned .* for '0\.weight'; it must return an arm name"):
+        arms_of(nn.Sequential(nn.Linear(2, 2)), lambda _: name)

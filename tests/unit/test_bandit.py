@@ -103,7 +103,7 @@ def test_a_callable_rule_is_used_and_checked():
 
 
 @pytest.mark.parametrize(
-    "returned", [[2.5] * 4, [-0.1, 0.5, 0.5, 0.5], [float("nan")] * 4, [0.5] * 3, [0.0] * 4], ids=str
+    "returned", [[2.5] * 4, [-0.1, 0.5, 0.5, 0.5], [float("nan")] * 4, [0.5] * 3, [0.0] * 4, None, "all"], ids=str
 )
 def test_what_a_callable_rule_returns_is_checked(returned):
     """All zeros would never draw an arm again."""
@@ -112,3 +112,12 @@ def test_what_a_callable_rule_returns_is_checked(returned):
     with pytest.raises(ValueError, match=r"4 probabilities in \[0, 1\], not all 0"):
         bandit.update(seen.bool(), seen, bandit.probabilities)
     assert bandit.probabilities.tolist() == [0.5] * 4
+
+
+def test_without_a_floor_probabilities_may_vanish():
+    """exp underflows to 0 for arms that are never drawn again; the others go on."""
+    bandit = Bandit(3, 1.0, SLSAMConfig(probability_floor=0.0, bandit_rate=50.0))
+    norms = torch.tensor([1.0, 1e-9, 1e-9], dtype=torch.float64)
+    for _ in range(300):
+        bandit.update(torch.tensor([True, False, False]), norms, bandit.probabilities.clone())
+    assert bandit.probabilities.tolist() == [1.0, 0.0, 0.0]

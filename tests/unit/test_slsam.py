@@ -271,3 +271,34 @@ def test_the_watch_warns_once_when_gains_scatter(caplog):
         caplog.records[0].message
     ]
     assert "rho=0.003" in caplog.records[0].message
+
+
+@pytest.mark.parametrize("returned", [None, "1", {"loss": 1.0}, torch.ones(3)])
+def test_a_closure_that_returns_no_loss_is_told_so(returned):
+    model, slsam, closure, _ = problem(active_fraction=0.5)
+    before = snapshot(model, slsam)
+    with pytest.raises(TypeError, match=r"the closure returned .*; it must return its loss"):
+        slsam.update(lambda: closure() and returned)
+    assert same(snapshot(model, slsam), before)
+
+
+@pytest.mark.parametrize("returned", [None, "all", [0, 2], torch.ones(3), torch.zeros(3, dtype=torch.bool)])
+def test_what_a_callable_design_returns_is_checked(returned):
+    model, slsam, closure, calls = problem(active_fraction=0.5, design=lambda p, generator: returned)
+    with pytest.raises(ValueError, match=r"the design returned .*; it must return a boolean mask of shape \(3,\)"):
+        slsam.update(closure)
+    assert not calls
+
+
+def test_a_design_may_use_its_tensor_again():
+    mask = torch.tensor([True, False, False])
+    _, slsam, closure, _ = problem(active_fraction=0.5, design=lambda p, generator: mask)
+    slsam.update(closure)
+    mask.fill_(True)
+    assert slsam.active.tolist() == [True, False, False]
+
+
+def test_a_parameter_in_two_arms_is_refused():
+    arms = arms_of(network(), "module")
+    with pytest.raises(ValueError, match=r"0\.weight comes twice in the arms"):
+        SLSAM([*arms, arms[0]], SLSAMConfig(active_fraction=0.5))
