@@ -158,8 +158,13 @@ def _check_output(folder: Path, force: bool) -> None:
             f"--output_dir={folder} is not empty. Name another folder, or add --force to replace an adapter in it."
         )
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir={folder} cannot be made: {existing} is not a folder one may write to.")
+    try:  # permissions alone do not tell: a file system may be read-only, or refuse folders to anyone
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".slsam-peft-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir={folder} cannot be made: {existing} is not a folder one may write to ({error.strerror})."
+        ) from error
 
 
 def _fetch(screen: Any) -> str:

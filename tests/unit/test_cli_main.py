@@ -135,6 +135,7 @@ def test_raw_arguments_reach_a_subcommand_with_its_own_parser(monkeypatch: pytes
         (["--output_dir", "full"], "--output_dir=full is not empty. Name another folder, or add --force"),
         (["--output_dir", "file"], "--output_dir=file is a file; name a folder."),
         (["--output_dir", "file/below"], "--output_dir=file/below cannot be made: "),
+        (["--output_dir", "/proc/adapter"], "--output_dir=/proc/adapter cannot be made: "),  # to root as well
     ],
 )
 def test_quickstart_refuses_bad_values_before_anything_else(
