@@ -18,11 +18,9 @@ class GradientMemory:
         self.gradients: dict[int, torch.Tensor] = {}
 
     def store(self, members: Sequence[int]) -> None:
-        """Keep the present gradients of the parameters at the given positions."""
-        for i in members:
-            gradient = self.parameters[i].grad
-            if gradient is not None:
-                self.gradients[i] = gradient.to(torch.bfloat16, copy=True)
+        """Keep the present gradients of the parameters at the given positions; all of them or, on an error, none."""
+        gradients = {i: self.parameters[i].grad for i in members}
+        self.gradients |= {i: g.to(torch.bfloat16, copy=True) for i, g in gradients.items() if g is not None}
 
     def recall(self, members: Sequence[int]) -> tuple[list[int], list[torch.Tensor], torch.Tensor | None]:
         """Return which of the given positions are remembered, their gradients, and the joint norm, shape `()`."""

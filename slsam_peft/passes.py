@@ -66,6 +66,13 @@ class Update:
     ascent_loss: torch.Tensor | None = None
     descent_loss: torch.Tensor | None = None
 
+    def losses(self) -> torch.Tensor:
+        """Return the loss at w + e and the loss at w, shape `(2,)`; one stands in where the other was not computed."""
+        descent = torch.zeros(()) if self.descent_loss is None else self.descent_loss
+        ascent = descent if self.ascent_loss is None else self.ascent_loss
+        both = torch.stack([descent.reshape(()), ascent.reshape(()).to(descent.device)])
+        return both.to(torch.promote_types(both.dtype, torch.float32))
+
 
 def _loss(returned: Any) -> torch.Tensor:
     if isinstance(returned, int | float):
@@ -219,8 +226,8 @@ class PassRunner:
             return
         if not any(prefix.hidden is not None for prefix in pending.prefixes):
             return
-        self._checked_floors.add(update.floor)
         if loss.is_meta:  # no values to compare
+            self._checked_floors.add(update.floor)
             return
         held = [(p, p.grad) for p in self.parameters]
         after = rng.snapshot(self.accelerators)
@@ -237,6 +244,7 @@ class PassRunner:
             rng.restore(after)
             for parameter, gradient in held:
                 parameter.grad = gradient
+        self._checked_floors.add(update.floor)
         if not same:
             horizon.reuse = False
             pending.prefixes = []

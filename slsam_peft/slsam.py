@@ -50,7 +50,8 @@ class SLSAM:
         drawn (`torch.Tensor`): Probabilities its arms were drawn with, float64, shape `(L,)`.
         steps (`int`): Updates completed.
         skipped, skipped_in_a_row (`int`): Updates skipped because a loss or gradient was NaN or infinite.
-        reduce (callable or `None`): Averages a list of gradients over ranks, in place.
+        reduce (callable or `None`): Averages a list of tensors over ranks, in place: the active arms' gradients, and
+            with the descent gradients the two losses, so that all ranks learn from, or skip, the same update.
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
 
     Raises:
@@ -120,6 +121,7 @@ class SLSAM:
         self._watch = RadiusWatch(config.rho)
         self._current: Update | None = None
         self._before: dict[str, Any] = {}
+        self._fired_before: set[torch.nn.Module] = set()
 
     def _fraction(self, solved: float | None) -> float:
         config, count = self.config, len(self.arms)
@@ -200,7 +202,7 @@ class SLSAM:
         config = self.config
         if self._current is not None:  # the last update was never completed: it counts as if it had not begun
             self._abort()
-        self._before = state.sampler(self)
+        self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
         self.runner.clear()
         partial = config.ascent == "partial" and config.rho > 0
         if partial and count == 1 and passes.part is None:
@@ -278,11 +280,14 @@ class SLSAM:
         offsets = ascent_offsets(gradients, norm, self.config.rho)
         return [self._shift(i, e) for i, e in zip(members, offsets, strict=True)]
 
-    def _reduced(self, mask: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return each parameter's gradient, averaged over ranks; `None` where there is none."""
+    def _reduced(self, mask: torch.Tensor, numbers: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+        """Return each parameter's gradient, averaged over ranks; `None` where there is none.
+
+        `numbers` travel with them: what a decision rests on must be the same on every rank.
+        """
         gradients = [p.grad for p in self.runner.parameters]
         if self.reduce is not None:
-            sent = []
+            sent = [] if numbers is None else [numbers]
             for i in self.runner.members(mask):  # the same tensors on every rank
                 gradient = gradients[i]
                 gradients[i] = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
@@ -295,15 +300,14 @@ class SLSAM:
 
     def _finish(self, update: Update) -> None:
         """Read the update's numbers once, then learn from them, or skip the update if one is not finite."""
-        gradients = self._reduced(update.trained)
+        losses = update.losses()
+        gradients = self._reduced(update.trained, losses)
         if self.reduce is not None:
             for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
                 parameter.grad = gradient
         squared = self._norms.squared(gradients, self._device(gradients))
         ascent_squared = squared if update.squared is None else update.squared
-        descent_loss = torch.zeros(()) if update.descent_loss is None else update.descent_loss
-        ascent_loss = descent_loss if update.ascent_loss is None else update.ascent_loss
-        numbers = [ascent_squared, squared.sum()[None], descent_loss.reshape(1), ascent_loss.reshape(1)]
+        numbers = [ascent_squared, squared.sum()[None], losses]
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
         values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
@@ -361,6 +365,7 @@ class SLSAM:
         self.runner.clear()
         if self._before:
             state.restore_sampler(self, self._before)
+            self.runner.firings.fired = self._fired_before
             self._before = {}
 
     def _release(self) -> None:

@@ -1,8 +1,21 @@
-"""Averaging of active gradients over ranks."""
+"""What ranks tell one another: averages of active gradients, and what must be decided alike."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+def has_ranks() -> bool:
+    """Return whether several processes train together."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def of_first_rank(values: list[Any]) -> list[Any]:
+    """Return the first rank's `values`; with one process, the list itself."""
+    return broadcast_object_list(list(values)) if has_ranks() else values
 
 
 def average_over_ranks(gradients: list[torch.Tensor]) -> None:

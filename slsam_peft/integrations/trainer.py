@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -15,7 +14,7 @@ from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
 from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of
-from slsam_peft.integrations.distributed import average_over_ranks
+from slsam_peft.integrations.distributed import average_over_ranks, has_ranks, of_first_rank
 from slsam_peft.integrations.peft import (
     ascent_part,
     float32_adapters,
@@ -112,7 +111,7 @@ class SLSAMMixin(_Base):
             shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
             fraction = ExpectedCost(model, self.slsam_arms, self.slsam_config, shapes).solve(budget)
         slsam = SLSAM(self.slsam_arms, self.slsam_config, fraction=fraction, cost=self._slsam_cost)
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if has_ranks():
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
         return slsam
@@ -191,7 +190,8 @@ class SLSAMMixin(_Base):
         if self._slsam_cost is None:
             return
         if self._slsam_unsolved:
-            self._slsam, self._slsam_unsolved = self._build_slsam([shape_of(inputs)] * count), False
+            # Batches differ between ranks, and their probabilities must not.
+            self._slsam, self._slsam_unsolved = self._build_slsam(of_first_rank([shape_of(inputs)] * count)), False
         if index == 0:
             self._slsam_cost.shapes.clear()
         self._slsam_cost.shapes.append(shape_of(inputs))

@@ -1,0 +1,164 @@
+"""Two ranks under torchrun (gloo): the same arms, the same adapters, and only active gradients on the wire."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.rank_worker import AGAINST_ONE, UPDATES, adapters, own_loop, train_against_one
+from tests.tolerances import EXACT_FLOAT64, FUSED_HEAD, TRAJECTORY
+
+pytestmark = pytest.mark.ranks
+
+WORKER = Path(__file__).parents[1] / "rank_worker.py"
+LOSSES = 2 * 4  # bytes: what the ranks must agree on besides the gradients
+START_SECONDS = 240  # a start imports everything twice, on a machine that may be busy
+DEATH_SECONDS = 60  # from the death of a rank to the end of all
+
+
+def launch(folder, *scenarios, timeout=START_SECONDS):
+    """Run scenarios on two ranks and return the finished process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[1]), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [*command, str(WORKER), str(folder), *scenarios],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """Return a function from a scenario to what each rank reported: `(report, tensors)` twice."""
+    folder = tmp_path_factory.mktemp("ranks")
+    names = ["long", *AGAINST_ONE, "wire", "nan loss", "nan gradient", "budget", "own loop", "refused"]
+    done = launch(folder, *names)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def read(name):
+        return [
+            (json.loads((folder / name / f"{r}.json").read_text()), load_file(folder / name / f"{r}.safetensors"))
+            for r in range(2)
+        ]
+
+    return read
+
+
+def assert_ranks_agree(ranks):
+    """Same active sets, bandit feedback, probabilities and decisions, and adapters equal bit for bit."""
+    (one, weights), (two, others) = ranks
+    for key in ("masks", "norms", "probabilities", "skipped"):
+        assert one[key] == two[key], key
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+
+
+def test_ranks_stay_together(seen):
+    ranks = seen("long")
+    assert_ranks_agree(ranks)
+    report = ranks[0][0]
+    assert len(report["masks"]) == UPDATES
+    assert len({tuple(mask) for mask in report["masks"]}) > 5
+    assert report["probabilities"][0] != report["probabilities"][-1]
+
+
+def test_what_is_logged_is_the_mean_over_ranks(seen):
+    """Each rank has a loss of its own; sharpness is that of the whole batch."""
+    (one, _), (two, _) = seen("long")
+    assert len(one["sharpness"]) == UPDATES
+    assert one["sharpness"] == two["sharpness"]
+
+
+@pytest.mark.parametrize("name", AGAINST_ONE)
+def test_two_ranks_equal_one_process_with_twice_the_batch(name, seen, tmp_path):
+    ranks = seen(name)
+    assert_ranks_agree(ranks)
+    one = train_against_one(name, tmp_path, per_device_train_batch_size=4)
+    (report, weights), _ = ranks
+    assert report["masks"] == one.seen.masks
+    for ours, expected in zip(report["norms"], one.seen.norms, strict=True):
+        assert ours == pytest.approx(expected, rel=FUSED_HEAD)
+    expected = adapters(one)
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=FUSED_HEAD, atol=FUSED_HEAD, msg=name)
+    logged = [log["loss"] for log in one.state.log_history if "loss" in log]
+    assert report["losses"] == pytest.approx(logged, rel=FUSED_HEAD)
+
+
+def test_an_own_loop_equals_one_process_to_rounding(seen):
+    """`SLSAM.update` in float64: the first gradient, and eight updates that carry on its rounding."""
+    (report, tensors), (other_report, other) = seen("own loop")
+    one, expected = own_loop()
+    assert report == other_report
+    assert report["metrics"] == pytest.approx(one["metrics"], rel=TRAJECTORY)
+    assert tensors.keys() == expected.keys() == other.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, other[name]), name
+        tolerance = EXACT_FLOAT64 if name.startswith("gradient") else TRAJECTORY
+        torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_only_gradients_of_active_arms_travel(seen):
+    """Ascent and descent gradients of the active arms and two losses; DDP's own reducer sends nothing. Everything else
+    (parameters at construction, buffers, TRL's counts) is at most what plain training sends.
+    """
+    for report, _ in seen("wire"):
+        plain, ours = report["plain"], report["ours"]
+        assert plain["allreduce_"] >= 3 * 4 * report["all"], "a plain update sends every gradient"
+        assert ours["allreduce_"] == sum(2 * 4 * size + LOSSES for size in report["active"])
+        assert max(report["active"]) < report["all"]
+        assert ours.keys() == plain.keys()
+        assert all(ours[kind] <= sent for kind, sent in plain.items() if kind != "allreduce_")
+
+
+@pytest.mark.parametrize("name", ["nan loss", "nan gradient"])
+def test_what_is_not_finite_on_one_rank_skips_the_update_on_all(name, seen):
+    """Also where only the loss of one rank is NaN or infinite and every gradient is finite."""
+    ranks = seen(name)
+    for bad in ("3", "4"):  # passes: the ascent and the descent of the second update
+        assert_ranks_agree(
+            [(report[bad], {n: w for n, w in weights.items() if n[0] == bad}) for report, weights in ranks]
+        )
+        for report, _ in ranks:
+            assert report[bad]["skipped"] == [0, 1, 1]
+            assert report[bad]["kept"]
+            assert report[bad]["probabilities"][0] == report[bad]["probabilities"][1]
+
+
+def test_a_cost_budget_is_solved_once_for_all_ranks(seen):
+    ranks = seen("budget")
+    assert_ranks_agree(ranks)
+    assert ranks[0][0]["budget"] == ranks[1][0]["budget"]
+
+
+def test_sharded_parameters_are_refused(seen):
+    for report, _ in seen("refused"):
+        assert "FSDP is not supported" in report["arguments"]
+        assert "Use DDP" in report["arguments"]
+        assert "DTensor" in report["sharded model"]
+        assert "Use DDP" in report["sharded model"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_training(tmp_path):
+    """Killed in the middle of an update: the other rank waits for its gradients, and ends with an error."""
+    began = time.monotonic()
+    done = launch(tmp_path, "dying")
+    ended = time.time()
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr, done.stderr[-4000:]
+    died = (tmp_path / "dying" / "died").stat().st_mtime
+    assert ended - died < DEATH_SECONDS
+    assert time.monotonic() - began < START_SECONDS
+    assert not (tmp_path / "dying" / "0.json").exists(), "the first rank went on alone"

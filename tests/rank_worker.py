@@ -1,0 +1,277 @@
+"""What two ranks do, for test_ranks.py: `torchrun --nproc_per_node 2 tests/rank_worker.py <folder> <scenario>...`.
+
+Each scenario leaves `<scenario>.<rank>.json` in the folder: what this rank saw.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
+from slsam_peft.integrations.distributed import average_over_ranks
+from tests.tiny import build, llama, lora, train
+
+UPDATES = 20
+NON_REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+# Trained once by two ranks with two sequences each, and once by one process with four, in float64.
+AGAINST_ONE = {
+    "accumulation": ({"design": "depth"}, {"gradient_accumulation_steps": 3, **NON_REENTRANT}),
+    "reentrant": ({"design": "window", "ascent": "remembered"}, REENTRANT),
+    "no checkpointing": ({"descent": "all", "granularity": "module"}, {"activation_checkpointing": False}),
+}
+
+
+def train_small(cls, folder, config=None, *, double=False, dropout=0.0, **settings):
+    """Train the suite's small Llama with few adapters, on its rows in order."""
+    model = llama().double() if double else llama()
+    adapter = lora(target_modules=["q_proj", "down_proj"], lora_dropout=dropout)
+    settings = {"train_sampling_strategy": "sequential", **settings}
+    return train(cls, folder, config, model=model, peft_config=adapter, **settings)
+
+
+def train_against_one(name, folder, **settings):
+    """Train one of `AGAINST_ONE`."""
+    chosen, arguments = AGAINST_ONE[name]
+    arguments = {"max_steps": 5, **PLAIN_SGD, **arguments, **settings}
+    return train_small(Watched, folder, config_of(chosen), double=True, **arguments)
+
+
+def config_of(settings):
+    return SLSAMConfig(**{"rho": 0.1, "active_fraction": 0.5, **settings})
+
+
+class Seen(TrainerCallback):
+    """Notes what each update drew, what the bandit was fed, and where it left the probabilities."""
+
+    def __init__(self):
+        self.masks, self.probabilities, self.norms, self.skipped = [], [], [], []
+
+    def follow(self, trainer):
+        self.trainer = trainer
+        trainer.add_callback(self)
+
+    def on_step_begin(self, *args, **kwargs):
+        bandit, learn = self.trainer.slsam.bandit, type(self.trainer.slsam.bandit).update
+
+        def noting(mask, norms, inclusion):
+            self.norms.append(norms[mask].tolist())
+            learn(bandit, mask, norms, inclusion)
+
+        bandit.update = noting
+
+    def on_step_end(self, *args, **kwargs):
+        slsam = self.trainer.slsam
+        self.masks.append(slsam.active.tolist())
+        self.probabilities.append(slsam.probabilities.tolist())
+        self.skipped.append(slsam.skipped)
+
+    def report(self):
+        return {"masks": self.masks, "probabilities": self.probabilities, "norms": self.norms, "skipped": self.skipped}
+
+
+class Watched(SLSAMTrainer):
+    """Keeps what `Seen` notes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = Seen()
+        self.seen.follow(self)
+
+
+def adapters(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes each kind of collective is handed, whether Python or DDP's reducer starts it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            self.bytes[func.overloadpacket.__name__] += sum(t.numel() * t.element_size() for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def long(folder):
+    """Twenty updates of AdamW with dropout."""
+    config = config_of({"design": "fixed_size"})
+    trainer = train_small(Watched, folder / "out", config, max_steps=UPDATES, dropout=0.2)
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    logged = [log["slsam/sharpness"] for log in trainer.state.log_history if "slsam/sharpness" in log]
+    return {**trainer.seen.report(), "sharpness": logged}, adapters(trainer)
+
+
+def against_one(name):
+    def scenario(folder):
+        trainer = train_against_one(name, folder / "out")
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        return {**trainer.seen.report(), "losses": losses}, adapters(trainer)
+
+    return scenario
+
+
+def wire(folder):
+    """Bytes of a plain and of our training, from the construction of the trainer to its end."""
+    sent, trainers = [], []
+    for cls, config in ((SFTTrainer, None), (Watched, config_of({}))):
+        with Wire() as counted:
+            trainers.append(train_small(cls, folder / cls.__name__, config))
+        sent.append(dict(counted.bytes))
+    slsam = trainers[1].slsam
+    active = [sum(a.size for a, on in zip(slsam.arms, m, strict=True) if on) for m in trainers[1].seen.masks]
+    return {"plain": sent[0], "ours": sent[1], "active": active, "all": sum(a.size for a in slsam.arms)}, {}
+
+
+def spoiled(value, in_gradient):
+    """The second update's first or second pass goes wrong on rank 1 alone."""
+
+    class Spoiled(Watched):
+        passes = 0
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            type(self).passes += model.training and torch.is_grad_enabled()
+            if type(self).passes != self.bad or dist.get_rank() == 0:
+                return loss
+            return loss * value if in_gradient else loss + value
+
+        def training_step(self, *args, **kwargs):
+            self.before.append(adapters(self))
+            return super().training_step(*args, **kwargs)
+
+    def scenario(folder):
+        report, weights = {}, {}
+        for bad in (3, 4):
+            cls = type("Spoiled", (Spoiled,), {"bad": bad, "passes": 0, "before": []})
+            trainer = train_small(cls, folder / f"out-{bad}", config_of({}), weight_decay=0.1)
+            kept = all(torch.equal(p, cls.before[2][n]) for n, p in cls.before[1].items())
+            report[bad] = {**trainer.seen.report(), "kept": kept}
+            weights |= {f"{bad}.{n}": p for n, p in adapters(trainer).items()}
+        return report, weights
+
+    return scenario
+
+
+def budget(folder):
+    """Ranks whose first batches differ in length: the fraction that meets the budget is solved once for both."""
+    config = SLSAMConfig(rho=0.1, cost_budget=1.0, design="depth")
+    trainer = train_small(Watched, folder / "out", config)
+    return {**trainer.seen.report(), "budget": trainer.slsam.bandit.budget}, adapters(trainer)
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)]
+    return nn.Sequential(*layers).double()
+
+
+def own_loop(rank=None, updates=8):
+    """Train a small network on 16 rows; with a rank, on that half of them."""
+    model, x = network(), torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = x if rank is None else x[8 * rank : 8 * rank + 8]
+    slsam = SLSAM(arms_of(model, "module"), SLSAMConfig(rho=0.1, active_fraction=0.5))
+    slsam.reduce = None if rank is None else average_over_ranks
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = {}
+
+    def closure():
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    for i in range(updates):
+        slsam.update(closure)
+        if i == 0:
+            seen |= {f"gradient.{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    seen |= {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {"metrics": slsam.metrics}, {**seen, "probabilities": slsam.probabilities}
+
+
+def refused(folder):
+    """FSDP2, asked for through the trainer's arguments and done to the model beforehand."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    messages = {}
+    model = llama()
+    for block in model.model.layers:
+        fully_shard(block)
+    assert any(isinstance(p, DTensor) for p in model.parameters())
+    for name, settings in {
+        "sharded model": {"model": fully_shard(model)},
+        "arguments": {"fsdp": True, "fsdp_config": {"version": 2}},
+    }.items():
+        try:
+            build(SLSAMTrainer, folder / "out", config_of({}), **settings)
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages, {}
+
+
+def dying(folder):
+    """Rank 1 is killed in the descent pass of the third update, while rank 0 goes on to the exchange."""
+
+    class Dying(SLSAMTrainer):
+        passes = 0
+
+        def compute_loss(self, *args, **kwargs):
+            type(self).passes += 1
+            if type(self).passes == 6 and dist.get_rank() == 1:
+                (folder / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().compute_loss(*args, **kwargs)
+
+    train_small(Dying, folder / "out", config_of({}), max_steps=UPDATES)
+    return {}, {}
+
+
+SCENARIOS = {
+    "long": long,
+    **{name: against_one(name) for name in AGAINST_ONE},
+    "wire": wire,
+    "nan loss": spoiled(float("nan"), in_gradient=False),
+    "nan gradient": spoiled(float("nan"), in_gradient=True),
+    "budget": budget,
+    "own loop": lambda folder: own_loop(dist.get_rank()),
+    "refused": refused,
+    "dying": dying,
+}
+
+
+def main(folder, *names):
+    dist.init_process_group("gloo")
+    for name in names:
+        place = Path(folder) / name
+        place.mkdir(exist_ok=True)
+        report, tensors = SCENARIOS[name](place)
+        rank = dist.get_rank()
+        save_file({n: t.contiguous() for n, t in tensors.items()}, place / f"{rank}.safetensors")
+        (place / f"{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
