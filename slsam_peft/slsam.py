@@ -290,8 +290,9 @@ class SLSAM:
             sent = [] if numbers is None else [numbers]
             for i in self.runner.members(mask):  # the same tensors on every rank
                 gradient = gradients[i]
-                gradients[i] = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
-                sent.append(gradients[i])
+                gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
+                gradients[i] = gradient
+                sent.append(gradient)
             self.reduce(sent)
         return gradients
 

@@ -6,8 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from trl import KTOTrainer
 
 _COUNTERS = ("_metrics", "_total_train_tokens", "_stored_metrics")
+
+
+def _own(value: Any, use_gather_object: bool = False) -> Any:
+    return value
 
 
 def _nothing_gathered(value: Any, use_gather_object: bool = False) -> Any:
@@ -25,7 +30,7 @@ def muted(trainer: Any) -> Iterator[None]:
 
     TRL's `compute_loss` appends to `_metrics`, adds to `_total_train_tokens` and synchronises with the host three
     times a call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the
-    third returns zeros on the host.
+    third returns zeros on the host; for `KTOTrainer` it stays, since the loss itself depends on what it gathers.
 
     Args:
         trainer (`Trainer`): A transformers or TRL trainer.
@@ -34,7 +39,8 @@ def muted(trainer: Any) -> Iterator[None]:
     accelerator = trainer.accelerator
     for name, value in held.items():
         trainer.__dict__[name] = value if isinstance(value, int) else _sink()
-    accelerator.__dict__["gather_for_metrics"] = _nothing_gathered
+    if not isinstance(trainer, KTOTrainer):
+        accelerator.__dict__["gather_for_metrics"] = _nothing_gathered
     try:
         yield
     finally:
@@ -44,11 +50,18 @@ def muted(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def forward_only(trainer: Any) -> Iterator[None]:
-    """Run `training_step` without its backward: no graph, and `accelerator.backward` does nothing."""
-    accelerator = trainer.accelerator
-    accelerator.__dict__["backward"] = lambda loss, **kwargs: None
+    """Run `training_step` without its backward: no graph, and `accelerator.backward` does nothing.
+
+    Nor does it exchange anything: whether such a pass runs can differ between ranks.
+    """
+    instead = {"backward": lambda loss, **kwargs: None, "gather": _own, "gather_for_metrics": _own}
+    methods = trainer.accelerator.__dict__
+    held = {name: methods[name] for name in instead if name in methods}
+    methods.update(instead)
     try:
         with torch.no_grad():
             yield
     finally:
-        accelerator.__dict__.pop("backward", None)
+        for name in instead:
+            methods.pop(name, None)
+        methods.update(held)

@@ -12,8 +12,8 @@ def check_trainer(trainer: Any) -> None:
     """Refuse set-ups that SL-SAM does not support.
 
     Raises:
-        ValueError: DeepSpeed, FSDP, sharded parameters, DataParallel, torch.compile, or a trainer that generates inside its training
-            step. The message says why and what to use instead.
+        ValueError: DeepSpeed, FSDP, sharded parameters, DataParallel, torch.compile, or a trainer that generates
+            inside its training step. The message says why and what to use instead.
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(

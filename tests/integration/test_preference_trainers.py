@@ -79,6 +79,20 @@ def test_three_updates(case, checkpointing, tmp_path):
     assert "slsam/cost" not in added, "only SFTTrainer's updates have a cost model"
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
+def test_both_passes_have_the_same_loss(case, tmp_path):
+    """At a tiny radius they differ by it times the gradient; KTO's rests on a divergence that is gathered."""
+    settings = {"learning_rate": 0.3, "max_steps": 5, "per_device_train_batch_size": 3}  # odd: labels do not balance
+    trainer = build(case, tmp_path, SLSAMConfig(rho=1e-6, active_fraction=0.5), **settings)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "slsam/sharpness" in log]
+    assert len(logs) == 5
+    assert all(abs(log["slsam/sharpness"]) < 1e-5 + 2e-6 * log["slsam/grad_norm_ascent"] for log in logs)
+    if isinstance(trainer, KTOTrainer):
+        assert any(log["kl"] > 1e-2 for log in logs), "the case shows nothing while the divergence is 0"
+
+
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 def test_a_cost_budget_is_refused(case, tmp_path):
     trainer = build(case, tmp_path, SLSAMConfig(cost_budget=1.0, design="depth"))
