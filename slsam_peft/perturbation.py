@@ -99,7 +99,8 @@ def perturbed(shifts: Sequence[Shift]) -> Iterator[None]:
 
 def _branch(offset: torch.Tensor):
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output + F.linear(args[0], offset)
+        branch = F.linear(args[0], offset)
+        return branch.add_(output) if branch.dtype == output.dtype else output + branch  # in place: one tensor less
 
     return hook
 

@@ -3,6 +3,7 @@
 ORACLE = 1e-10  # float64 traces of the reference rule, weights and probabilities
 EXACT_FLOAT64 = 1e-12  # same sums in another order, float64
 COUNTED_FLOPS = 1e-3  # predicted against counted; measured 0, and 4e-4 where a lone last tensor is active
+COUNTED_FLOPS_8B = 1e-2  # rotary products and norms are not predicted
 PEAK_MEMORY = 0.06  # an estimate with every arm perturbed; measured up to 0.05 where few are, else 0.03
 SUM = 1e-9  # sums of probabilities, as promised by the projections
 BANDIT_SCALE = 1e-6  # a factor that is no power of two rounds each norm; 300 updates carry that on

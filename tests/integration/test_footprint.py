@@ -1,5 +1,6 @@
 """Predicted memory against the peak of live tensors in a whole `trainer.train()` run, on the CPU."""
 
+import functools
 import weakref
 
 import pytest
@@ -56,6 +57,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+SMALL_BYTES = 2**16  # norms, random states, index tensors
+
 CASES = {
     "plain": (None, Rule(perturbed=False), 1, True),
     "plain_without_checkpointing": (None, Rule(perturbed=False), 1, False),
@@ -69,22 +72,19 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_peak_of_a_run(case, tmp_path, monkeypatch):
-    settings, rule, micro_batches, checkpointing = CASES[case]
-    # With its usual tile of 32,768 words the head would outweigh a model of this size.
-    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", WORDS)
-    monkeypatch.setattr(footprint, "HEAD_WORDS", WORDS)
+def trained(folder, settings, micro_batches=1, checkpointing=True):
+    """Train three updates on random tokens; return the trainer and the peak of its live bytes."""
     torch.manual_seed(0)
     ids = torch.randint(0, WORDS - 2, (BATCH * micro_batches * 3, LENGTH)).tolist()
     args = SFTConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         max_steps=3,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=micro_batches,
         activation_checkpointing=checkpointing,
         max_length=LENGTH,
         dataset_kwargs={"skip_prepare_dataset": True},
+        logging_steps=1,
         report_to=[],
         use_cpu=True,
         bf16=False,
@@ -103,6 +103,20 @@ def test_peak_of_a_run(case, tmp_path, monkeypatch):
     )
     with LiveBytes([*trainer.model.parameters(), *trainer.model.buffers()]) as counted:
         trainer.train()
+    return trainer, counted.peak
+
+
+@pytest.fixture
+def small_head(monkeypatch):
+    """With its usual tile of 32,768 words the head would outweigh a model of this size."""
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", WORDS)
+    monkeypatch.setattr(footprint, "HEAD_WORDS", WORDS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peak_of_a_run(case, tmp_path, small_head):
+    settings, rule, micro_batches, checkpointing = CASES[case]
+    _, peak = trained(tmp_path, settings, micro_batches, checkpointing)
     model = meta_model(CONFIG, torch.float32, lora_r=8)
     parts = footprint.memory_of(
         model,
@@ -111,4 +125,31 @@ def test_peak_of_a_run(case, tmp_path, monkeypatch):
         rule,
         footprint.MemorySettings(compute_dtype=torch.float32),
     )
-    assert parts["total"] - parts["runtime"] == pytest.approx(counted.peak, rel=PEAK_MEMORY)
+    assert parts["total"] - parts["runtime"] == pytest.approx(peak, rel=PEAK_MEMORY)
+
+
+@pytest.fixture(scope="module")
+def plain_peak(tmp_path_factory):
+    """Return a function from micro-batches to the peak of plain LoRA, measured once."""
+    return functools.cache(lambda count: trained(tmp_path_factory.mktemp("plain"), None, count)[1])
+
+
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bandit": "paper", "active_fraction": 0.4},
+        {"active_fraction": 1.0},
+        {"design": "depth", "active_fraction": 0.5},
+        {"design": "depth", "active_fraction": 0.5, "ascent": "partial"},
+        {"design": "depth", "active_fraction": 0.5, "ascent": "remembered"},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_peak_is_plain_loras_and_what_is_reported(settings, micro_batches, tmp_path, small_head, plain_peak):
+    """Not above plain LoRA plus the adapters' gradients (e), the kept hidden states and remembered gradients."""
+    plain = plain_peak(micro_batches)
+    trainer, peak = trained(tmp_path, settings, micro_batches)
+    slsam = trainer.slsam
+    adapters = sum(p.numel() * p.element_size() for p in slsam.runner.parameters)
+    assert peak <= plain + adapters + slsam.horizon.peak_bytes + slsam.memory.bytes + SMALL_BYTES

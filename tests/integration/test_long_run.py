@@ -1,0 +1,81 @@
+"""Five thousand updates: nothing grows, nothing is left over, and the last update costs what the fiftieth did."""
+
+import gc
+import statistics
+import time
+
+import psutil
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from tests.decoders import batch, closures, decoder
+from tests.tolerances import SUM
+from tests.watch import hooks
+
+pytestmark = pytest.mark.slow
+
+UPDATES, WARM, WINDOW = 5_000, 500, 60
+GROWTH_BYTES = 4 * 2**20  # of the process over 4,500 updates, below 1 KiB an update: the allocator's own
+
+SETTINGS = {
+    "exact": {"design": "depth", "active_fraction": 0.5},
+    "remembered": {"design": "window", "active_fraction": 0.5, "ascent": "remembered"},
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def live_tensors():
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_last_update_is_like_the_fiftieth(name, record_property):
+    model = decoder("llama", dropout=0.1, checkpointing=False, dtype=torch.float32)
+    slsam = SLSAM(arms_of(model, "block"), SLSAMConfig(**SETTINGS[name]))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+    closure, probe = closures(model, batch())
+    before, process = hooks(model), psutil.Process()
+    early, late, seconds = {}, {}, []
+
+    def update():
+        slsam.update(closure, probe=probe)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(1, UPDATES + 1):
+        start = time.perf_counter()
+        if WARM < number <= UPDATES - WINDOW or number <= 20:
+            update()
+        else:
+            with Operations() as operations:
+                update()
+            where = early if number <= WARM else late
+            where[tuple(slsam.active.tolist())] = operations.count
+        seconds.append(time.perf_counter() - start)
+        if number == WARM:
+            tensors, resident = live_tensors(), process.memory_info().rss
+    assert slsam.steps == UPDATES
+    assert slsam.skipped == 0
+    assert late.keys() & early.keys()
+    for active in late.keys() & early.keys():
+        assert late[active] == early[active], active
+    assert live_tensors() <= tensors
+    assert process.memory_info().rss - resident < GROWTH_BYTES
+    assert hooks(model) == before
+    assert float(slsam.probabilities.sum()) == pytest.approx(slsam.bandit.mean * len(slsam.arms), abs=SUM)
+    first, last = statistics.median(seconds[WARM:1000]), statistics.median(seconds[-500 - WINDOW : -WINDOW])
+    record_property("milliseconds an update, first and last", (1e3 * first, 1e3 * last))

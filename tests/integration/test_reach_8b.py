@@ -1,0 +1,110 @@
+"""The price of updates at the shape of Llama-3.1-8B, counted on the meta device: no weights, no values."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.cost import CostModel
+from slsam_peft.integrations.peft import ascent_part
+from slsam_peft.integrations.shapes import load_config, meta_model
+from slsam_peft.planning import ExpectedCost, active_names, rule_of
+from tests.tolerances import COUNTED_FLOPS_8B
+
+pytestmark = pytest.mark.slow
+
+BATCH, LENGTH, UPDATES = 4, 256, 3
+
+# settings, least and most allowed expected cost in plain LoRA updates
+MODES = {
+    "the paper's sampling": (SLSAMConfig(bandit="paper", active_fraction=0.2), 1.75, 1.85),
+    "dense SAM": (SLSAMConfig(active_fraction=1.0), 1.99, 2.05),
+    "exact, at plain LoRA's price": (SLSAMConfig(design="depth", cost_budget=1.0), 0.99, 1.01),
+    "ascent on a quarter": (SLSAMConfig(ascent="partial", design="depth", cost_budget=0.75), 0.74, 0.76),
+    "remembered ascent": (SLSAMConfig(ascent="remembered", design="depth", cost_budget=0.65), 0.64, 0.66),
+    "sparse ascent, dense descent": (SLSAMConfig(descent="all", design="depth", cost_budget=1.25), 1.24, 1.26),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = load_config("llama-3.1-8b")
+    config._attn_implementation = "eager"  # the counter has no formula for the CPU's fused attention
+    made = meta_model(config, float32_adapters=False)
+    made.activation_checkpointing_enable({"use_reentrant": False})
+    made.enable_input_require_grads()
+    return made.train()
+
+
+def closures(model, inputs):
+    """Return a closure and a probe whose head, like TRL's fused one, keeps no logits but computes them again."""
+    decoder = model.base_model.model
+
+    def head_loss(hidden, labels):
+        return F.cross_entropy(decoder.lm_head(hidden[:, :-1]).flatten(0, 1).float(), labels[:, 1:].flatten())
+
+    def forward():
+        ids = inputs["input_ids"]
+        mask = torch.zeros(len(ids), 1, LENGTH, LENGTH, dtype=torch.bfloat16, device="meta")  # one of ids is read
+        hidden = decoder.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return checkpoint(head_loss, hidden, inputs["labels"], use_reentrant=False)
+
+    def closure():
+        loss = forward()
+        loss.backward()
+        return loss
+
+    def probe():
+        with torch.no_grad():
+            return forward()
+
+    return closure, probe
+
+
+def batch():
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    with FlopCounterMode(display=False) as counter:
+        closures(model, batch())[0]()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def test_a_plain_update_is_as_predicted(model, plain):
+    predicted = CostModel.from_model(model, checkpointing=True).plain([(BATCH, LENGTH)])
+    assert predicted == pytest.approx(plain, rel=COUNTED_FLOPS_8B)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_updates_cost_what_is_expected_and_what_is_predicted(name, model, plain, monkeypatch, record_property):
+    """The expectation meets the budget; each update's count meets its prediction, so their mean does as well."""
+    config, least, most = MODES[name]
+    monkeypatch.setattr(SLSAM, "_read", lambda self, values: torch.ones(values.shape, dtype=torch.float64))
+    costs, arms, shapes = CostModel.from_model(model, checkpointing=True), arms_of(model, "block"), [(BATCH, LENGTH)]
+    expected = ExpectedCost(costs, arms, config, shapes)
+    fraction = config.fraction if config.cost_budget is None else expected.solve(config.cost_budget)
+    assert least <= expected(fraction) <= most
+
+    slsam = SLSAM(arms, config, fraction=fraction)
+    inputs = batch()
+    closure, probe = closures(model, inputs)
+    part, _ = closures(model, ascent_part(inputs, config.ascent_fraction)[0])
+    known, counted, predicted = set(), [], []
+    for _ in range(UPDATES):
+        with FlopCounterMode(display=False) as counter:
+            slsam.update(closure, part, probe)
+        names = active_names(arms, slsam.active)
+        counted.append(counter.get_total_flops())
+        predicted.append(
+            costs.update(names, shapes, rule_of(config), known if config.ascent == "remembered" else None)
+        )
+        known |= names
+        model.zero_grad()
+    assert counted == pytest.approx(predicted, rel=COUNTED_FLOPS_8B)
+    record_property("expected and counted", (expected(fraction), sum(counted) / UPDATES / plain))
