@@ -197,8 +197,9 @@ def test_links_lead_somewhere() -> None:
     assert core <= set(targets)
 
 
-def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
-    command = (ROOT / "recipes" / "draw_method.py").read_text().splitlines()[0].removeprefix("# ")
+@pytest.mark.parametrize("name", ["draw_method.py", "draw_bandit.py"])
+def test_the_picture_is_what_its_script_draws(name: str, tmp_path: Path) -> None:
+    command = (ROOT / "recipes" / name).read_text().splitlines()[0].removeprefix("# ")
     _, script, stored = shlex.split(command)
     drawn = tmp_path / "drawn.svg"
     runpy.run_path(str(ROOT / script))["main"]([str(drawn)])
