@@ -10,3 +10,4 @@ BANDIT_SCALE = 1e-6  # a factor that is no power of two rounds each norm; 300 up
 FUSED_HEAD = 1e-6  # TRL's fused head keeps float32 statistics even in float64
 TRAJECTORY = 1e-11  # eight updates carry on what each rounds, float64
 LOSS_SCALE = 1e-9  # the 1e-12 that keeps e finite is not scaled with the loss
+MERGED_LOGITS = 1e-5  # float32: (W + BA) x against W x + B A x, logits of about 1

@@ -1,15 +1,14 @@
 """`slsam-peft quickstart`: fine-tune a small 4-bit LLM with SL-SAM, on data built on the spot."""
 
 import argparse
-import logging
 import math
 import os
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slsam_peft.cli.quiet import quieten
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
 
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     slsam = _check(args)
     if not args.debug:
-        _quieten()
+        quieten()
     from slsam_peft.cli.screen import Screen
 
     screen = Screen()
@@ -172,18 +171,6 @@ def _fetch(screen: Any) -> str:
 
     with screen.working("Looking for SmolLM2-135M-Instruct") as say:
         return str(fetch_smollm2(say))
-
-
-def _quieten() -> None:
-    """Silence what other libraries say on the way; errors, and this package's own warnings, still come through."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.environ["HF_HUB_VERBOSITY"] = "error"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.simplefilter("ignore")
-    for name in ("bitsandbytes", "trl", "peft", "accelerate", "datasets", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _peak_bytes() -> int | None:

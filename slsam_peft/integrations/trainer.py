@@ -23,6 +23,7 @@ from slsam_peft.integrations.peft import (
     warn_if_low_precision,
 )
 from slsam_peft.integrations.quiet import forward_only, muted
+from slsam_peft.integrations.record import write_record
 from slsam_peft.integrations.support import check_optimizer, check_trainer
 from slsam_peft.integrations.tracing import TraceFile, recorded_until
 from slsam_peft.passes import Passes
@@ -55,7 +56,7 @@ class SLSAMMixin(_Base):
 
     Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
     overrides is `training_step`; `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state
-    in checkpoints.
+    in checkpoints, and `_save` writes `slsam.json` beside the adapter, see `slsam_peft.integrations.record`.
 
     Args:
         slsam_config (`SLSAMConfig`, *optional*): Settings; the defaults where it is missing.
@@ -204,6 +205,11 @@ class SLSAMMixin(_Base):
         for name, value in self.slsam.metrics.items():
             if value == value:  # a gain without a gradient is NaN
                 metrics["train"][f"slsam/{name}"].append(value)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_record(self, output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -151,7 +151,7 @@ def test_quickstart_refuses_bad_values_before_anything_else(
     (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     # Anything after the checks starts with this.
-    monkeypatch.setattr(quickstart, "_quieten", lambda: pytest.fail("went on"))
+    monkeypatch.setattr(quickstart, "quieten", lambda: pytest.fail("went on"))
     assert main(["quickstart", *words]) == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert expected in shown
@@ -165,6 +165,6 @@ def test_force_accepts_a_folder_that_is_not_empty(tmp_path: Path, monkeypatch: p
     def stop() -> None:
         raise UserError("checks passed")
 
-    monkeypatch.setattr(quickstart, "_quieten", stop)
+    monkeypatch.setattr(quickstart, "quieten", stop)
     with pytest.raises(UserError, match="checks passed"):
         main(["--debug", "quickstart", "--force", "--output_dir", str(tmp_path)])

@@ -79,7 +79,7 @@ def score(model: torch.nn.Module, rows: Sequence[Tokens]) -> Score:
     right = exact = tokens = answers = 0
     ordered = sorted(rows, key=lambda row: len(row.ids))  # little padding
     for start in range(0, len(ordered), SCORED_BATCH):
-        ids, mask, labels = (t.to(device) for t in _padded(ordered[start : start + SCORED_BATCH]))
+        ids, mask, labels = (t.to(device) for t in padded(ordered[start : start + SCORED_BATCH]))
         first = max(0, int((labels != IGNORED).any(0).int().argmax()) - 1)  # no answer token before
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False).logits
         targets = labels[:, first + 1 :]
@@ -95,7 +95,7 @@ def score(model: torch.nn.Module, rows: Sequence[Tokens]) -> Score:
     return Score(float(loss) / tokens, right / tokens, exact / answers, tokens)
 
 
-def _padded(rows: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids, attention mask and labels, each of shape `(rows, longest)`."""
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)

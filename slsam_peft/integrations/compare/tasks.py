@@ -131,10 +131,19 @@ def swap_answers(pairs: Sequence[Pair], share: float, seed: int) -> list[Pair]:
 def _read_pairs(path: Path) -> list[Pair]:
     from slsam_peft.integrations.data import load_split
 
-    return [_pair(dict(row), f"{path}, row {number}") for number, row in enumerate(load_split(str(path)), 1)]
+    return [pair_of(dict(row), f"{path}, row {number}") for number, row in enumerate(load_split(str(path)), 1)]
 
 
-def _pair(row: dict[str, Any], where: str) -> Pair:
+def pair_of(row: dict[str, Any], where: str) -> Pair:
+    """Return a row's question and answer.
+
+    Args:
+        row (`dict`): A row with a prompt and its completion, or messages of which the assistant's is the last.
+        where (`str`): File and row, for the message.
+
+    Raises:
+        UserError: it has no question, or not one answer.
+    """
     if row.get("messages"):
         *prompt, answer = row["messages"]
         if prompt and answer["role"] == "assistant":
