@@ -51,8 +51,8 @@ class Merge:
         start = getattr(adapter.config, "init_lora_weights", True)
         if start not in _STARTS:
             raise UserError(
-                f"{adapter.folder} starts from init_lora_weights={start!r}, which changes the base's weights too. Save it "
-                "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), then it can be merged."
+                f"{adapter.folder} starts from init_lora_weights={start!r}, which changes the base's weights too. "
+                "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), then merge it."
             )
         model = without_base(adapter, config)
         base = model.get_base_model()
