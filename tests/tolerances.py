@@ -11,3 +11,6 @@ FUSED_HEAD = 1e-6  # TRL's fused head keeps float32 statistics even in float64
 TRAJECTORY = 1e-11  # eight updates carry on what each rounds, float64
 LOSS_SCALE = 1e-9  # the 1e-12 that keeps e finite is not scaled with the loss
 MERGED_LOGITS = 1e-5  # float32: (W + BA) x against W x + B A x, logits of about 1
+ASCENT = 1e-4  # projected ascent on a quadratic, 50 to 300 steps, against the secular equation
+CENTRAL_DIFFERENCES = 1e-4  # of gradients in float64, step 1e-3 of the parameters' length
+KRYLOV = 1e-9  # all Lanczos steps, float64
