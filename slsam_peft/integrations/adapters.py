@@ -85,7 +85,7 @@ def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
         what = "a whole model, not an adapter" if (path / "config.json").is_file() else "no adapter"
         raise UserError(f"{folder} holds {what}: {SETTINGS} is missing. Name the folder an adapter was saved in.")
     try:
-        config = PeftConfig.from_pretrained(str(path))
+        config: Any = PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / SETTINGS} cannot be read: {brief(error)}") from error
     if config.task_type not in (None, "CAUSAL_LM"):
@@ -218,7 +218,7 @@ def check_fit(adapter: Adapter) -> Any:
 
 
 def load_adapted(
-    adapter: Adapter, *, dtype: torch.dtype | None = None, quantised: bool = True
+    adapter: Adapter, *, dtype: torch.dtype | None = None, trainable: bool = False, attention: str | None = None
 ) -> tuple[PeftModel, Any]:
     """Load the base as it was in training and put the adapter on it with plain PEFT.
 
@@ -226,7 +226,8 @@ def load_adapted(
         adapter (`Adapter`): From `open_adapter`.
         dtype (`torch.dtype`, *optional*): What the base is loaded and computes in; as recorded where it is missing,
             else as its files are.
-        quantised (`bool`, *optional*, defaults to `True`): Quantise the base where it was in training.
+        trainable (`bool`, *optional*, defaults to `False`): Let the adapter's parameters require grad.
+        attention (`str`, *optional*): The attention's implementation, as transformers names it.
 
     Returns:
         `tuple[PeftModel, PreTrainedTokenizerBase]`: In evaluation mode, on the GPU or the CPU where there is none.
@@ -236,26 +237,29 @@ def load_adapted(
     """
     check_fit(adapter)
     recorded = None if adapter.record is None else getattr(torch, adapter.record["base"]["dtype"])
-    base = load_base(adapter.base, dtype or recorded, adapter.quantisation if quantised else None)
+    base = load_base(adapter.base, dtype or recorded, adapter.quantisation, attention)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter.folder))
+        model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the adapter {adapter.folder} cannot be loaded: {brief(error)}") from error
     return model.eval(), load_tokenizer(adapter)
 
 
-def load_base(name: str, dtype: torch.dtype | None, quantisation: dict[str, Any] | None) -> Any:
+def load_base(
+    name: str, dtype: torch.dtype | None, quantisation: dict[str, Any] | None, attention: str | None = None
+) -> Any:
     """Load a causal language model.
 
     Args:
         name (`str`): Folder or Hub name.
         dtype (`torch.dtype` or `None`): `None`: as its files are.
         quantisation (`dict` or `None`): bitsandbytes' settings, as a model's config has them.
+        attention (`str`, *optional*): The attention's implementation, as transformers names it.
 
     Raises:
         UserError: it cannot be read.
     """
-    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": attention}
     if quantisation is not None:
         settings = dict(quantisation)
         if dtype is not None:

@@ -22,6 +22,8 @@ from slsam_peft.integrations.record import adapter_prefixes, base_name
 
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others subtract from the base what the adapter starts with
 
+ADAPTER_NAME = "default"  # what PEFT calls the one adapter it loads
+
 Transform = Callable[[str, torch.Tensor], torch.Tensor]  # a base tensor's name and values to the values to merge into
 
 
@@ -105,8 +107,8 @@ class Merge:
     def _untie(self, base: Any) -> bool:
         """Give embeddings and head a tensor each where only one of them is changed; check that all are found."""
         changed = self._layers.keys() | self._replaced.keys()
-        tied = _tied(base) if base.config.get_text_config().tie_word_embeddings else ()
-        untied = any(name in changed for name in tied)
+        tied = _tied(base)
+        untied = bool(base.config.get_text_config().tie_word_embeddings) and any(name in changed for name in tied)
         if untied:
             for name, other in (tied, tied[::-1]):
                 if name not in self._sources and other in self._sources:
@@ -162,7 +164,7 @@ def _replaced(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what the adapter's file holds whole: saved modules, resized embeddings, trained biases."""
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            saved: Any = module.modules_to_save[model.active_adapter]
+            saved: Any = module.modules_to_save[ADAPTER_NAME]
             for name, parameter in saved.named_parameters():
                 yield base_name(f"{path}.{name}"), parameter.detach()
     prefixes = adapter_prefixes(model)

@@ -232,8 +232,9 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Return the beginnings of names in a PEFT model that do not belong to the base."""
     found = []
+    kinds: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the first is no module by its own bases
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(module, kinds):
             inner = [child for child, _ in module.named_children()] + [
                 n for n, _ in module.named_parameters(recurse=False)
             ]
