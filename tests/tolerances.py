@@ -14,3 +14,4 @@ MERGED_LOGITS = 1e-5  # float32: (W + BA) x against W x + B A x, logits of about
 ASCENT = 1e-4  # projected ascent on a quadratic, 50 to 300 steps, against the secular equation
 CENTRAL_DIFFERENCES = 1e-4  # of gradients in float64, step 1e-3 of the parameters' length
 KRYLOV = 1e-9  # all Lanczos steps, float64
+FLOAT32_NORMS = 1e-5  # relative: Llama's norms compute in float32 even where all weights are float64

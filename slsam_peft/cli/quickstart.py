@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import tempfile
 import time
 from pathlib import Path
