@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from slsam_peft.integrations.atomic import write_atomically
+from slsam_peft.integrations.sealed import BLANK, DamagedError, seal, unseal
 from slsam_peft.slsam import SLSAM
 
 FILE_NAME = "slsam.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 # Settings that do not change what an update computes.
 _FREE_SETTINGS = {"prefix_limit_mib", "max_skipped_updates", "accept_state_mismatch", "trace"}
@@ -36,9 +36,9 @@ def save_state(slsam: SLSAM, folder: str | os.PathLike) -> Path:
     state = slsam.state_dict()
     tensors = {k: v.contiguous().cpu() for k, v in state.items() if isinstance(v, torch.Tensor)}
     plain = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
-    content = save(tensors, metadata={"schema": str(SCHEMA), "state": json.dumps(plain)})
+    content = save(tensors, metadata={"schema": str(SCHEMA), "state": json.dumps(plain), **BLANK})
     target = Path(folder) / FILE_NAME
-    write_atomically(target, content)
+    write_atomically(target, seal(content))
     return target
 
 
@@ -50,7 +50,8 @@ def load_state(slsam: SLSAM, folder: str | os.PathLike) -> None:
         folder (`str` or `os.PathLike`): The checkpoint folder.
 
     Raises:
-        StateMismatchError: the file is missing or damaged, of a newer schema, of other arms or of other settings.
+        StateMismatchError: the file is missing or damaged (cut short, or any bit changed), of a newer schema, of
+            other arms or of other settings.
     """
     path = Path(folder) / FILE_NAME
     accept = "Set accept_state_mismatch=True to start the sampler afresh."
@@ -68,18 +69,16 @@ def load_state(slsam: SLSAM, folder: str | os.PathLike) -> None:
 
 def _read(path: Path, accept: str) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            schema = int(metadata.get("schema", -1))
-            if schema != SCHEMA:
-                raise StateMismatchError(
-                    f"{path} has schema {schema}; this version reads schema {SCHEMA}. Use the version that wrote it. "
-                    f"{accept}"
-                )
-            state = json.loads(metadata["state"])
-            return {**state, **{key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        content = path.read_bytes()
+        metadata = unseal(content)
+    except (OSError, DamagedError) as error:
         raise StateMismatchError(f"{path} is damaged ({error}); resume from an older checkpoint. {accept}") from error
+    if metadata["schema"] != str(SCHEMA):
+        raise StateMismatchError(
+            f"{path} has schema {metadata['schema']}; this version reads schema {SCHEMA}. Use the version that wrote "
+            f"it. {accept}"
+        )
+    return {**json.loads(metadata["state"]), **load(content)}
 
 
 def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:

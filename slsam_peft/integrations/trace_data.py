@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load
 
 from slsam_peft.errors import UserError
+from slsam_peft.integrations.sealed import unseal
 
 FILE_NAME = "slsam_trace.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 _PER_UPDATE = ("step", "loss", "sharpness", "floor", "cost", "grad_norm")
 _PER_ARM = ("probabilities", "norms", "active")
@@ -79,23 +80,24 @@ def read_trace(path: Path, label: str = "") -> TraceData:
         label (`str`, *optional*): Names the run; its folder where it is missing.
 
     Raises:
-        UserError: it is damaged, of another version, or has no update in it.
+        UserError: it is damaged (any bit changed, or cut short), of another version, or has no update in it.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            if "trace" not in metadata:
-                raise UserError(f"{path} is not a trace of SL-SAM; name a file {FILE_NAME} or the folder it is in.")
-            if metadata.get("schema") != str(SCHEMA):
-                raise UserError(
-                    f"{path} has schema {metadata.get('schema')}; this version reads schema {SCHEMA}. Use the version "
-                    "of slsam-peft that wrote it."
-                )
-            plain = json.loads(metadata["trace"])
-            values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()
+        metadata = unseal(content)
+        if "trace" not in metadata:
+            raise UserError(f"{path} is not a trace of SL-SAM; name a file {FILE_NAME} or the folder it is in.")
+        if metadata["schema"] != str(SCHEMA):
+            raise UserError(
+                f"{path} has schema {metadata['schema']}; this version reads schema {SCHEMA}. Use the version of "
+                "slsam-peft that wrote it."
+            )
+        plain, values = json.loads(metadata["trace"]), load(content)
         _check_shapes(values, plain)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); it cannot be read. Checkpoints hold copies.") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a trace of SL-SAM, or is damaged ({error}). Checkpoints hold copies of a run's trace."
+        ) from error
     if not len(values["step"]):
         raise UserError(f"{path} is empty: no update has been recorded yet. Plot it once training has made some.")
     return _in_depth_order(label or path.absolute().parent.name, path, values, plain)

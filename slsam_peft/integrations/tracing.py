@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from slsam_peft.integrations.atomic import write_atomically
+from slsam_peft.integrations.sealed import BLANK, seal, unseal
 from slsam_peft.integrations.trace_data import FILE_NAME, SCHEMA
 from slsam_peft.slsam import SLSAM
 from slsam_peft.trace import Trace
@@ -67,9 +67,10 @@ class TraceFile:
         start = time.monotonic()
         plain = {**self.trace.plain(), **self._settings, "fraction": self._fraction, "done": done}
         try:
-            content = save(self.trace.tensors(), metadata={"schema": str(SCHEMA), "trace": json.dumps(plain)})
+            metadata = {"schema": str(SCHEMA), "trace": json.dumps(plain), **BLANK}
+            content = save(self.trace.tensors(), metadata=metadata)
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / FILE_NAME, content)
+            write_atomically(folder / FILE_NAME, seal(content))
         except OSError as error:
             self._broken = True
             logger.warning("%s cannot be written (%s): this run is no longer recorded.", folder / FILE_NAME, error)
@@ -89,13 +90,13 @@ def recorded_until(folder: str | Path, slsam: SLSAM, step: int) -> Trace | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("schema") != str(SCHEMA):
-                raise ValueError(f"schema {metadata.get('schema')}, and this version reads {SCHEMA}")
-            plain: dict[str, Any] = json.loads(metadata["trace"])
-            trace = Trace.restored({key: file.get_tensor(key) for key in file.keys()}, plain)  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        content = path.read_bytes()
+        metadata = unseal(content)
+        if metadata["schema"] != str(SCHEMA):
+            raise ValueError(f"schema {metadata['schema']}, and this version reads {SCHEMA}")
+        plain: dict[str, Any] = json.loads(metadata["trace"])
+        trace = Trace.restored(load(content), plain)
+    except (OSError, KeyError, ValueError, TypeError) as error:
         logger.warning("%s is not gone on with (%s): the trace begins after update %d.", path, error, step)
         return None
     same = trace.names == [a.name for a in slsam.arms] and trace.depths == [a.depth for a in slsam.arms]

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.integrations import atomic, tracing
+from slsam_peft.integrations.sealed import seal
 from slsam_peft.integrations.trace_data import FILE_NAME, read_trace
 from tests.tiny import build, lora, train
 
@@ -114,9 +115,9 @@ def test_without_a_checkpoints_trace_the_recording_begins_there(damage, whole, t
     elif damage == "cut off":
         file.write_bytes(file.read_bytes()[:-10])
     else:
-        old, new = (b"layers.4", b"layers.9") if damage == "of other arms" else (b'"schema":"1"', b'"schema":"7"')
+        old, new = (b"layers.4", b"layers.9") if damage == "of other arms" else (b'"schema":"2"', b'"schema":"7"')
         assert old in file.read_bytes()
-        file.write_bytes(file.read_bytes().replace(old, new))
+        file.write_bytes(seal(file.read_bytes().replace(old, new)))
     run(tmp_path / "out", resume=checkpoint, gradient_accumulation_steps=2)
     trace = read_trace(tmp_path / "out" / FILE_NAME)
     assert trace.step.tolist() == list(range(CUT + 1, UPDATES + 1))
