@@ -68,7 +68,7 @@ def _trained_with(adapter: "Adapter") -> Any:
 def _plain(text: str) -> Any:
     from rich.text import Text
 
-    return Text(text)
+    return Text(text, overflow="fold")  # long paths are shown whole
 
 
 def _facts(adapter: "Adapter") -> dict[str, str]:

@@ -58,10 +58,11 @@ def _plane(figure: Any, axis: Any, plane: dict[str, Any], title: str) -> None:
     lines = axis.contour(places, places, losses, levels=filled.levels[::2], colors="black", linewidths=0.7)
     for label in axis.clabel(lines, fontsize="small", fmt="%.3g"):
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})
-    axis.plot(0, 0, "P", color="white", markeredgecolor="black", markersize=10, label="the adapter")
+    axis.plot(0, 0, "P", color="white", markeredgecolor="black", markersize=9)
+    axis.annotate("adapter", (0, 0), (7, 5), textcoords="offset points")
     axis.set(title=f"On a plane: {title}", xlabel=_STEP, ylabel="step along a second one")
+    axis.locator_params(nbins=5)
     axis.set_aspect("equal")
-    axis.legend(loc="upper right")
     figure.colorbar(filled, ax=axis, label=f"loss on {plane['data']} data ({_UNIT})")
 
 

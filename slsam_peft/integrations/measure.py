@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from slsam_peft.integrations.adapters import Adapter, load_adapted, load_base
 from slsam_peft.integrations.compare.scoring import score
+from slsam_peft.integrations.data import STDLIB_DOCS
 from slsam_peft.integrations.examples import load_examples
 from slsam_peft.integrations.record import probe_logits
 
@@ -66,7 +67,9 @@ def measure(
     model, tokenizer = load_adapted(adapter)
     rows = None
     if held_out is not None:
-        rows = load_examples(tokenizer, held_out.name, rows=held_out.rows, max_length=held_out.max_length)
+        limits = {"rows": held_out.rows, "max_length": held_out.max_length}
+        part = "test" if held_out.name == STDLIB_DOCS else None
+        rows = load_examples(tokenizer, held_out.name, held_out=part, **limits)
     reference, trained_loss = probe_logits(model), _loss(model, rows)
     del model
     outcomes = {}
