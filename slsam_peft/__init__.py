@@ -7,12 +7,13 @@ from slsam_peft.config import SLSAMConfig
 
 if TYPE_CHECKING:
     from slsam_peft.arms import arms_of
+    from slsam_peft.integrations.resume import last_whole_checkpoint
     from slsam_peft.integrations.trainer import SLSAMMixin, SLSAMTrainer
     from slsam_peft.slsam import SLSAM
 
 __version__ = "0.1.0"
 
-__all__ = ["SLSAM", "SLSAMConfig", "SLSAMMixin", "SLSAMTrainer", "arms_of"]
+__all__ = ["SLSAM", "SLSAMConfig", "SLSAMMixin", "SLSAMTrainer", "arms_of", "last_whole_checkpoint"]
 
 # torch and trl take seconds to import; a command line that only prints help must not pay for them.
 _LAZY = {
@@ -20,6 +21,7 @@ _LAZY = {
     "SLSAMMixin": "slsam_peft.integrations.trainer",
     "SLSAMTrainer": "slsam_peft.integrations.trainer",
     "arms_of": "slsam_peft.arms",
+    "last_whole_checkpoint": "slsam_peft.integrations.resume",
 }
 
 

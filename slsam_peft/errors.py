@@ -7,3 +7,16 @@ class UserError(Exception):
     The message is a few lines: the value, what is allowed and what to do next. The command line prints it to stderr
     and exits with code 2.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end. The command line prints the message and exits with 128 + `signal`.
+
+    Args:
+        signal (`int`): Its number: 2 (SIGINT, Ctrl-C) or 15 (SIGTERM).
+        message (`str`): What has been done, and how to go on.
+    """
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal

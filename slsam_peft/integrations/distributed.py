@@ -18,6 +18,12 @@ def of_first_rank(values: list[Any]) -> list[Any]:
     return broadcast_object_list(list(values)) if has_ranks() else values
 
 
+def wait_for_ranks() -> None:
+    """Return once every rank has come here."""
+    if has_ranks():
+        dist.barrier()
+
+
 def average_over_ranks(gradients: list[torch.Tensor]) -> None:
     """Replace each gradient by its mean over all ranks, in place; one message a dtype and device.
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoConfig, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.data import is_file_name, load_eval_split, load_split
+from slsam_peft.integrations.resume import last_whole_checkpoint
+from slsam_peft.integrations.signals import StopOnSignal
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
 
@@ -49,6 +50,7 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     Raises:
         UserError: the output folder cannot be written, there is no such checkpoint, the data or the model cannot be
             read, or settings do not fit each other. Nothing has been written then.
+        Interrupted: SIGINT or SIGTERM ended training, see `slsam_peft.integrations.signals`.
     """
     folder = str(args.output_dir)  # SFTConfig has set one
     check_output_folder(folder)
@@ -59,12 +61,15 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
         trainer = build_trainer(train, held_out, args, model, slsam)
         begun = _Begun()
         trainer.add_callback(begun)
+        trainer.add_callback(stop := StopOnSignal())
         try:
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         except (ValueError, RuntimeError, OSError) as error:
             if begun.step:
                 raise
             raise UserError(f"training cannot start: {error}") from error
+        stop.raise_if_stopped()
     trainer.save_model(folder)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -99,12 +104,12 @@ def find_checkpoint(args: SFTConfig) -> str | None:
     if asked is None or wish in ("false", "none", "no"):
         return None
     if wish == "true":
-        folder = str(args.output_dir)
-        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        last = last_whole_checkpoint(str(args.output_dir))
         if last is None:
             raise UserError(
-                f"resume_from_checkpoint=true, but output_dir={args.output_dir} has no checkpoint-<step> folder. Name "
-                "the folder of the run to resume, or leave resume_from_checkpoint out to start afresh."
+                f"resume_from_checkpoint=true, but output_dir={args.output_dir} has no checkpoint-<step> folder that "
+                "was saved whole. Name the folder of the run to resume, or leave resume_from_checkpoint out to start "
+                "afresh."
             )
         return last
     folder = Path(asked).expanduser()

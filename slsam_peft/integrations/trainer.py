@@ -1,11 +1,13 @@
 """`SLSAMTrainer`: TRL's `SFTTrainer` with one argument more."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from slsam_peft.arms import arms_of
@@ -14,7 +16,7 @@ from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
 from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of
-from slsam_peft.integrations.distributed import average_over_ranks, has_ranks, of_first_rank
+from slsam_peft.integrations.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
 from slsam_peft.integrations.peft import (
     ascent_part,
     float32_adapters,
@@ -24,6 +26,7 @@ from slsam_peft.integrations.peft import (
 )
 from slsam_peft.integrations.quiet import forward_only, muted
 from slsam_peft.integrations.record import write_record
+from slsam_peft.integrations.resume import whole_checkpoint
 from slsam_peft.integrations.support import check_optimizer, check_trainer
 from slsam_peft.integrations.tracing import TraceFile, recorded_until
 from slsam_peft.passes import Passes
@@ -56,7 +59,8 @@ class SLSAMMixin(_Base):
 
     Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
     overrides is `training_step`; `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state
-    in checkpoints, and `_save` writes `slsam.json` beside the adapter, see `slsam_peft.integrations.record`.
+    in checkpoints; `train`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from whole ones;
+    `_save` writes `slsam.json` beside the adapter, see `slsam_peft.integrations.record`.
 
     Args:
         slsam_config (`SLSAMConfig`, *optional*): Settings; the defaults where it is missing.
@@ -210,6 +214,27 @@ class SLSAMMixin(_Base):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_record(self, output_dir or self.args.output_dir)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the trainer does; with `resume_from_checkpoint=True` from the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: the checkpoint asked for was cut short while it was saved, or `True` and there is none.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # `trainer_state.json` is written last and vouches for the rest; an earlier run's must not.
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        wait_for_ranks()  # each has written its own: `trainer_state.json`, which comes next, vouches for all
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

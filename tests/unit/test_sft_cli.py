@@ -249,8 +249,10 @@ def test_not_resuming(folder: Path, wish: str | None) -> None:
 
 
 def test_the_last_checkpoint_is_resumed(folder: Path) -> None:
-    for step in (2, 10):
+    """The last one that was saved whole: a kill in a save left checkpoint-12."""
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_')):
         (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     args = parse([*GOOD, "--resume_from_checkpoint", "true"]).training
     assert finetune.find_checkpoint(args) == "out/checkpoint-10"
 

@@ -1,0 +1,114 @@
+"""Which checkpoints count as whole, and what resuming from others says."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from slsam_peft import SLSAMConfig, SLSAMTrainer, last_whole_checkpoint
+from slsam_peft.integrations.resume import what_is_missing
+from tests.tiny import build, lora, train
+
+CONFIG = SLSAMConfig(rho=0.1, active_fraction=0.5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of four updates with a checkpoint every two."""
+    folder = tmp_path_factory.mktemp("made")
+    adapter = lora(target_modules=["q_proj"])
+    train(SLSAMTrainer, folder, CONFIG, peft_config=adapter, max_steps=4, save_strategy="steps", save_steps=2)
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 40])
+
+
+SPOILED = {
+    "no state": (lambda c: (c / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+    "state cut short": (lambda c: cut(c / "trainer_state.json"), "trainer_state.json is cut short"),
+    "empty state": (lambda c: (c / "trainer_state.json").write_text(""), "trainer_state.json is cut short"),
+    "state of another kind": (
+        lambda c: (c / "trainer_state.json").write_text("[]"),
+        "trainer_state.json is cut short",
+    ),
+    "no optimizer": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "no scheduler": (lambda c: (c / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "no random state": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "optimizer cut short": (lambda c: cut(c / "optimizer.pt"), "optimizer.pt is cut short"),
+    "adapter cut short": (lambda c: cut(c / "adapter_model.safetensors"), "adapter_model.safetensors is cut short"),
+    "empty adapter": (
+        lambda c: (c / "adapter_model.safetensors").write_bytes(b""),
+        "adapter_model.safetensors is cut",
+    ),
+    "sampler cut short": (lambda c: cut(c / "slsam.safetensors"), "slsam.safetensors is cut short"),
+    "transformers' mark": (lambda c: (c / "checkpoint-is-incomplete.txt").touch(), "checkpoint-is-incomplete.txt"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED.keys())
+def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, reason, run):
+    assert what_is_missing(run / "checkpoint-4") is None
+    spoil(run / "checkpoint-4")
+    assert what_is_missing(run / "checkpoint-4").startswith(reason)
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_a_checkpoint_of_the_model_alone_is_whole(run):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "slsam.safetensors"):
+        (run / "checkpoint-4" / name).unlink()
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    (tmp_path / "checkpoint-x").mkdir()
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+def trainer_over(folder, updates=6):
+    return build(SLSAMTrainer, folder, CONFIG, peft_config=lora(target_modules=["q_proj"]), max_steps=updates)
+
+
+def test_true_goes_on_from_the_newest_whole_one(run):
+    cut(run / "checkpoint-4" / "trainer_state.json")
+    trainer = trainer_over(run)
+    trainer.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
+    assert trainer.slsam.steps == 6
+
+
+def test_true_without_a_whole_one_is_refused(run):
+    for step in (2, 4):
+        (run / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="has no whole checkpoint-<step> folder.*start afresh"):
+        trainer_over(run).train(resume_from_checkpoint=True)
+
+
+def test_the_path_of_one_that_is_not_whole_is_refused(run):
+    """As `get_last_checkpoint` returns it after a kill in the middle of a save."""
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 was cut short.*Go on from .*checkpoint-2"):
+        trainer_over(run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+
+
+def test_an_earlier_run_does_not_vouch_for_a_save_that_is_cut_short(run, monkeypatch):
+    """A new run in an old folder dies while it saves the same step."""
+    trainer = build(SLSAMTrainer, run, CONFIG, peft_config=lora(target_modules=["q_proj"]), save_strategy="steps")
+    trainer.args.save_steps = trainer.state.save_steps = 2
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert what_is_missing(run / "checkpoint-2") == "trainer_state.json is missing"
