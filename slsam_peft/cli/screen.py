@@ -1,5 +1,6 @@
 """What the quickstart shows in a terminal."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,10 @@ class Screen:
             f"model = AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
         ):
             self.console.print(f"    {line}", style="cyan", markup=False, soft_wrap=True)
+        self.console.print("Look at what the sampler did:")
+        self.console.print(
+            f"    slsam-peft plot {shlex.quote(str(folder))}", style="cyan", markup=False, soft_wrap=True
+        )
 
     def cost(self, seconds: float, peak_bytes: int | None) -> None:
         """Show the wall-clock time and the largest resident set."""

@@ -1,7 +1,6 @@
 """Files that are there whole or not at all."""
 
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -15,13 +14,13 @@ def write_atomically(target: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the old file is then as it was.
     """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with scratch.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, target)
+        os.replace(scratch, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise

@@ -1,6 +1,7 @@
 """The parts of the quickstart: a chat model in NF4, LoRA trained with SL-SAM, one answer, the adapter on disk."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.smollm2 import HUB_NAME, MODEL_NAME
+from slsam_peft.integrations.trace_data import FILE_NAME
 from slsam_peft.integrations.trainer import SLSAMTrainer
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 
 def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:
-    """Write the adapter, tokenizer and model card to `folder`. Files of other names in an existing folder stay.
+    """Write adapter, tokenizer, model card and the training's trace to `folder`. Files of other names in it stay.
 
     Args:
         trainer (`SLSAMTrainer`): Whose adapter.
@@ -193,6 +195,9 @@ def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:
             trainer.save_model(str(new))
             (new / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to whoever loads the adapter
             _card(trainer, card).save(new / "README.md")
+            trace = Path(str(trainer.args.output_dir)) / FILE_NAME
+            if trace.is_file():
+                shutil.copyfile(trace, new / FILE_NAME)
             folder.mkdir(exist_ok=True)
             for file in sorted(new.iterdir()):
                 os.replace(file, folder / file.name)

@@ -48,6 +48,16 @@ class TraceData:
         return len(self.values["step"])
 
     @property
+    def labels(self) -> list[str]:
+        """Short names of the arms."""
+        return arm_labels(self.names, self.depths)
+
+    @property
+    def share(self) -> np.ndarray:
+        """Share of all updates in which each arm was active, shape `(L,)`."""
+        return self.values["activity"] / self.plain["updates"]
+
+    @property
     def mean_cost(self) -> float:
         """Mean predicted cost over every update, in plain LoRA updates; NaN where none was predicted."""
         return float(self.values["cost_total"][0]) / self.plain["updates"]
@@ -164,3 +174,15 @@ def _labels(paths: Sequence[Path]) -> list[str]:
         depth = next((d for d in range(1, len(own)) if all(p[-d:] != own[-d:] for p in others)), len(own))
         labels.append("/".join(own[-depth:]))
     return labels
+
+
+def arm_labels(names: Sequence[str], depths: Sequence[int | None]) -> list[str]:
+    """Return short names: without the leading parts that all share, and "block 3" for a whole block."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [
+        f"block {depth}" if depth is not None and own[-1] == str(depth) else ".".join(own[shared:])
+        for own, depth in zip(parts, depths, strict=True)
+    ]

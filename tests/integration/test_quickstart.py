@@ -49,6 +49,7 @@ class _FakeTrainer:
         self.failure = failure
         self.slsam_config = SLSAMConfig(rho=0.25)
         self.model = SimpleNamespace(config=SimpleNamespace(name_or_path=base))
+        self.args = SimpleNamespace(output_dir="nowhere")
 
     def save_model(self, folder: str) -> None:
         path = Path(folder)

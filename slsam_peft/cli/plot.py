@@ -1,0 +1,68 @@
+"""`slsam-peft plot`: what the sampler did in a training, as a picture or on a screen that follows it."""
+
+import argparse
+from pathlib import Path
+
+from slsam_peft.errors import UserError
+
+NAME = "plot"
+HELP = "Draw a training: probabilities and activity of the arms, loss, sharpness, cost; or follow one live"
+SUFFIXES = (".png", ".svg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="output folder of a training (or a checkpoint in it)")
+    add("--out", type=Path, metavar="FILE", help="PNG or SVG file (default: slsam-plot.png)")
+    add("--force", action="store_true", help="overwrite the file if it exists")
+    add("--live", action="store_true", help="follow one run in the terminal until it is done; writes no file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the runs, or follow one.
+
+    Raises:
+        UserError: no trace, one that is empty or damaged, runs of different arms, a file that exists. Nothing is
+            written then.
+    """
+    if args.live:
+        return _follow(args)
+    target = args.out or Path("slsam-plot.png")
+    if target.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out={target}: the name must end in {' or '.join(SUFFIXES)}.")
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise UserError(f"--out={target}: name a file in a folder that exists.")
+    if target.exists() and not args.force:
+        raise UserError(f"{target} exists already. Name another file with --out, or pass --force to overwrite it.")
+    from rich.console import Console
+
+    from slsam_peft.integrations.atomic import write_atomically
+    from slsam_peft.integrations.trace_data import read_runs
+
+    traces = read_runs(args.runs)
+    try:
+        from slsam_peft.integrations.trace_plot import draw
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise UserError("pictures need matplotlib: pip install 'slsam-peft[plot]'. --live needs none.") from error
+    try:
+        write_atomically(target, draw(traces, target.suffix.lower()))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
+    Console(highlight=False, soft_wrap=True).print(f"Written: {target}", markup=False)
+    return 0
+
+
+def _follow(args: argparse.Namespace) -> int:
+    if len(args.runs) > 1:
+        raise UserError(f"--live follows one run, and {len(args.runs)} are named; name one.")
+    if args.out or args.force:
+        raise UserError("--live writes no file; leave out --out and --force, or leave out --live.")
+    from rich.console import Console
+
+    from slsam_peft.cli.live import follow
+
+    follow(args.runs[0], Console(highlight=False))
+    return 0
