@@ -18,7 +18,19 @@ PROG = "slsam-peft"
 # One module a subcommand, imported only when it is needed: none of them imports torch at its top, so that help is
 # instant. A module has NAME and HELP, and either `add_arguments(parser)` and `run(args)` or, where another parser
 # reads the arguments, RAW_ARGV = True and `run_raw(argv)`. Both run functions return the exit code.
-SUBCOMMANDS = ("quickstart", "sft", "plan", "bench", "compare", "plot", "export", "check", "sharpness", "chat")
+SUBCOMMANDS = (
+    "quickstart",
+    "sft",
+    "plan",
+    "bench",
+    "compare",
+    "plot",
+    "inspect",
+    "export",
+    "check",
+    "sharpness",
+    "chat",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
