@@ -21,7 +21,7 @@ MOST_TICKS = 20
 MOST_COLUMNS = 800  # of a heat map; neighbouring updates are averaged
 MARKED_UPDATES = 60  # with more, a heat map does not mark which arms were active in which
 MOST_DOTS = 400  # of the cost panel
-SMOOTHED = 40  # a smooth curve averages over this part of the updates
+SMOOTHED = 20  # curves of so many updates are smoothed
 COLOURS = "cividis"  # perceptually uniform, the same in greyscale
 # Curves differ in lightness and in dashes, so that they can be told apart without colour.
 STYLES: tuple[tuple[str, Any], ...] = (
@@ -263,7 +263,7 @@ def _draw_curves(axis: Axes, traces: Sequence[TraceData], name: str, title: str,
             continue
         colour, dashes = STYLES[i % len(STYLES)]
         drawn = True
-        width = max(1, len(values) // SMOOTHED)
+        width = int(len(values) ** 0.5 / 1.5) if len(values) >= SMOOTHED else 1
         if width > 1:
             widths.add(width * trace.plain["stride"])
             axis.plot(trace.step, values, color=colour, alpha=0.22, linewidth=0.6, rasterized=len(values) > 2000)

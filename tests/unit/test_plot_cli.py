@@ -9,12 +9,13 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli import live
 from slsam_peft.cli.main import main
 from slsam_peft.integrations import trace_plot
+from slsam_peft.integrations.sealed import seal
 from slsam_peft.integrations.trace_data import FILE_NAME, arm_labels, read_runs, read_trace
 from tests.traces import PREFIX, blocks, modules, write_trace
 
@@ -71,8 +72,8 @@ def test_every_axis_has_title_and_unit(folder):
     found = panels(made)
     assert len(found) == 6
     units = {
-        "Training loss, thick: mean over 2 updates": ("update", "loss (nats)"),
-        "Sharpness, thick: mean over 2 updates": ("update", "L(w + e) \N{MINUS SIGN} L(w) (nats)"),
+        "Training loss, thick: mean over 6 updates": ("update", "loss (nats)"),
+        "Sharpness, thick: mean over 6 updates": ("update", "L(w + e) \N{MINUS SIGN} L(w) (nats)"),
         "Cost of an update": ("update", "cost (plain LoRA updates)"),
         "how often active": ("share of updates (%)\nblack: mean p", ""),
     }
@@ -180,13 +181,13 @@ def foreign(folder):
 def newer(folder):
     write_trace(folder / "newer", blocks(3), 5)
     file = folder / "newer" / FILE_NAME
-    file.write_bytes(file.read_bytes().replace(b'"schema":"1"', b'"schema":"9"'))
+    file.write_bytes(seal(file.read_bytes().replace(b'"schema":"2"', b'"schema":"9"')))
 
 
 def inconsistent(folder):
     write_trace(folder / "inconsistent", blocks(3), 5)
     file = folder / "inconsistent" / FILE_NAME
-    file.write_bytes(file.read_bytes().replace(b'\\"last\\"', b'\\"lost\\"'))
+    file.write_bytes(seal(file.read_bytes().replace(b'\\"last\\"', b'\\"lost\\"')))
 
 
 @pytest.mark.parametrize(
@@ -195,12 +196,12 @@ def inconsistent(folder):
         (None, ["nowhere"], "nowhere does not exist; name the output folder of a training"),
         (None, ["bare"], f"bare holds no {FILE_NAME}. SLSAMTrainer writes one"),
         (None, ["above"], "There are traces in: above/checkpoint-5."),
-        (damaged, ["damaged"], "is damaged ("),
-        (damaged, ["good", "damaged"], "is damaged ("),
+        (damaged, ["damaged"], "is not a trace of SL-SAM, or is damaged ("),
+        (damaged, ["good", "damaged"], "is not a trace of SL-SAM, or is damaged ("),
         (empty, ["empty"], "is empty: no update has been recorded yet"),
-        (foreign, ["foreign"], "is not a trace of SL-SAM"),
-        (newer, ["newer"], "has schema 9; this version reads schema 1"),
-        (inconsistent, ["inconsistent"], "is damaged ('last')"),
+        (foreign, ["foreign"], "is not a trace of SL-SAM, or is damaged (it holds no checksum"),
+        (newer, ["newer"], "has schema 9; this version reads schema 2"),
+        (inconsistent, ["inconsistent"], "or is damaged ('last')"),
         (
             None,
             ["good", "other"],
@@ -213,7 +214,7 @@ def inconsistent(folder):
         (None, ["--live", "good", "other"], "--live follows one run, and 2 are named"),
         (None, ["--live", "good", "--out", "a.png"], "--live writes no file"),
         (None, ["--live", "nowhere"], "nowhere does not exist"),
-        (damaged, ["--live", "damaged"], "is damaged ("),
+        (damaged, ["--live", "damaged"], "is not a trace of SL-SAM, or is damaged ("),
         (None, [], "the following arguments are required: RUN"),
     ],
 )
@@ -319,7 +320,7 @@ def test_numbers_that_are_not_finite_are_drawn_around(folder):
     file = folder / "run" / FILE_NAME
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file(trace.tensors(), file, metadata)
+    file.write_bytes(seal(save(trace.tensors(), metadata)))
     assert main(["plot", "run"]) == 0
     said = shown(read_trace(file))
     assert said[1].startswith("loss")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
@@ -80,6 +80,7 @@ def test_rows_are_what_each_update_drew_and_saw(ascent):
     assert math.isnan(trace.cost_total)  # no cost model
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 300), st.integers(1, 70))
 def test_thinning_keeps_evenly_spaced_updates_and_exact_counts(limit, count, first):
     seen = list(updates(count))
@@ -102,6 +103,7 @@ def test_thinning_keeps_evenly_spaced_updates_and_exact_counts(limit, count, fir
     assert (trace.updates, trace.last) == (count, steps[-1] if count else 0)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 30), st.integers(1, 200), st.floats(0, 1))
 def test_going_on_from_what_was_saved_is_never_having_stopped(limit, count, at):
     seen = list(updates(count))
