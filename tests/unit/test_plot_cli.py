@@ -117,8 +117,8 @@ def test_a_long_run_is_averaged_over_columns_and_counted_exactly(folder):
 
 
 def test_budget_runs_and_numbers_that_are_not_known(folder):
-    write_trace(folder / "budget", blocks(5), 20, SLSAMConfig(design="depth", cost_budget=1.25))
-    write_trace(folder / "partial", blocks(5), 20, SLSAMConfig(ascent="partial"), cost=False)
+    write_trace(folder / "budget", blocks(5), 12, SLSAMConfig(design="depth", cost_budget=1.25))
+    write_trace(folder / "partial", blocks(5), 12, SLSAMConfig(ascent="partial"), cost=False)
     both = panels(figure(folder / "budget", folder / "partial"))
     assert list(lines(both["Training loss"])) == ["budget", "partial"]
     assert list(lines(both["Sharpness"])) == ["budget"]
