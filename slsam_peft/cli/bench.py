@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from slsam_peft.errors import UserError
+from slsam_peft.cli.outputs import check_outputs, write_output
 
 NAME = "bench"
 HELP = "Time of an update by the clock: plain LoRA, LoRA-SAM and SL-SAM's modes in alternation"
@@ -35,14 +35,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files."""
-    targets = [path for path in (args.output, args.plot) if path is not None]
-    for path in targets:
-        if path.exists() and not args.force:
-            raise UserError(f"{path} exists already. Name another file, or pass --force to overwrite it.")
-        if not path.resolve().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot {args.plot}: the name must end in .png or .svg.")
+    check_outputs([args.output], args.force, args.plot)
     from rich.console import Console
 
     from slsam_peft.integrations.bench import draw, run_bench
@@ -65,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(measured))
     settings = {k: v for k, v in vars(args).items() if isinstance(v, int | str | bool | type(None))}
     text = json.dumps({"settings": settings, "modes": [m.summary() for m in measured]}, indent=1)
-    args.output.write_text(text + "\n", encoding="utf-8")
+    write_output(args.output, text + "\n")
     if args.plot is not None:
         draw(measured, str(args.plot))
-    console.print(f"Written: {', '.join(map(str, targets))}")
+    console.print(f"Written: {', '.join(str(path) for path in (args.output, args.plot) if path is not None)}")
     return 0
 
 

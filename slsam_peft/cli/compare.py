@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_outputs
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 NAME = "compare"
 HELP = "Compare ways to train on tasks and seeds: plain LoRA, SL-SAM's modes, controls"
 METRICS = ("loss", "accuracy", "exact")
-PLOT_SUFFIXES = (".png", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from slsam_peft.integrations.compare.settings import read_settings
 
     settings = read_settings(args.config)
-    _check_outputs(args)
+    check_outputs([args.table], args.force, args.plot)
     rows_file = args.rows or args.config.parent / "rows" / f"{args.config.stem}.jsonl"
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
@@ -146,15 +146,3 @@ def _quieten() -> None:
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "trl", "peft", "accelerate", "datasets", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    for path in (args.table, args.plot):
-        if path is None:
-            continue
-        if path.exists() and not args.force:
-            raise UserError(f"{path} exists already. Name another file, or pass --force to overwrite it.")
-        if not path.resolve().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
-    if args.plot is not None and args.plot.suffix not in PLOT_SUFFIXES:
-        raise UserError(f"--plot {args.plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")

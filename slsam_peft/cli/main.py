@@ -1,5 +1,6 @@
 """The `slsam-peft` command: picks a subcommand, and turns errors into messages and exit codes."""
 
+import errno
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from slsam_peft.cli.parsing import Parser, nearest
 from slsam_peft.errors import Interrupted, UserError
 
 PROG = "slsam-peft"
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no bug of ours: the disk is full or may not be written
 
 # One module a subcommand, imported only when it is needed: none of them imports torch at its top, so that help is
 # instant. A module has NAME and HELP, and either `add_arguments(parser)` and `run(args)` or, where another parser
@@ -56,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         _say(f"{PROG}: {error}")
+        return 2
+    except OSError as error:
+        if debug or error.errno not in _DISK:
+            raise
+        _say(
+            f"{PROG}: {error.filename or 'a file'} cannot be written: {error.strerror}. Free some space and run again."
+        )
         return 2
     except KeyboardInterrupt as stop:
         if debug:

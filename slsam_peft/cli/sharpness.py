@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slsam_peft.cli.outputs import check_outputs, write_output
 from slsam_peft.cli.quiet import quieten, quieten_loaded
 from slsam_peft.errors import UserError
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 NAME = "sharpness"
 HELP = "Measure how flat the loss lies around an adapter: worst and average rise, curvature, slices"
-PLOT_SUFFIXES = (".png", ".svg")
 
 # Name, type, default, smallest, help.
 NUMBERS = (
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(table)
     if args.out is not None:
         text = json.dumps(finite({"adapter": str(args.adapter), "base": adapter.base} | result), indent=1)
-        _replace(args.out, text.encode())
+        write_output(args.out, text)
         console.print(f"Numbers: {args.out}", markup=False)
     if args.plot is not None:
         from slsam_peft.cli.landscape import draw
@@ -115,28 +115,11 @@ def _check(args: argparse.Namespace) -> None:
     for name, *_ in SIZES:
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} is not allowed; it must be an integer >= 1.")
-    for path in (args.out, args.plot):
-        if path is None:
-            continue
-        if path.exists() and not args.force:
-            raise UserError(f"{path} exists already. Name another file, or pass --force to overwrite it.")
-        if not path.resolve().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
+    check_outputs([args.out], args.force, args.plot)
     if args.plot is None:
         return
-    if args.plot.suffix not in PLOT_SUFFIXES:
-        raise UserError(f"--plot {args.plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")
     if args.line_points < 2 and args.plane_points < 2:
         raise UserError("--plot has nothing to show without slices; give --line_points or --plane_points.")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _tables(result: dict[str, Any], settings: "FlatnessSettings") -> list[Any]:

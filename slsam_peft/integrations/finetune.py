@@ -1,5 +1,6 @@
 """One supervised fine-tuning run from parsed settings: what can fail is checked before the model is loaded."""
 
+import errno
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoConfig, TrainerCallback
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
@@ -15,7 +17,7 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.data import is_file_name, load_eval_split, load_split
-from slsam_peft.integrations.resume import last_whole_checkpoint
+from slsam_peft.integrations.resume import last_whole_checkpoint, what_is_missing
 from slsam_peft.integrations.signals import StopOnSignal
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
@@ -65,15 +67,21 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
         try:
             with stop.listening():
                 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        except (ValueError, RuntimeError, OSError) as error:
-            if begun.step:
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+            if begun.step or getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            raise UserError(f"training cannot start: {error}") from error
+            raise UserError(f"training cannot start: {error}{_damage(args.resume_from_checkpoint)}") from error
         stop.raise_if_stopped()
     trainer.save_model(folder)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer
+
+
+def _damage(checkpoint: str | None) -> str:
+    """Return what is wrong with a checkpoint's files, as a sentence to add; empty where nothing is."""
+    why = None if checkpoint is None else what_is_missing(checkpoint)
+    return f"\nIn {checkpoint}, {why}; resume from an older checkpoint." if why else ""
 
 
 def check_output_folder(folder: str) -> None:

@@ -49,29 +49,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"slsam-peft {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["quikstart"], "no subcommand 'quikstart'. Did you mean 'quickstart'?"),
-        (["quickstart", "--max_step", "3"], "does not know '--max_step'. Did you mean '--max_steps'?"),
-        (["quickstart", "--lernin-rate=3"], "Did you mean '--learning_rate'?"),
-        (["--vresion"], "does not know '--vresion'. Did you mean '--version'?"),
-        (["quickstart", "--max_steps", "many"], "argument --max_steps: invalid int value: 'many'"),
-        (["quickstart", "--max_steps"], "argument --max_steps: expected one argument"),
-        (["quickstart", "stray"], "does not know 'stray'"),
-    ],
-)
-def test_words_that_are_not_known(
-    words: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quickstart, "run", lambda args: pytest.fail("ran"))
-    assert main(words) == 2
-    shown = capsys.readouterr().err
-    assert expected in shown
-    assert "Traceback" not in shown
-    assert shown.count("\n") <= 3
-
-
 def test_flags_may_be_spelled_with_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(quickstart, "run", lambda args: seen.append((args.max_steps, args.output_dir)) or 0)
@@ -113,50 +90,6 @@ def test_raw_arguments_reach_a_subcommand_with_its_own_parser(monkeypatch: pytes
     monkeypatch.setattr(entry._load("sft"), "run_raw", lambda argv: seen.append(argv) or 0)
     assert main(["sft", "--config", "a.yaml", "--learning-rate", "1"]) == 0
     assert seen == [["--config", "a.yaml", "--learning-rate", "1"]]
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--rho", "-1"], "--rho=-1.0 is not allowed; it must be a finite number >= 0."),
-        (["--rho", "nan"], "--rho=nan is not allowed"),
-        (["--rho", "inf"], "--rho=inf is not allowed"),
-        (["--active_fraction", "0"], "--active_fraction=0.0 is not allowed; it must be in (0, 1]."),
-        (["--active_fraction", "1.5"], "--active_fraction=1.5 is not allowed"),
-        (["--max_steps", "0"], "--max_steps=0 is not allowed; it must be an integer >= 1."),
-        (["--batch_size", "-2"], "--batch_size=-2 is not allowed"),
-        (["--lora_r", "0"], "--lora_r=0 is not allowed"),
-        (["--n_test", "0"], "--n_test=0 is not allowed"),
-        (["--learning_rate", "0"], "--learning_rate=0.0 is not allowed; it must be a finite number > 0."),
-        (["--learning_rate", "nan"], "--learning_rate=nan is not allowed"),
-        (["--seed", "-1"], "--seed=-1 is not allowed; it must be an integer >= 0."),
-        (["--dtype", "float8"], "invalid choice: 'float8'"),
-        (["--model", "./nowhere"], "is not a folder; name one with a model in it, or a hub name."),
-        (["--output_dir", "full"], "--output_dir=full is not empty. Name another folder, or add --force"),
-        (["--output_dir", "file"], "--output_dir=file is a file; name a folder."),
-        (["--output_dir", "file/below"], "--output_dir=file/below cannot be made: "),
-        (["--output_dir", "/proc/adapter"], "--output_dir=/proc/adapter cannot be made: "),  # to root as well
-    ],
-)
-def test_quickstart_refuses_bad_values_before_anything_else(
-    words: list[str],
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    before = sorted(tmp_path.rglob("*"))
-    # Anything after the checks starts with this.
-    monkeypatch.setattr(quickstart, "quieten", lambda: pytest.fail("went on"))
-    assert main(["quickstart", *words]) == 2
-    shown = " ".join(capsys.readouterr().err.split())
-    assert expected in shown
-    assert "Traceback" not in shown
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_force_accepts_a_folder_that_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

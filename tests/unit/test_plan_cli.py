@@ -49,11 +49,6 @@ def planned(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
-def refused(capsys, *argv):
-    assert main(["plan", *argv]) == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_shapes_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
@@ -124,45 +119,6 @@ def test_long_lists_of_arms_are_shown_by_kind(capsys):
     shown = capsys.readouterr().out
     assert "210 arms" in shown
     assert "*.mlp.up_proj (30)" in shown
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--model", "llama3.1-8b"], "Did you mean 'llama-3.1-8b'?"),
-        (["--model", "{tmp}"], "holds no config.json"),
-        (["--model", "{tmp}/broken.json"], "no configuration for model"),
-        (["--model", "{tmp}/strange.json"], "no configuration for model"),
-        (["--model", "smollm2-135m", "--optim", "adamw"], "--optim='adamw' is not known"),
-        (["--model", "smollm2-135m", "--cost_budget", "0.3", "--design", "depth"], "out of reach"),
-        (["--model", "smollm2-135m", "--cost_budget", "9"], "out of reach"),
-        (["--model", "smollm2-135m", "--cost_budget", "1", "--active_fraction", "0.5"], "both set"),
-        (["--model", "smollm2-135m", "--active_fraction", "0.01"], "less than one arm"),
-        (["--model", "smollm2-135m", "--active_fraction", "1.5"], "active_fraction=1.5"),
-        (["--model", "smollm2-135m", "--ascent", "partial", "--batch_size", "1"], "and there is one"),
-        (["--model", "smollm2-135m", "--ascent", "remembered", "--descent", "all"], "has none"),
-        (["--model", "smollm2-135m", "--lora_target_modules", "no_such"], "no_such"),
-        (["--model", "smollm2-135m", "--seq_len", "1"], "--seq_len=1"),
-        (["--model", "smollm2-135m", "--gpu_gib", "0"], "--gpu_gib"),
-        (["--model", "smollm2-135m", "--use_bnb_nested_quant"], "needs --load_in_4bit"),
-        (["--model", "smollm2-135m", "--gradient_checkpointing", "maybe"], "neither true nor false"),
-        (["--model", "smollm2-135m", "--cost_bugdet", "1"], "Did you mean '--cost_budget'?"),
-        ([], "--model"),
-    ],
-)
-def test_bad_input_is_refused_with_what_to_do(capsys, tmp_path, argv, message):
-    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
-    (tmp_path / "strange.json").write_text('{"model_type": "no_such_model"}', encoding="utf-8")
-    said = refused(capsys, *(word.format(tmp=tmp_path) for word in argv))
-    assert message in said
-    assert "Traceback" not in said
-
-
-def test_a_repository_out_of_reach_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    said = refused(capsys, "--model", "nobody/nothing")
-    assert "no configuration for model 'nobody/nothing'" in said
-    assert "llama-3.1-70b" in said
 
 
 def test_defaults_are_those_of_trl_and_of_the_method():

@@ -1,0 +1,57 @@
+"""Files a subcommand writes at its end: checked before its work, written whole or not at all."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from slsam_peft.errors import UserError
+
+PLOT_SUFFIXES = (".png", ".svg")
+
+
+def check_outputs(paths: Sequence[Path | None], force: bool, plot: Path | None = None) -> None:
+    """Check that files can be written, and leave everything as it was.
+
+    Args:
+        paths (`Sequence[Path | None]`): The files; `None` for one that was not asked for.
+        force (`bool`): Whether existing ones may be overwritten.
+        plot (`Path`, *optional*): The one that is a picture, PNG or SVG.
+
+    Raises:
+        UserError: one exists already, is a folder, or cannot be made where it is to be.
+    """
+    for path in (*paths, plot):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it.")
+        if path.exists() and not force:
+            raise UserError(f"{path} exists already. Name another file, or pass --force to overwrite it.")
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    if plot is not None and plot.suffix not in PLOT_SUFFIXES:
+        raise UserError(f"--plot {plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file; an earlier one is replaced whole, or stays as it was.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from slsam_peft.integrations.atomic import write_atomically
+
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror or error}. Name another file, or free some space.")

@@ -1,0 +1,220 @@
+"""What cannot be done, by subcommand: the words after `slsam-peft`, and what its message must say.
+
+Paths are those of the folder that `tests/integration/test_bad_input.py` makes.
+"""
+
+Case = tuple[list[str], list[str]]
+
+SFT = ["sft", "--model_name_or_path", "model", "--dataset_name", "train.jsonl", "--output_dir", "out", "--use_peft"]
+SFT += ["--use_cpu", "--bf16", "false", "--report_to", "none"]
+PLAN = ["plan", "--model", "smollm2-135m"]
+FLAT = ["sharpness", "--adapter", "adapter", "--data", "train.jsonl", "--dtype", "float32"]
+
+WORDS: list[tuple[list[str], str]] = [
+    (["quikstart"], "no subcommand 'quikstart'. Did you mean 'quickstart'?"),
+    (["quickstart", "--max_step", "3"], "does not know '--max_step'. Did you mean '--max_steps'?"),
+    (["quickstart", "--lernin-rate=3"], "Did you mean '--learning_rate'?"),
+    (["--vresion"], "does not know '--vresion'. Did you mean '--version'?"),
+    (["quickstart", "--max_steps", "many"], "argument --max_steps: invalid int value: 'many'"),
+    (["quickstart", "--max_steps"], "argument --max_steps: expected one argument"),
+    (["quickstart", "stray"], "does not know 'stray'"),
+    (["sft", "--learning-rat", "1"], "there is no setting --learning-rat."),
+]
+
+QUICKSTART: list[tuple[list[str], str]] = [
+    (["--rho", "-1"], "--rho=-1.0 is not allowed; it must be a finite number >= 0."),
+    (["--rho", "nan"], "--rho=nan is not allowed"),
+    (["--rho", "inf"], "--rho=inf is not allowed"),
+    (["--active_fraction", "0"], "--active_fraction=0.0 is not allowed; it must be in (0, 1]."),
+    (["--active_fraction", "1.5"], "--active_fraction=1.5 is not allowed"),
+    (["--max_steps", "0"], "--max_steps=0 is not allowed; it must be an integer >= 1."),
+    (["--batch_size", "-2"], "--batch_size=-2 is not allowed"),
+    (["--lora_r", "0"], "--lora_r=0 is not allowed"),
+    (["--n_test", "0"], "--n_test=0 is not allowed"),
+    (["--learning_rate", "0"], "--learning_rate=0.0 is not allowed; it must be a finite number > 0."),
+    (["--learning_rate", "nan"], "--learning_rate=nan is not allowed"),
+    (["--seed", "-1"], "--seed=-1 is not allowed; it must be an integer >= 0."),
+    (["--dtype", "float8"], "invalid choice: 'float8'"),
+    (["--model", "./nowhere"], "is not a folder; name one with a model in it, or a hub name."),
+    (["--output_dir", "full"], "--output_dir=full is not empty. Name another folder, or add --force"),
+    (["--output_dir", "file"], "--output_dir=file is a file; name a folder."),
+    (["--output_dir", "file/below"], "--output_dir=file/below cannot be made: "),
+    (["--output_dir", "/proc/adapter"], "--output_dir=/proc/adapter cannot be made: "),  # to root as well
+]
+
+SFT_FLAGS: dict[str, Case] = {
+    "rho negative": (["--rho", "-1"], ["rho=-1.0", ">= 0"]),
+    "rho nan": (["--rho", "nan"], ["rho=nan", "finite"]),
+    "rho infinite": (["--rho", "inf"], ["rho=inf", "finite"]),
+    "rho no number": (["--rho", "big"], ["--rho", "'big'"]),
+    "fraction zero": (["--active_fraction", "0"], ["active_fraction=0.0", "(0, 1]"]),
+    "fraction above one": (["--active_fraction", "1.5"], ["active_fraction=1.5", "(0, 1]"]),
+    "unknown bandit": (["--bandit", "scalefree"], ["bandit='scalefree'", "Did you mean 'scale_free'?"]),
+    "unknown design": (["--design", "depht"], ["design='depht'", "Did you mean 'depth'?"]),
+    "seed negative": (["--slsam_seed", "-3"], ["slsam_seed=-3", "integer >= 0"]),
+    "unknown flag": (["--active_fractoin", "0.5"], ["--active_fractoin", "Did you mean '--active_fraction'?"]),
+    "abbreviated flag": (["--active_frac", "0.5"], ["there is no setting --active_frac"]),
+    "two unknown flags": (["--rhoo", "1", "--lrate=3"], ["--rhoo", "--lrate"]),
+    "stray word": (["recipe.yaml"], ["'recipe.yaml'", "--config recipe.yaml"]),
+    "value missing": (["--rho"], ["--rho", "expected one argument"]),
+    "config without file": (["--config"], ["--config", "YAML file"]),
+    "config twice": (["--config", "a.yaml", "--config=b.yaml"], ["--config is given 2 times"]),
+    "config missing": (["--config", "gone.yaml"], ["config file gone.yaml does not exist"]),
+    "config is a folder": (["--config", "model"], ["config file model cannot be read", "directory"]),
+    "unknown trainer value": (["--lr_scheduler_type", "cosin"], ["lr_scheduler_type", "'cosin'"]),
+    "4 bit without adapters": (["--use_peft", "false", "--load_in_4bit"], ["load_in_4bit without use_peft"]),
+    "4 and 8 bit": (["--load_in_4bit", "--load_in_8bit"], ["8 bit and 4 bit"]),
+    "no data set": (["--dataset_name", ""], ["there is no data set", "--dataset_name NAME"]),
+    "data file missing": (["--dataset_name", "gone.jsonl"], ["gone.jsonl does not exist"]),
+    "evaluation without data": (["--eval_strategy", "epoch"], ["no split 'test'", "held-out file"]),
+    "held-out file missing": (
+        ["--eval_strategy", "epoch", "--dataset_test_split", "gone.jsonl"],
+        ["gone.jsonl does not exist"],
+    ),
+    "no model": (["--model_name_or_path", ""], ["there is no model", "--model_name_or_path NAME"]),
+    "model folder missing": (["--model_name_or_path", "./gone"], ["model folder ./gone does not exist"]),
+    "model folder empty": (["--model_name_or_path", "void"], ["model void cannot be loaded"]),
+    "model without classes": (["--model_name_or_path", "bare"], ["model bare cannot be loaded", "'architectures'"]),
+    "model without weights": ([], ["model cannot be trained with these settings", "model.safetensors"]),
+    "output below a file": (["--output_dir", "train.jsonl/out"], ["output_dir=train.jsonl/out", "cannot be written"]),
+    "output is a file": (["--output_dir", "train.jsonl"], ["output_dir=train.jsonl cannot be written"]),
+    "output not writable": (["--output_dir", "/proc/slsam/out"], ["output_dir=/proc/slsam/out cannot be written"]),
+    "nothing to resume": (["--resume_from_checkpoint", "true"], ["output_dir=out has no checkpoint-<step> folder"]),
+    "no checkpoint": (["--resume_from_checkpoint", "model"], ["model is no checkpoint", "trainer_state.json"]),
+}
+
+SFT_FILES: dict[str, tuple[str, list[str]]] = {
+    "empty": ("", ["is empty", "must be a mapping"]),
+    "a list": ("- rho\n- 0.1\n", ["holds a list", "must be a mapping"]),
+    "a word": ("rho\n", ["holds a str", "must be a mapping"]),
+    "no YAML": ("rho: 0.1\nbandit: [paper\n", ["line 3", "not valid YAML"]),
+    "tabs": ("rho:\n\t- 1\n", ["line 2", "not valid YAML"]),
+    "code": ("rho: !!python/object/apply:os.getcwd []\n", ["not valid YAML", "python/object/apply"]),
+    "unknown key": ("rho: 0.1\nactive_fractoin: 0.5\n", ["line 2", "'active_fractoin'", "'active_fraction'"]),
+    "two unknown keys": ("lr: 0.1\nrhoo: 0.5\n", ["line 1", "'lr'", "line 2", "'rhoo'", "'rho'"]),
+    "key twice": ("rho: 0.1\nbandit: paper\nrho: 0.2\n", ["line 3", "rho is set in line 1 already"]),
+    "no value": ("rho:\n", ["line 1", "rho: has no value"]),
+    "not a number": ("rho: [0.1]\n", ["rho: [0.1] is not allowed", "a number"]),
+    "truth for a number": ("rho: true\n", ["rho: True is not allowed", "a number"]),
+    "fraction for an integer": ("max_steps: 2.5\n", ["max_steps: 2.5 is not allowed", "an integer"]),
+    "word for an integer": ("max_steps: many\n", ["--max_steps", "'many'"]),
+    "number for truth": ("use_peft: 3\n", ["use_peft: 3 is not allowed", "true or false"]),
+    "unknown choice": ("bnb_4bit_quant_type: nf5\n", ["'nf5' is not allowed", "fp4, nf4", "Did you mean 'nf4'?"]),
+    "bare no": ("save_strategy: no\n", ["save_strategy: False is not allowed", "in quotes"]),
+    "value out of range": ("rho: -0.5\n", ["rho=-0.5", ">= 0"]),
+}
+
+PLAN_FLAGS: list[tuple[list[str], str]] = [
+    (["plan", "--model", "llama3.1-8b"], "Did you mean 'llama-3.1-8b'?"),
+    (["plan", "--model", "bare-folder"], "holds no config.json"),
+    (["plan", "--model", "plan-broken.json"], "no configuration for model"),
+    (["plan", "--model", "plan-strange.json"], "no configuration for model"),
+    ([*PLAN, "--optim", "adamw"], "--optim='adamw' is not known"),
+    ([*PLAN, "--cost_budget", "0.3", "--design", "depth"], "out of reach"),
+    ([*PLAN, "--cost_budget", "9"], "out of reach"),
+    ([*PLAN, "--cost_budget", "1", "--active_fraction", "0.5"], "both set"),
+    ([*PLAN, "--active_fraction", "0.01"], "less than one arm"),
+    ([*PLAN, "--active_fraction", "1.5"], "active_fraction=1.5"),
+    ([*PLAN, "--ascent", "partial", "--batch_size", "1"], "and there is one"),
+    ([*PLAN, "--ascent", "remembered", "--descent", "all"], "has none"),
+    ([*PLAN, "--lora_target_modules", "no_such"], "no_such"),
+    ([*PLAN, "--seq_len", "1"], "--seq_len=1"),
+    ([*PLAN, "--gpu_gib", "0"], "--gpu_gib"),
+    ([*PLAN, "--use_bnb_nested_quant"], "needs --load_in_4bit"),
+    ([*PLAN, "--gradient_checkpointing", "maybe"], "neither true nor false"),
+    ([*PLAN, "--cost_bugdet", "1"], "Did you mean '--cost_budget'?"),
+    (["plan"], "--model"),
+    (["plan", "--model", "nobody/nothing"], "no configuration for model 'nobody/nothing'"),
+]
+
+# A comparison that is allowed, and changes that are not.
+COMPARISON = """
+training: {updates: 2}
+tasks: {docs: {source: stdlib_docs, rows: 4}}
+methods:
+  plain: {learning_rates: [1.0e-3]}
+  sam: {learning_rates: [1.0e-3], slsam: {rho: 0.1, active_fraction: 1.0}}
+seeds: [0]
+tuning_seed: 1
+"""
+COMPARISONS: dict[str, tuple[str, str, str]] = {
+    "unknown method setting": ("rho: 0.1", "roh: 0.1", "Did you mean 'rho'?"),
+    "unknown task": ("stdlib_docs", "stdlib_doc", "Did you mean 'stdlib_docs'?"),
+    "no rows": (", rows: 4", "", "tasks.docs.rows is missing"),
+    "tuned on a reported seed": ("tuning_seed: 1", "tuning_seed: 0", "on a seed that is not reported"),
+    "rate no number": ("[1.0e-3]}", "[fast]}", "'fast' is not allowed; it must be a finite number > 0"),
+    "no YAML": ("seeds: [0]", "seeds: [0", "is not valid YAML"),
+}
+COMPARE: list[tuple[list[str], str]] = [
+    (["compare"], "required: --config"),
+    (["compare", "--config", "gone.yaml"], "config file gone.yaml cannot be read: No such file"),
+    (["compare", "--config", "model"], "config file model cannot be read: Is a directory"),
+    (["compare", "--config", "good.yaml", "--limit", "-1"], "--limit=-1 is not allowed; it must be an integer >= 0."),
+    (["compare", "--config", "good.yaml", "--metric", "lost"], "invalid choice: 'lost'"),
+    (
+        ["compare", "--config", "good.yaml", "--table", "file"],
+        "file exists already. Name another file, or pass --force",
+    ),
+    (["compare", "--config", "good.yaml", "--table", "gone/a.md"], "the folder of gone/a.md does not exist"),
+    (["compare", "--config", "good.yaml", "--plot", "a.pdf"], "--plot a.pdf: the name must end in .png or .svg."),
+    (["compare", "--config", "good.yaml", "--table", "/proc/a.md"], "/proc/a.md cannot be written: "),
+]
+BENCH: list[tuple[list[str], str]] = [
+    (["--updates", "0"], "0 is not allowed; it must be at least 1"),
+    (["--rounds", "many"], "argument --rounds"),
+    (["--output", "file"], "file exists already. Name another file, or pass --force to overwrite it."),
+    (["--output", "full", "--force"], "full is a folder; name a file in it."),
+    (["--output", "gone/b.json"], "the folder of gone/b.json does not exist. Make it first, or name another file."),
+    (["--output", "/proc/b.json"], "/proc/b.json cannot be written: "),
+    (["--plot", "b.pdf"], "--plot b.pdf: the name must end in .png or .svg."),
+    (["--model", "./gone", "--output", "b.json"], "--model ./gone could not be loaded: "),
+    (["--model", "nobody/nothing", "--output", "b.json"], "--model nobody/nothing could not be loaded: "),
+]
+ADAPTERS: list[tuple[list[str], str]] = [
+    (["check"], "required: ADAPTER"),
+    (["check", "gone"], "adapter folder gone does not exist (from "),
+    (["check", "full"], "full holds no adapter: adapter_config.json is missing. Name the folder"),
+    (["check", "small"], "small holds a whole model, not an adapter"),
+    (["check", "adapters/settings"], "adapter_config.json cannot be read: "),
+    (["check", "adapters/cut"], "adapter_model.safetensors is damaged ("),
+    (["check", "adapters/header"], "adapter_model.safetensors is damaged ("),
+    (["check", "adapters/missing"], "adapter_model.safetensors does not exist."),
+    (["check", "adapters/pickle"], "adapter_model.bin is a pickle and is not read; save the adapter again."),
+    (["check", "adapters/task"], "is an adapter for SEQ_CLS; adapters of causal language models work."),
+    (["check", "adapter", "--model", "./gone"], "--model=./gone is not a folder; name one with a model in it"),
+    (["check", "adapter", "--model", "nobody/nothing"], "base model nobody/nothing cannot be read: "),
+    (["export", "adapter"], "required: --out"),
+    (["export", "gone", "--out", "new"], "adapter folder gone does not exist (from "),
+    (["export", "adapter", "--out", "full"], "full is not empty"),
+    (["export", "adapter", "--out", "full", "--force"], "--force replaces earlier exports only"),
+    (["export", "adapter", "--out", "file"], "file is a file"),
+    (["export", "adapter", "--out", "/proc/new"], "/proc/new"),
+    (["export", "adapter", "--out", "adapter/new"], "--out=adapter/new lies in adapter, which is read"),
+    (["export", "adapter", "--out", "new", "--base", "original"], "--base belongs to a merge; add --merge"),
+    (["export", "adapter", "--out", "new", "--dtype", "int8"], "invalid choice: 'int8'"),
+    (["export", "adapter", "--out", "new", "--max_shard_size", "big"], "'big' is not allowed; a size looks like"),
+    (["export", "adapter", "--out", "new", "--merge", "--rows", "0"], "--rows=0 is not allowed"),
+    (["export", "adapters/shape", "--out", "new", "--merge"], "does not fit small: "),
+    (["export", "adapter", "--out", "new", "--merge", "--model", "model"], "does not fit model: "),
+    (["export", "adapters/base", "--out", "new", "--merge", "--no_measure"], "is damaged or missing ("),
+    ([*FLAT, "--rho", "0"], "--rho=0.0 is not allowed; it must be a finite number > 0."),
+    ([*FLAT, "--draws", "0"], "--draws=0 is not allowed; it must be an integer >= 1."),
+    ([*FLAT, "--batch_size", "0"], "--batch_size=0 is not allowed; it must be an integer >= 1."),
+    ([*FLAT, "--space", "half"], "invalid choice: 'half'"),
+    ([*FLAT, "--out", "file"], "file exists already. Name another file, or pass --force to overwrite it."),
+    ([*FLAT, "--out", "/proc/a.json"], "/proc/a.json cannot be written: "),
+    ([*FLAT, "--plot", "a.pdf"], "--plot a.pdf: the name must end in .png or .svg."),
+    ([*FLAT, "--adapter", "adapters/shape"], "the adapter adapters/shape does not fit small: "),
+    ([*FLAT, "--data", "gone.jsonl"], "gone.jsonl does not exist"),
+    ([*FLAT, "--data", "data/cut/a.jsonl"], "line 2: not valid JSON"),
+]
+# Checkpoints that training resumes from, each with one file spoilt.
+CHECKPOINTS: dict[str, list[str]] = {
+    "slsam cut": ["slsam.safetensors is damaged", "resume from an older checkpoint"],
+    "slsam flipped": ["slsam.safetensors is damaged", "SHA-256", "resume from an older checkpoint"],
+    "slsam missing": ["slsam.safetensors does not exist", "accept_state_mismatch"],
+    "state cut": ["was cut short while it was saved (trainer_state.json is cut short)"],
+    "state missing": ["is no checkpoint", "trainer_state.json"],
+    "adapter cut": ["adapter_model.safetensors is cut short; resume from an older checkpoint"],
+    "optimizer cut": ["optimizer.pt is cut short; resume from an older checkpoint"],
+}
