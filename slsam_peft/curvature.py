@@ -55,8 +55,8 @@ class HessianVector:
         except (RuntimeError, NotImplementedError):
             return CENTRAL
         approximate = self._central(vector)
-        product = float(exact.norm() * approximate.norm())
-        self.agreement = float(exact @ approximate) / product if product else 1.0
+        product = math.sqrt(_dot(exact, exact) * _dot(approximate, approximate))
+        self.agreement = _dot(exact, approximate) / product if product else 1.0
         return DOUBLE_BACKWARD if self.agreement >= AGREEMENT else CENTRAL
 
     def _double(self, vector: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ _STYLES = {"training": ("black", "-", "o"), "held-out": ("0.55", "--", "s")}
 _NAMES = {"adapter": "adapter's parameters", "full weight": "full weights W + BA"}
 _STEP = "step along a random filter-normalised direction\n(1: each row of a weight has moved by its own length)"
 _UNIT = "nats per answer token"
+_LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
 
 
 def draw(result: dict[str, Any], adapter: str, path: Path) -> None:
@@ -57,9 +58,9 @@ def _plane(figure: Any, axis: Any, plane: dict[str, Any], title: str) -> None:
     filled = axis.contourf(places, places, losses, levels=14, cmap="Greys")
     lines = axis.contour(places, places, losses, levels=filled.levels[::2], colors="black", linewidths=0.7)
     for label in axis.clabel(lines, fontsize="small", fmt="%.3g"):
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})
+        label.set_bbox(_LABEL)
     axis.plot(0, 0, "P", color="white", markeredgecolor="black", markersize=9)
-    axis.annotate("adapter", (0, 0), (7, 5), textcoords="offset points")
+    axis.annotate("adapter", (0, 0), (7, 5), textcoords="offset points", bbox=_LABEL)
     axis.set(title=f"On a plane: {title}", xlabel=_STEP, ylabel="step along a second one")
     axis.locator_params(nbins=5)
     axis.set_aspect("equal")

@@ -20,8 +20,8 @@ HELP = "Measure how flat the loss lies around an adapter: worst and average rise
 NUMBERS = (
     ("rho", float, 0.05, 0.0, "radius of the worst case"),
     ("adaptive_rho", float, 0.5, 0.0, "radius of the adaptive worst case, relative to |w| + 0.01"),
-    ("sigma", float, 0.001, 0.0, "standard deviation of the noise on each weight"),
-    ("adaptive_sigma", float, 0.05, 0.0, "standard deviation of the adaptive noise, relative to |w| + 0.01"),
+    ("sigma", float, 0.005, 0.0, "standard deviation of the noise on each weight"),
+    ("adaptive_sigma", float, 0.2, 0.0, "standard deviation of the adaptive noise, relative to |w| + 0.01"),
     ("ascent_steps", int, 4, 1, "ascent steps of the worst case"),
     ("restarts", int, 1, 0, "its random starts, beside the one along the gradient"),
     ("draws", int, 4, 1, "draws of noise, each with both signs"),
@@ -151,7 +151,7 @@ def _tables(result: dict[str, Any], settings: "FlatnessSettings") -> list[Any]:
 
 def _with_error(average: dict[str, float]) -> str:
     error = average["standard_error"]
-    return f"{average['mean']:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+    return f"{average['mean']:+.2g}" + ("" if math.isnan(error) else f" ± {error:.1g}")
 
 
 def _curvature(curvature: dict[str, Any]) -> Any:

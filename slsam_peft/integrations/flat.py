@@ -266,7 +266,10 @@ def _curvature(
     tell(f"Measuring the curvature on {name}: choosing how to multiply with the Hessian")
     product = HessianVector(objective, parameters)
     size = sum(p.numel() for p in parameters)
+    # The gradient leans towards the largest curvature; what is random keeps the rest in sight.
     start = torch.randn(size, generator=torch.Generator().manual_seed(settings.seed)).to(parameters[0])
+    gradient = torch.cat([g.reshape(-1) for g in objective.gradient(parameters)[1]])
+    start = (start / start.norm() + gradient / gradient.norm().clamp_min(1e-12)).detach()
     done = 0
 
     def counted(vector: torch.Tensor) -> torch.Tensor:
