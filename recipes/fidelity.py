@@ -48,7 +48,7 @@ class Probe:
 
     def __init__(self, folder: Path, batch: dict, base: torch.dtype, adapters: torch.dtype, autocast: bool) -> None:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=base)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=base, trust_remote_code=False)
         self.model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     arguments = parser.parse_args()
     folder = arguments.model or fetch_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if arguments.gains:
         rows = gains(folder, batches(tokenizer, WATCHED_UPDATES))
         table = Table("precision", "rho", f"share of gains below {LOW_GAIN}", "least", "median", "warns")

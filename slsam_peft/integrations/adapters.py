@@ -143,7 +143,7 @@ def base_config(adapter: Adapter) -> Any:
         UserError: it cannot be found or read.
     """
     try:
-        return AutoConfig.from_pretrained(adapter.base)
+        return AutoConfig.from_pretrained(adapter.base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"base model {adapter.base} cannot be read: {brief(error)}") from error
 
@@ -164,7 +164,7 @@ def fit(adapter: Adapter, config: Any) -> Fit:
             if here[name] != value
         ]
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(plain_config(config))
+        base = AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
         own = {name: tuple(p.shape) for name, p in base.named_parameters(remove_duplicate=False)}
         try:
             model: Any = get_peft_model(base, adapter.config, low_cpu_mem_usage=True)
@@ -267,7 +267,7 @@ def load_base(
         arguments["quantization_config"] = BitsAndBytesConfig.from_dict(settings)
     arguments["device_map"] = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
     except (OSError, ValueError, SafetensorError, ImportError) as error:
         raise UserError(f"base model {name} cannot be loaded: {brief(error)}") from error
     keep_trainable(model)
@@ -282,7 +282,7 @@ def load_tokenizer(adapter: Adapter) -> Any:
     """
     own = (adapter.folder / "tokenizer_config.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(str(adapter.folder) if own else adapter.base)
+        return AutoTokenizer.from_pretrained(str(adapter.folder) if own else adapter.base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"neither {adapter.folder} nor {adapter.base} has a tokenizer: {brief(error)}") from error
 

@@ -74,8 +74,9 @@ class BaseFiles:
                 f"{self.folder} holds no {SINGLE} and no {INDEX}; save the base model as safetensors first."
             )
         try:
-            return [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [self.folder / Path(name).name for name in sorted(names)]  # never a path out of the folder
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({brief(error)}); fetch the base model again.") from error
 
     def read(self, stored: Stored) -> torch.Tensor:

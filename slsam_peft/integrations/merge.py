@@ -131,7 +131,7 @@ def without_base(adapter: Adapter, config: Any) -> PeftModel:
         config (`PreTrainedConfig`): The base's.
     """
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(plain_config(config), dtype=torch.float32)
+        base = AutoModelForCausalLM.from_config(plain_config(config), dtype=torch.float32, trust_remote_code=False)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in base.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

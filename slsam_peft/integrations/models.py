@@ -27,8 +27,8 @@ def load_base(name: str | None, in_4bit: bool, tell: Callable[[str], None] = lam
     if in_4bit:
         return load_nf4(source, dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
         said = " ".join(str(error).split())
         raise UserError(f"--model {source} could not be loaded: {said[:400]}") from error

@@ -73,11 +73,11 @@ def load_nf4(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     place = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise UserError(f"{name_or_path} has no chat template; name an instruct or chat model with --model.")
         model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, quantization_config=quantised, dtype=dtype, device_map=place
+            name_or_path, quantization_config=quantised, dtype=dtype, device_map=place, trust_remote_code=False
         )
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
         said = " ".join(str(error).split())

@@ -174,11 +174,11 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where, name = str(gguf.parent), gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, trust_remote_code=False)
     _split_digits(tokenizer)
     dense = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=name, quantization_config=dense, dtype=torch.bfloat16
+        where, gguf_file=name, quantization_config=dense, dtype=torch.bfloat16, trust_remote_code=False
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

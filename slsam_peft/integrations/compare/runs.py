@@ -45,9 +45,9 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
         UserError: the model's config cannot be read, or a `cost_budget` is out of reach.
     """
     training = settings.training
-    config = AutoConfig.from_pretrained(model_folder(settings.model))
+    config = AutoConfig.from_pretrained(model_folder(settings.model), trust_remote_code=False)
     with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora(training))
+        model = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora(training))
     costs = CostModel.from_model(model, training.gradient_checkpointing)
     expected = {}
     for name, method in settings.methods.items():
@@ -139,8 +139,8 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
     if training.quantise == "nf4":
         return load_nf4(source, dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
         raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
