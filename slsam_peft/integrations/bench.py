@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.integrations.peft import restore_float32
 from slsam_peft.integrations.quickstart import compute_dtype
 from slsam_peft.integrations.trainer import SLSAMTrainer
 
@@ -120,7 +121,8 @@ def run_bench(
     with tempfile.TemporaryDirectory() as folder:
         args = _arguments(folder, batch, accumulation, updates)
         trainers = {name: _trainer(peft_model, tokenizer, args, rows, config) for name, config in modes.items()}
-        _in_a_fast_precision(peft_model)
+        if _emulates_bfloat16():  # TRL's cast of QLoRA adapters to it would be most of the time
+            restore_float32(peft_model, {})
         measured = {name: Measured(name) for name in modes}
         for number in range(rounds):
             for name, trainer in trainers.items():
@@ -149,7 +151,7 @@ def _arguments(folder: str, batch: int, accumulation: int, updates: int) -> SFTC
 
 def _trainer(model: Any, tokenizer: Any, args: SFTConfig, rows: Dataset, config: SLSAMConfig | None) -> SFTTrainer:
     common = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
-    # The same precision for all: TRL's, as in the plain reference, or what `_in_a_fast_precision` makes it.
+    # The same precision for all: TRL's, as in the plain reference, or float32, see above.
     kept = "float32" if _emulates_bfloat16() else "keep"
     trainer = (
         SFTTrainer(model, **common)
@@ -162,14 +164,6 @@ def _trainer(model: Any, tokenizer: Any, args: SFTConfig, rows: Dataset, config:
 
 def _emulates_bfloat16() -> bool:
     return compute_dtype("auto") == torch.float32
-
-
-def _in_a_fast_precision(model: Any) -> None:
-    """Undo TRL's cast of QLoRA adapters to bfloat16 where the machine emulates it: that would be most of the time."""
-    if _emulates_bfloat16():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
 
 
 def _round(trainer: SFTTrainer, number: int, measured: Measured) -> None:
