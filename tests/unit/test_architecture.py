@@ -21,7 +21,6 @@ FRAMEWORKS = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft
 
 # `x.data = ...` rebinds a storage that an optimizer or a saved copy may still point at.
 REBINDING = {
-    "integrations/bench.py: _in_a_fast_precision": "the dtype changes, before there is an optimizer",
     "integrations/peft.py: restore_float32": "the dtype changes, before there is an optimizer",
     "integrations/shapes.py: meta_model": "the dtype changes, and there is no storage on the meta device",
 }
