@@ -1,0 +1,285 @@
+"""An exception at each point of an update: afterwards all is as before it, and the next update is undisturbed."""
+
+import copy
+import resource
+import signal
+
+import pytest
+import torch
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of, horizon, perturbation
+from slsam_peft import slsam as core
+from slsam_peft.integrations.checkpoint import FILE_NAME, load_state, save_state
+from slsam_peft.passes import Passes
+from tests.decoders import batch, closures, decoder
+
+
+class Fault(Exception):
+    """What is thrown."""
+
+
+class Training:
+    """A small decoder, its optimizer and SL-SAM; `closure` counts its calls."""
+
+    def __init__(self, adapter, **settings):
+        self.model = decoder(checkpointing=False, use_dora=adapter == "in place", target_modules=["q_proj", "up_proj"])
+        config = {"rho": 0.2, "active_fraction": 0.5, "design": "depth", "seed": 5, **settings}
+        self.slsam = SLSAM(arms_of(self.model), SLSAMConfig(**config))
+        self.slsam.cost = lambda update: 1.0
+        self.optimizer = torch.optim.AdamW([p for arm in self.slsam.arms for p in arm.parameters], lr=0.01)
+        self.block = next(m for n, m in self.model.named_modules() if n.endswith("layers.4"))
+        self.calls, self.at_call = 0, {}
+        run, self.probe = closures(self.model, batch())
+
+        def closure():
+            self.calls += 1
+            begin = self.at_call.get(self.calls)
+            handle = begin() if begin else None
+            try:
+                return run()
+            finally:
+                if handle is not None:
+                    handle.remove()
+
+        self.closure = closure
+
+    def update(self, seed):
+        """One update, of two micro-batches, from a given random state; without the optimizer's step."""
+        torch.manual_seed(seed)
+        passes = Passes(self.closure, self.closure, None, self.probe)
+        return torch.stack([self.slsam.accumulate(passes, i, 2) for i in range(2)])
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def tensors(training):
+    """Everything that an update may touch, as tensors and plain values."""
+    model, slsam = training.model, training.slsam
+    return {
+        **{f"weight.{n}": p.detach().clone() for n, p in model.named_parameters()},
+        **{f"state.{n}": v for n, v in copy.deepcopy(slsam.state_dict()).items()},
+        **{f"moment.{k}.{n}": v.clone() for k, s in training.optimizer.state.items() for n, v in s.items()},
+        "gradients": [n for n, p in model.named_parameters() if p.grad is not None],
+        "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
+        "pinned": [n for n, p in model.named_parameters() if "requires_grad_" in vars(p)],
+        "hooks": [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()],
+        "shadowed": [n for n, m in model.named_modules() if "forward" in vars(m)],
+        "checkpointed": [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)],
+        "kept": slsam.horizon.kept_bytes,
+    }
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value.nan_to_num(), two[name].nan_to_num()), name
+        else:
+            assert value == two[name], name
+
+
+def fail(*args, **kwargs):
+    raise Fault
+
+
+def once(target, name, after=0):
+    """Return an injector that makes `target.name` raise once, at the call after `after` others."""
+
+    def inject(training, monkeypatch):
+        owner = target(training) if callable(target) and not isinstance(target, type) else target
+        original, left = getattr(owner, name), [after]
+
+        def faulty(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == -1:
+                raise Fault
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, faulty)
+
+    return inject
+
+
+def in_forward(call):
+    """In the forward of a pass: the last block raises."""
+
+    def inject(training, monkeypatch):
+        training.at_call[call] = lambda: training.block.register_forward_pre_hook(fail)
+
+    return inject
+
+
+def in_backward(call):
+    """In the backward of a pass: the gradient of the last block's output raises."""
+
+    def hooked(module, args, output):
+        (output if isinstance(output, torch.Tensor) else output[0]).register_hook(fail)
+
+    def inject(training, monkeypatch):
+        training.at_call[call] = lambda: training.block.register_forward_hook(hooked)
+
+    return inject
+
+
+def after_learning(training, monkeypatch):
+    """The bandit has already learnt when it raises."""
+    learn = training.slsam.bandit.update
+
+    def faulty(*args):
+        learn(*args)
+        monkeypatch.undo()
+        raise Fault
+
+    monkeypatch.setattr(training.slsam.bandit, "update", faulty)
+
+
+# Two micro-batches of two passes each: the ascents are calls 1 and 2, the descents 3 and 4.
+POINTS = {
+    "draw": once(lambda t: t.slsam.design, "inclusion"),
+    "ascent forward": in_forward(1),
+    "second ascent forward": in_forward(2),
+    "ascent backward": in_backward(1),
+    "second ascent backward": in_backward(2),
+    "entering the floor": once(horizon, "_split"),
+    "ascent norms": once(lambda t: t.slsam._norms, "squared"),
+    "between the passes": once(core, "ascent_offsets"),
+    "perturbing": once(perturbation, "_moved"),
+    "cache cleared": once(torch, "clear_autocast_cache"),
+    "branch hook": once(perturbation.F, "linear"),
+    "descent forward": in_forward(3),
+    "second descent forward": in_forward(4),
+    "descent backward": in_backward(3),
+    "second descent backward": in_backward(4),
+    "descent norms": once(lambda t: t.slsam._norms, "squared", after=1),
+    "numbers read": once(lambda t: t.slsam, "_read"),
+    "bandit": once(lambda t: t.slsam.bandit, "update"),
+    "bandit, afterwards": after_learning,
+    "cost": once(lambda t: t.slsam, "cost"),
+    "watch": once(lambda t: t.slsam._watch, "see"),
+}
+IN_PLACE = [
+    "between the passes",
+    "perturbing",
+    "cache cleared",
+    "descent forward",
+    "second descent backward",
+    "bandit",
+]
+CASES = [("branch", point) for point in POINTS if point != "cache cleared"] + [("in place", p) for p in IN_PLACE]
+
+
+@pytest.mark.parametrize(("adapter", "point"), CASES)
+def test_a_fault_leaves_everything_as_it_was(adapter, point, monkeypatch):
+    """The bits of the update that follows are those of a training that has seen no fault."""
+    disturbed, other = Training(adapter), Training(adapter)
+    for training in (disturbed, other):
+        training.update(1)
+        training.step()
+    before = tensors(disturbed)
+    disturbed.calls = 0
+    with monkeypatch.context() as patched:
+        POINTS[point](disturbed, patched)
+        with pytest.raises(Fault):
+            disturbed.update(3)
+    disturbed.at_call.clear()
+    assert_same(before, tensors(disturbed))
+    assert torch.equal(disturbed.update(3), other.update(3))
+    assert disturbed.slsam.metrics["floor"] == 2.0, "the case shows less where nothing lies below the floor"
+    for p, q in zip(disturbed.model.parameters(), other.model.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or torch.equal(p.grad, q.grad)
+    for training in (disturbed, other):
+        training.step()
+    assert_same(
+        {k: v for k, v in tensors(disturbed).items() if not k.startswith("moment")},
+        {k: v for k, v in tensors(other).items() if not k.startswith("moment")},
+    )
+
+
+REMEMBERED = {
+    "only forward": in_forward(1),
+    "only backward": in_backward(1),
+    "recall": once(lambda t: t.slsam.memory, "recall"),
+    "remembering": once(lambda t: t.slsam.memory, "store"),
+}
+
+
+@pytest.mark.parametrize("point", REMEMBERED)
+def test_a_fault_forgets_nothing_that_is_remembered(point, monkeypatch):
+    """With one pass an update, and which linears ran known from the update before."""
+    disturbed, other = (Training("branch", ascent="remembered") for _ in range(2))
+    for training in (disturbed, other):
+        training.update(1)
+        training.step()
+    before = tensors(disturbed)
+    disturbed.calls = 0
+    with monkeypatch.context() as patched:
+        REMEMBERED[point](disturbed, patched)
+        with pytest.raises(Fault):
+            disturbed.update(2)
+    disturbed.at_call.clear()
+    assert_same(before, tensors(disturbed))
+    assert torch.equal(disturbed.update(2), other.update(2))
+    assert torch.equal(disturbed.slsam.probabilities, other.slsam.probabilities)
+
+
+def test_an_optimizer_that_raises(monkeypatch):
+    """Its step lies outside: weights and hooks are as before, the sampler has learnt, and the next update works."""
+    training = Training("branch")
+    training.update(1)
+    learnt = training.slsam.probabilities.clone()
+    weights = [p.detach().clone() for p in training.model.parameters()]
+    with monkeypatch.context() as patched:
+        patched.setattr(training.optimizer, "step", fail)
+        with pytest.raises(Fault):
+            training.step()
+    assert all(torch.equal(p, w) for p, w in zip(training.model.parameters(), weights, strict=True))
+    assert torch.equal(training.slsam.probabilities, learnt)
+    assert training.slsam.steps == 1
+    assert torch.isfinite(training.update(2)).all()
+    training.step()
+    assert training.slsam.steps == 2
+
+
+@pytest.mark.parametrize("adapter", ["branch", "in place"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_low_precision_copies_do_not_outlive_a_fault(adapter, call):
+    """Inside one autocast context, which keeps copies of the weights, the loss is what it was."""
+    training = Training(adapter)
+    training.model.float()
+    inputs = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        before = training.model(**inputs).loss.detach()
+        in_backward(call)(training, None)
+        with pytest.raises(Fault):
+            training.update(1)
+        torch.manual_seed(0)
+        assert torch.equal(training.model(**inputs).loss.detach(), before)
+
+
+def test_a_full_disk_leaves_the_old_state(tmp_path):
+    """The system refuses to write more than half of the file."""
+    training = Training("branch")
+    training.update(1)
+    save_state(training.slsam, tmp_path)
+    content = (tmp_path / FILE_NAME).read_bytes()
+    training.step()
+    training.update(2)
+    before = tensors(training)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_state(training.slsam, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert (tmp_path / FILE_NAME).read_bytes() == content
+    assert_same(before, tensors(training))
+    load_state(training.slsam, tmp_path)
+    assert training.slsam.steps == 1
