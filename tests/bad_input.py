@@ -208,6 +208,27 @@ ADAPTERS: list[tuple[list[str], str]] = [
     ([*FLAT, "--data", "gone.jsonl"], "gone.jsonl does not exist"),
     ([*FLAT, "--data", "data/cut/a.jsonl"], "line 2: not valid JSON"),
 ]
+SEEN: list[tuple[list[str], str]] = [
+    (["plot"], "required: RUN"),
+    (["plot", "gone"], "gone does not exist; name the output folder of a training"),
+    (["plot", "full"], "full holds no slsam_trace.safetensors. SLSAMTrainer writes one"),
+    (["plot", "file"], "file is not a trace of SL-SAM, or is damaged ("),
+    (["plot", "full", "--out", "a.pdf"], "--out=a.pdf: the name must end in .png or .svg."),
+    (["plot", "full", "--out", "gone/a.png"], "--out=gone/a.png: name a file in a folder that exists."),
+    (["plot", "gone", "full", "--live"], "--live follows one run, and 2 are named; name one."),
+    (["inspect"], "required: ADAPTER_OR_MODEL"),
+    (["inspect", "./gone"], "the folder ./gone does not exist"),
+    (["inspect", "file"], "file is a file; name the folder it is in."),
+    (["inspect", "full"], "full holds neither adapter_config.json nor config.json"),
+    (["inspect", "adapters/cut"], "adapter_model.safetensors is damaged ("),
+    (["inspect", "adapters/pickle"], "adapter_model.bin is a pickle"),
+    (["inspect", "adapter", "--granularity", "layer"], "invalid choice: 'layer'"),
+    (["chat"], "required: --adapter"),
+    (["chat", "--adapter", "gone", "--prompt", "w1"], "adapter folder gone does not exist (from "),
+    (["chat", "--adapter", "adapter", "--prompt", " "], "--prompt is empty; give a text"),
+    (["chat", "--adapter", "adapter", "--max_new_tokens", "0"], "--max_new_tokens=0 is not allowed"),
+    (["chat", "--adapter", "adapter", "--temperature", "nan"], "--temperature=nan is not allowed"),
+]
 # Checkpoints that training resumes from, each with one file spoilt.
 CHECKPOINTS: dict[str, list[str]] = {
     "slsam cut": ["slsam.safetensors is damaged", "resume from an older checkpoint"],
