@@ -48,7 +48,7 @@ def train_small(cls, folder, config=None, *, double=False, dropout=0.0, **settin
 def train_against_one(name, folder, **settings):
     """Train one of `AGAINST_ONE`."""
     chosen, arguments = AGAINST_ONE[name]
-    arguments = {"max_steps": 5, **PLAIN_SGD, **arguments, **settings}
+    arguments = {"max_steps": 3, **PLAIN_SGD, **arguments, **settings}
     return train_small(Watched, folder, config_of(chosen), double=True, **arguments)
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ranks
 
 WORKER = Path(__file__).parents[1] / "rank_worker.py"
 LOSSES = 2 * 4  # bytes: what the ranks must agree on besides the gradients
-START_SECONDS = 600  # a start imports everything twice, on a machine that may be busy
+START_SECONDS = 900  # a start imports everything twice, on a machine that may be busy
 DEATH_SECONDS = 60  # from the death of a rank to the end of all
 
 
