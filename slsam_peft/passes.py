@@ -1,6 +1,7 @@
 """The two passes of an update over its micro-batches: which arms are on, where passes are cut, what is replayed."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import nn
 from slsam_peft import rng
 from slsam_peft.horizon import Horizon, Prefix
 from slsam_peft.leaks import LeakyStackError
-from slsam_peft.perturbation import Firings, Shift, perturbed
+from slsam_peft.perturbation import Firings, Shift, ascent_offsets, perturbed
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,27 @@ class PassRunner:
         """Drop the gradients of the given arms, or of all."""
         for i in range(len(self.parameters)) if arms is None else self.members(arms):
             self.parameters[i].grad = None
+
+    def void(self) -> None:
+        """Make one gradient NaN, for whoever must see for itself that a step is void."""
+        found = next((p.grad for p in self.parameters if p.grad is not None), None)
+        if found is not None:
+            found.fill_(math.nan)
+
+    def shifts(
+        self, members: Sequence[int], gradients: Sequence[torch.Tensor], norm: torch.Tensor, rho: float
+    ) -> list[Shift]:
+        """Return e for the parameters at the given positions: a branch where its linear module ran, else in place.
+
+        Args:
+            members (`Sequence[int]`): The positions.
+            gradients (`Sequence[torch.Tensor]`): Their ascent gradients.
+            norm (`torch.Tensor`): As in `ascent_offsets`.
+            rho (`float`): Radius.
+        """
+        ran = [linear if (linear := self.linears[i]) in self.firings.fired else None for i in members]
+        offsets = ascent_offsets(gradients, norm, rho)
+        return [Shift(self.parameters[i], e, linear) for i, e, linear in zip(members, offsets, ran, strict=True)]
 
     def watched_linears(self, mask: torch.Tensor) -> list[nn.Module]:
         """Return the linear modules of the arms in a mask that an additive branch could carry."""

@@ -23,7 +23,7 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.horizon import Horizon
 from slsam_peft.memory import GradientMemory
 from slsam_peft.passes import Closure, Passes, PassRunner, Pending, Update
-from slsam_peft.perturbation import Shift, ascent_offsets
+from slsam_peft.perturbation import Shift
 from slsam_peft.sampling import build_design
 from slsam_peft.telemetry import RadiusWatch, update_metrics
 
@@ -264,21 +264,14 @@ class SLSAM:
         if update.ascents < update.count:  # the loss is scaled for all micro-batches
             update.squared = squared * (update.count / update.ascents) ** 2
         if found:
-            offsets = ascent_offsets([g for _, g in found], squared.sum().sqrt(), self.config.rho)
-            update.shifts = [self._shift(i, e) for (i, _), e in zip(found, offsets, strict=True)]
+            members, ascent = zip(*found, strict=True)
+            update.shifts = self.runner.shifts(members, ascent, squared.sum().sqrt(), self.config.rho)
         self.runner.clear()
-
-    def _shift(self, index: int, offset: torch.Tensor) -> Shift:
-        linear = self.runner.linears[index]
-        return Shift(self.runner.parameters[index], offset, linear if linear in self.runner.firings.fired else None)
 
     def _recalled(self, mask: torch.Tensor) -> list[Shift]:
         """e from the remembered descent gradients of the active arms (S2-SAM)."""
         members, gradients, norm = self.memory.recall(self.runner.members(mask))
-        if norm is None:
-            return []
-        offsets = ascent_offsets(gradients, norm, self.config.rho)
-        return [self._shift(i, e) for i, e in zip(members, offsets, strict=True)]
+        return [] if norm is None else self.runner.shifts(members, gradients, norm, self.config.rho)
 
     def _reduced(self, mask: torch.Tensor, numbers: torch.Tensor | None = None) -> list[torch.Tensor | None]:
         """Return each parameter's gradient, averaged over ranks; `None` where there is none.
@@ -345,19 +338,13 @@ class SLSAM:
         if self.loss_scale is None or self.loss_scale() is None:
             self.runner.clear()  # no gradient: the optimizer changes nothing
         elif math.isfinite(float(descent)):  # a gradient scaler must see for itself that this step is void
-            self._void()
+            self.runner.void()
         if self.skipped_in_a_row > self.config.max_skipped_updates:
             raise RuntimeError(
                 f"{self.skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
                 f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
                 f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
             )
-
-    def _void(self) -> None:
-        for parameter in self.runner.parameters:
-            if parameter.grad is not None:
-                parameter.grad.fill_(math.nan)
-                return
 
     def _abort(self) -> None:
         """Go back to before the update."""

@@ -94,16 +94,25 @@ def batch(rows=3, length=12, device="cpu"):
     return {"input_ids": ids, "attention_mask": attention, "labels": ids, "use_cache": False}
 
 
-def closures(model, inputs):
-    """Return a closure that runs forward and backward, and a probe that runs the forward alone."""
+def passes_of(forward):
+    """Return a closure that runs forward and backward, and a probe that runs the forward alone.
+
+    Args:
+        forward: Takes nothing and returns the loss.
+    """
 
     def closure():
-        loss = model(**inputs).loss
+        loss = forward()
         loss.backward()
         return loss
 
     def probe():
         with torch.no_grad():
-            return model(**inputs).loss
+            return forward()
 
     return closure, probe
+
+
+def closures(model, inputs):
+    """Return the passes of a language model over a batch."""
+    return passes_of(lambda: model(**inputs).loss)

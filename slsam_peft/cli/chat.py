@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.quiet import quieten, quieten_loaded
+from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,15 +33,9 @@ def run(args: argparse.Namespace) -> int:
         UserError: a value that is not allowed, or an adapter or base that cannot be read.
     """
     _check(args)
-    if not args.debug:
-        quieten()
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    with console.status("Loading libraries") as status:
+    with loading(args.debug) as (console, status):
         from slsam_peft.integrations.adapters import load_adapted, open_adapter
 
-        quieten_loaded()
         adapter = open_adapter(args.adapter, args.model)
         status.update("Loading the model")
         model, tokenizer = load_adapted(adapter)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.quiet import quieten, quieten_loaded
+from slsam_peft.cli.quiet import loading
 
 if TYPE_CHECKING:
     from slsam_peft.integrations.adapters import Adapter
@@ -31,17 +31,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such adapter, or its base cannot be read.
     """
-    if not args.debug:
-        quieten()
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    with console.status("Loading libraries") as status:
+    with loading(args.debug) as (console, status):
         from slsam_peft.integrations.adapters import open_adapter
         from slsam_peft.integrations.checkup import examine
 
-        quieten_loaded()
         adapter = open_adapter(args.adapter, args.model)
         console.print(_trained_with(adapter))
         status.update("Reading the adapter")

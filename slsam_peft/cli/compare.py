@@ -1,12 +1,11 @@
 """`slsam-peft compare`: methods x tasks x seeds, with paired differences and intervals."""
 
 import argparse
-import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_outputs
+from slsam_peft.cli.quiet import quieten, quieten_loaded
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     rows_file = args.rows or args.config.parent / "rows" / f"{args.config.stem}.jsonl"
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
+    if not args.debug:
+        quieten()
     from rich.console import Console
 
     console = Console()
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         from slsam_peft.integrations.compare.store import RowStore
 
         if not args.debug:
-            _quieten()
+            quieten_loaded()
         plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
     if args.list:
         return _list(plan, store, console)
@@ -133,16 +134,3 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
     if args.plot is not None:
         compare_report.draw(lines, args.metric, plan.settings, args.plot)
         console.print(f"Plot: {args.plot}", highlight=False)
-
-
-def _quieten() -> None:
-    """Silence what other libraries say on the way; errors, and this package's own warnings, still come through."""
-    from datasets import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    disable_progress_bars()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    for name in ("bitsandbytes", "trl", "peft", "accelerate", "datasets", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.quiet import quieten, quieten_loaded
+from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,18 +63,12 @@ def run(args: argparse.Namespace) -> int:
         UserError: the adapter, its base or the output cannot be used; nothing has been written then.
     """
     _check(args)
-    if not args.debug:
-        quieten()
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    with console.status("Loading libraries") as status:
+    with loading(args.debug) as (console, status):
         import torch
 
         from slsam_peft.integrations.adapters import check_fit, open_adapter
         from slsam_peft.integrations.export import check_out, copy_adapter, new_folder, way_of
 
-        quieten_loaded()
         dtype = {None: None, "bf16": torch.bfloat16}.get(args.dtype, getattr(torch, args.dtype or "", None))
         check_out(args.out, args.force)
         adapter = open_adapter(args.adapter, args.model)

@@ -3,6 +3,29 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def loading(debug: bool) -> Iterator[tuple[Any, Any]]:
+    """Show that libraries are being imported, which the context does, and keep what they say off the screen.
+
+    Args:
+        debug (`bool`): Let them speak.
+
+    Yields:
+        `tuple[rich.console.Console, rich.status.Status]`: The screen, and the line that tells what is going on.
+    """
+    if not debug:
+        quieten()
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with console.status("Loading libraries") as status:
+        quieten_loaded()
+        yield console, status
 
 
 def quieten() -> None:

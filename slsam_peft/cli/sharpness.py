@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.outputs import check_outputs, write_output
-from slsam_peft.cli.quiet import quieten, quieten_loaded
+from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,19 +68,13 @@ def run(args: argparse.Namespace) -> int:
         UserError: a value that is not allowed, or an adapter, base or data set that cannot be read.
     """
     _check(args)
-    if not args.debug:
-        quieten()
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    with console.status("Loading libraries") as status:
+    with loading(args.debug) as (console, status):
         import torch
 
         from slsam_peft.integrations.adapters import load_adapted, open_adapter
         from slsam_peft.integrations.examples import load_examples
         from slsam_peft.integrations.flat import ADAPTER, FULL, FlatnessSettings, finite, measure_flatness
 
-        quieten_loaded()
         adapter = open_adapter(args.adapter, args.model)
         status.update("Loading the model")
         # Eager attention: the fused kernels have no second derivative.

@@ -21,7 +21,8 @@ from slsam_peft.integrations.skeleton import Shapes, skeleton_of
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-_MISFITS = (ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError)  # of PEFT, on a foreign structure
+# What PEFT raises, one way or another, when an adapter does not belong on the structure it is put on.
+_MISFITS = (ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,7 +121,7 @@ def run_bench(
     with tempfile.TemporaryDirectory() as folder:
         args = _arguments(folder, batch, accumulation, updates)
         trainers = {name: _trainer(peft_model, tokenizer, args, rows, config) for name, config in modes.items()}
-        if _emulates_bfloat16():  # TRL's cast of QLoRA adapters to it would be most of the time
+        if _emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
             restore_float32(peft_model, {})
         measured = {name: Measured(name) for name in modes}
         for number in range(rounds):

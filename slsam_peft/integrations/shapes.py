@@ -104,7 +104,7 @@ def meta_model(
     except (ValueError, KeyError) as error:
         raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {_first_line(error)}") from error
     for p in model.parameters():
-        if p.requires_grad:
+        if p.requires_grad:  # rebound, not copied: a tensor on the meta device has nothing to copy, only a dtype
             p.data = p.data.to(torch.float32 if float32_adapters else dtype)
     return model
 

@@ -11,6 +11,7 @@ from slsam_peft.cost import CostModel
 from slsam_peft.integrations.peft import ascent_part
 from slsam_peft.integrations.shapes import load_config, meta_model
 from slsam_peft.planning import ExpectedCost, active_names, rule_of
+from tests.decoders import passes_of
 from tests.tolerances import COUNTED_FLOPS_8B
 
 pytestmark = pytest.mark.slow
@@ -51,16 +52,7 @@ def closures(model, inputs):
         hidden = decoder.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         return checkpoint(head_loss, hidden, inputs["labels"], use_reentrant=False)
 
-    def closure():
-        loss = forward()
-        loss.backward()
-        return loss
-
-    def probe():
-        with torch.no_grad():
-            return forward()
-
-    return closure, probe
+    return passes_of(forward)
 
 
 def batch():

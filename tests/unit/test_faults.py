@@ -7,8 +7,7 @@ import signal
 import pytest
 import torch
 
-from slsam_peft import SLSAM, SLSAMConfig, arms_of, horizon, perturbation
-from slsam_peft import slsam as core
+from slsam_peft import SLSAM, SLSAMConfig, arms_of, horizon, passes, perturbation
 from slsam_peft.integrations.checkpoint import FILE_NAME, load_state, save_state
 from slsam_peft.passes import Passes
 from tests.decoders import batch, closures, decoder
@@ -144,7 +143,7 @@ POINTS = {
     "second ascent backward": in_backward(2),
     "entering the floor": once(horizon, "_split"),
     "ascent norms": once(lambda t: t.slsam._norms, "squared"),
-    "between the passes": once(core, "ascent_offsets"),
+    "between the passes": once(passes, "ascent_offsets"),
     "perturbing": once(perturbation, "_moved"),
     "cache cleared": once(torch, "clear_autocast_cache"),
     "branch hook": once(perturbation.F, "linear"),
@@ -170,22 +169,27 @@ IN_PLACE = [
 CASES = [("branch", point) for point in POINTS if point != "cache cleared"] + [("in place", p) for p in IN_PLACE]
 
 
-@pytest.mark.parametrize(("adapter", "point"), CASES)
-def test_a_fault_leaves_everything_as_it_was(adapter, point, monkeypatch):
-    """The bits of the update that follows are those of a training that has seen no fault."""
-    disturbed, other = Training(adapter), Training(adapter)
+def assert_unmoved_by(fault, disturbed, other, count, monkeypatch):
+    """A fault in one of `count` micro-batches, after a good update, leaves all as it was; the next loss is equal."""
     for training in (disturbed, other):
         training.update(1)
         training.step()
     before = tensors(disturbed)
     disturbed.calls = 0
     with monkeypatch.context() as patched:
-        POINTS[point](disturbed, patched)
+        fault(disturbed, patched)
         with pytest.raises(Fault):
-            disturbed.update(3)
+            disturbed.update(count)
     disturbed.at_call.clear()
     assert_same(before, tensors(disturbed))
-    assert torch.equal(disturbed.update(3), other.update(3))
+    assert torch.equal(disturbed.update(count), other.update(count))
+
+
+@pytest.mark.parametrize(("adapter", "point"), CASES)
+def test_a_fault_leaves_everything_as_it_was(adapter, point, monkeypatch):
+    """The bits of the update that follows are those of a training that has seen no fault."""
+    disturbed, other = Training(adapter), Training(adapter)
+    assert_unmoved_by(POINTS[point], disturbed, other, 3, monkeypatch)
     assert disturbed.slsam.metrics["floor"] == 2.0, "the case shows less where nothing lies below the floor"
     for p, q in zip(disturbed.model.parameters(), other.model.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
@@ -210,18 +214,7 @@ REMEMBERED = {
 def test_a_fault_forgets_nothing_that_is_remembered(point, monkeypatch):
     """With one pass an update, and which linears ran known from the update before."""
     disturbed, other = (Training("branch", ascent="remembered") for _ in range(2))
-    for training in (disturbed, other):
-        training.update(1)
-        training.step()
-    before = tensors(disturbed)
-    disturbed.calls = 0
-    with monkeypatch.context() as patched:
-        REMEMBERED[point](disturbed, patched)
-        with pytest.raises(Fault):
-            disturbed.update(2)
-    disturbed.at_call.clear()
-    assert_same(before, tensors(disturbed))
-    assert torch.equal(disturbed.update(2), other.update(2))
+    assert_unmoved_by(REMEMBERED[point], disturbed, other, 2, monkeypatch)
     assert torch.equal(disturbed.slsam.probabilities, other.slsam.probabilities)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from tests.decoders import FAMILIES, WORDS, batch, closures, decoder
+from tests.decoders import FAMILIES, WORDS, batch, closures, decoder, passes_of
 from tests.reference import assert_update_is_exact
 
 RHO = 0.1
@@ -96,15 +96,7 @@ def test_a_stack_that_leaks_falls_back_with_one_log_line(caplog):
     mask = torch.tensor([False, False, True, True, True])
     assert [arm.depth for arm in arms] == [0, 1, 2, 3, 4]
 
-    def closure():
-        loss = model(x)
-        loss.backward()
-        return loss
-
-    def probe():
-        with torch.no_grad():
-            return model(x)
-
+    closure, probe = passes_of(lambda: model(x))
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
     for _ in range(2):
         with caplog.at_level(logging.INFO, logger="slsam_peft"):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from tests.decoders import FAMILIES, WORDS, batch, closures, decoder
+from tests.decoders import FAMILIES, WORDS, batch, closures, decoder, passes_of
 from tests.reference import assert_update_is_exact
 
 RHO = 0.1
@@ -269,21 +269,6 @@ class OtherNames(Stack):
         return self.head(self.projector(x)).square().mean()
 
 
-def passes_of(model, x):
-    """Return a closure and a probe."""
-
-    def closure():
-        loss = model(x)
-        loss.backward()
-        return loss
-
-    def probe():
-        with torch.no_grad():
-            return model(x)
-
-    return closure, probe
-
-
 # Floors from which a cut drops nothing, so that passes stay cut.
 HARMLESS = {
     Looped: (),
@@ -307,7 +292,7 @@ def test_passes_run_whole_where_a_cut_would_drop_a_gradient(kind, floor, rho, de
     slsam = SLSAM(arms, SLSAMConfig(rho=rho, active_fraction=0.9, design=lambda p, g: mask, descent=descent))
     with caplog.at_level(logging.INFO, logger="slsam_peft"):
         for _ in range(2):
-            assert_update_is_exact(slsam, mask, *passes_of(model, x))
+            assert_update_is_exact(slsam, mask, *passes_of(lambda: model(x)))
     told = [r.message for r in caplog.records if "passes are not cut" in r.message]
     assert len(told) == (slsam.runner.horizon is None)
     assert all("every pass runs whole" in message.lower() for message in told)
@@ -374,7 +359,7 @@ def test_hidden_states_that_are_kept_are_found_at_whichever_floor_they_matter(ki
     slsam = SLSAM(arms, config)
     reuse = []
     for floor[0] in (1, 2, 3, 4, 1):
-        assert_update_is_exact(slsam, torch.arange(6) >= floor[0], *passes_of(model, x))
+        assert_update_is_exact(slsam, torch.arange(6) >= floor[0], *passes_of(lambda: model(x)))
         reuse.append(slsam.horizon.reuse)
     assert reuse[0]
     assert not reuse[3]
