@@ -59,8 +59,9 @@ class SLSAMMixin(_Base):
 
     Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
     overrides is `training_step`; `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state
-    in checkpoints; `train`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from whole ones;
-    `_save` writes `slsam.json` beside the adapter, see `slsam_peft.integrations.record`.
+    in checkpoints; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from
+    whole ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
+    `slsam_peft.integrations.record`.
 
     Args:
         slsam_config (`SLSAMConfig`, *optional*): Settings; the defaults where it is missing.
@@ -224,6 +225,13 @@ class SLSAMMixin(_Base):
         if resume_from_checkpoint:
             resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The trainer looks for the last update after each one: resumed behind it, it would make one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # `trainer_state.json` is written last and vouches for the rest; an earlier run's must not.

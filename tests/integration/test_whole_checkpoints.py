@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, last_whole_checkpoint
 from slsam_peft.integrations.resume import what_is_missing
@@ -112,3 +113,18 @@ def test_an_earlier_run_does_not_vouch_for_a_save_that_is_cut_short(run, monkeyp
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
     assert what_is_missing(run / "checkpoint-2") == "trainer_state.json is missing"
+
+
+@pytest.mark.parametrize("epochs", [None, 1], ids=["in the middle of an epoch", "at the end of one"])
+def test_resumed_behind_the_last_update_none_is_made(epochs, tmp_path):
+    """A kill between the last checkpoint and the end of the process must not add to the training."""
+    length = {"max_steps": 2} if epochs is None else {"num_train_epochs": epochs}
+    options = {"peft_config": lora(target_modules=["q_proj"]), "save_strategy": "steps", "save_steps": 1, **length}
+    once = train(SLSAMTrainer, tmp_path, CONFIG, **options)
+    again = build(SLSAMTrainer, tmp_path, CONFIG, **options)
+    again.train(resume_from_checkpoint=last_whole_checkpoint(tmp_path))
+
+    assert again.state.global_step == once.state.global_step == once.state.max_steps
+    assert torch.equal(again.slsam.probabilities, once.slsam.probabilities)
+    for (name, one), other in zip(once.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
