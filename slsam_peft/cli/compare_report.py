@@ -66,7 +66,7 @@ def _notes(settings: CompareSettings) -> str:
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
         "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. "
         f"Each method tried {tried} learning rate{'s' * (tried > 1)}, chosen by the validation loss of seed "
-        f"{settings.tuning_seed}."
+        f"{settings.tuning_seed}{f' of {settings.tuning_task}' if settings.tuning_task else ''}."
     )
 
 

@@ -76,6 +76,7 @@ def finished(plan: Plan, folder: Path) -> RowStore:
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"roh": 0.1}}}}, "Did you mean 'rho'"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"design": "deep"}}}}, "Did you mean 'depth'"),
         ({"reference": "plane"}, "Did you mean 'plain'"),
+        ({"tuning_task": "doc"}, "Did you mean 'docs'"),
         ({"match": ["costs"]}, "Did you mean 'cost'"),
         ({"seeds": [0, 9]}, "not reported"),
         ({"seeds": [0, 0]}, "different"),
@@ -164,6 +165,15 @@ def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> Non
     reported = [row["settings"] for row in rows.values() if row["settings"]["seed"] != 9]
     assert {(s["split"], s["learning_rate"]) for s in reported} == {("test", 2e-4), ("test", 2e-3)}
     assert [s["seed"] for s in reported] == [0] * 3 + [1] * 3 + [2] * 3  # partial results are balanced
+
+
+def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> None:
+    tasks = {"noisy": {"source": "stdlib_docs", "rows": 8, "noisy": 0.5}, "clean": {"source": "stdlib_docs", "rows": 8}}
+    plan = Plan(settings(tasks=tasks, tuning_task="noisy", match=["updates"]), COSTS)
+    rows = finished(plan, tmp_path).read()
+    assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"noisy"}
+    assert plan.best_rate(rows, "clean", "plain", "updates") == 2e-4
+    assert plan.counts(rows) == (6 + 2 * 9, 6 + 2 * 9)
 
 
 def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:

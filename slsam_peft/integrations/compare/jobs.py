@@ -76,6 +76,7 @@ class Plan:
 
     def tuning(self, task: str, method: str, match: str) -> list[Job]:
         """Return the runs that choose a method's learning rate."""
+        task = self.settings.tuning_task or task
         rates = self.settings.methods[method].learning_rates
         return [self.job(task, method, match, rate, self.settings.tuning_seed) for rate in rates]
 

@@ -152,6 +152,7 @@ class CompareSettings:
         training (`TrainingSettings`): What all methods share.
         seeds (`list[int]`): Reported seeds: data, initial adapter, batches and sampler.
         tuning_seed (`int`): Seed on which learning rates are chosen; not reported.
+        tuning_task (`str`, *optional*): Task that learning rates are chosen on, for all tasks. Unset: each on its own.
         model (`str`, *optional*, defaults to `"smollm2"`): Base model: `"smollm2"`, a folder or a name on the Hub.
         match (`list[str]`, *optional*): What methods have in common: `"updates"`, `"cost"` (a method of cost c per
             update gets 1/c of the updates), or both, the default.
@@ -163,6 +164,7 @@ class CompareSettings:
     training: TrainingSettings
     seeds: tuple[int, ...]
     tuning_seed: int
+    tuning_task: str | None = None
     model: str = "smollm2"
     match: tuple[str, ...] = MATCHES
     reference: str = "plain"
@@ -173,6 +175,8 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         check_name("reference", self.reference, tuple(self.methods))
+        if self.tuning_task is not None:
+            check_name("tuning_task", self.tuning_task, tuple(self.tasks))
         for name in self.match:
             check_name("match", name, MATCHES)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
