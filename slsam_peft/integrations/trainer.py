@@ -59,8 +59,8 @@ class SLSAMMixin(_Base):
 
     Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
     overrides is `training_step`; `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state
-    in checkpoints; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from
-    whole ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
+    in checkpoints; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on
+    from whole ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
     `slsam_peft.integrations.record`.
 
     Args:

@@ -168,7 +168,10 @@ def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> Non
 
 
 def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> None:
-    tasks = {"noisy": {"source": "stdlib_docs", "rows": 8, "noisy": 0.5}, "clean": {"source": "stdlib_docs", "rows": 8}}
+    tasks = {
+        "noisy": {"source": "stdlib_docs", "rows": 8, "noisy": 0.5},
+        "clean": {"source": "stdlib_docs", "rows": 8},
+    }
     plan = Plan(settings(tasks=tasks, tuning_task="noisy", match=["updates"]), COSTS)
     rows = finished(plan, tmp_path).read()
     assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"noisy"}
