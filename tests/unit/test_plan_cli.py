@@ -5,7 +5,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -167,13 +166,16 @@ def test_70b_takes_less_than_a_minute_and_2_gib():
         "1.0",
         "--json",
     ]
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "slsam_peft.cli.main", *argv], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 60
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
+    )  # of a core: what else runs is left out
+    peak = after.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     assert peak < 2 * 2**30
     made = json.loads(done.stdout)
     assert len(made["arms"]) == 80
