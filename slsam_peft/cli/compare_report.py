@@ -60,13 +60,13 @@ def _groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[
 
 
 def _notes(settings: CompareSettings) -> str:
-    tried = len(next(iter(settings.methods.values())).learning_rates)
+    tried = len(next(iter(settings.methods.values())).candidates)
     seeds = ", ".join(map(str, settings.seeds))
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
-        "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. "
-        f"Each method tried {tried} learning rate{'s' * (tried > 1)}, chosen by the validation loss of seed "
-        f"{settings.tuning_seed}{f' of {settings.tuning_task}' if settings.tuning_task else ''}."
+        "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. Each "
+        f"method tried {tried} learning rate{'s' * (tried > 1)} (or pairs of one and rho), chosen by the validation "
+        f"loss of seed {settings.tuning_seed}{f' of {settings.tuning_task}' if settings.tuning_task else ''}."
     )
 
 
@@ -79,7 +79,7 @@ def _cells(line: Line, metric: str) -> list[str]:
     seeds = str(len(line.scores[metric])) + (f" ({line.failed} failed)" if line.failed else "")
     cells = [
         line.method,
-        "open" if line.rate is None else f"{line.rate:g}",
+        _chosen(line),
         _number(line.cost, ".3f"),
         str(line.updates),
         _number(line.total_cost, ".1f"),
@@ -91,6 +91,12 @@ def _cells(line: Line, metric: str) -> list[str]:
     interval = "-" if math.isnan(difference.low) else f"[{difference.low:+.4f}, {difference.high:+.4f}]"
     p_values = [_number(p, ".2g") for p in (difference.p, line.corrected[metric])]
     return [*cells, f"{difference.mean:+.4f}", interval, *p_values]
+
+
+def _chosen(line: Line) -> str:
+    if line.chosen is None:
+        return "open"
+    return f"{line.chosen.rate:g}" + (f", rho {line.chosen.rho:g}" if line.chosen.rho is not None else "")
 
 
 def _number(value: float | None, form: str) -> str:

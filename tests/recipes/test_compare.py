@@ -15,7 +15,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan
 from slsam_peft.integrations.compare.runs import build_trainer, load_model, row_order
 from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
-from slsam_peft.integrations.compare.settings import TrainingSettings, parse_settings, read_settings
+from slsam_peft.integrations.compare.settings import Candidate, TrainingSettings, parse_settings, read_settings
 from slsam_peft.integrations.compare.store import RowStore
 from slsam_peft.integrations.compare.tasks import load_task
 
@@ -86,7 +86,7 @@ def test_methods_start_from_the_same_adapter_and_batches(tmp_path: Path, tiny_mo
     plan = Plan(settings, dict.fromkeys(settings.methods, 1.0))
     seen = []
     for method in settings.methods:
-        job = plan.job("sums", method, "updates", 1e-2, 3)
+        job = plan.job("sums", method, "updates", Candidate(1e-2), 3)
         model, tokenizer = load_model(settings.model, settings.training)
         pairs = load_task(settings.tasks["sums"], 3).train
         rows = [tokenise(tokenizer, pair, 48) for pair in pairs]
@@ -132,7 +132,7 @@ def test_cut_answers_keep_the_prompt_apart(tiny_model: Path) -> None:
 
 def test_random_perturbation_has_its_norm_and_leaves_weights(tmp_path: Path, tiny_model: Path, chats: Path) -> None:
     settings = parse_settings(comparison(tiny_model, chats))
-    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", "random", "updates", 1e-2, 3)
+    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", "random", "updates", Candidate(1e-2), 3)
     model, tokenizer = load_model(settings.model, settings.training)
     rows = [tokenise(tokenizer, pair, 48) for pair in load_task(settings.tasks["sums"], 3).train]
     trainer = build_trainer(model, tokenizer, rows, job.settings, str(tmp_path), lambda *_: None)
@@ -208,5 +208,8 @@ def test_committed_rows_belong_to_their_recipe(path: Path) -> None:
     plan = Plan(settings, dict.fromkeys(settings.methods, 1.0))
     for row in RowStore(path.parent / "rows" / f"{path.stem}.jsonl").read().values():
         run = row["settings"]
-        job = plan.job(row["task"], row["method"], "updates", run["learning_rate"], run["seed"])
+        tried = settings.methods[row["method"]].rhos
+        rho = (run["slsam"] or {}).get("rho", run["random_rho"]) if tried else None
+        assert not tried or rho in tried
+        job = plan.job(row["task"], row["method"], "updates", Candidate(run["learning_rate"], rho), run["seed"])
         assert replace(job, settings={**job.settings, "updates": run["updates"]}).key == row["key"]

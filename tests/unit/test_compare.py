@@ -15,7 +15,7 @@ from slsam_peft.cli.compare_report import tables, write_markdown
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan
 from slsam_peft.integrations.compare.report import build_report
-from slsam_peft.integrations.compare.settings import CompareSettings, parse_settings, read_settings
+from slsam_peft.integrations.compare.settings import Candidate, CompareSettings, parse_settings, read_settings
 from slsam_peft.integrations.compare.statistics import holm, paired_difference
 from slsam_peft.integrations.compare.store import RowStore
 from slsam_peft.integrations.compare.tasks import load_task, swap_answers
@@ -95,7 +95,7 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 def test_methods_must_have_the_same_tuning_budget() -> None:
     methods = values()["methods"]
     methods["sam"]["learning_rates"] = [1e-3]
-    with pytest.raises(UserError, match="same number of learning rates; they are plain: 2, sam: 1"):
+    with pytest.raises(UserError, match=r"as many learning rates .* they are plain: 2, sam: 1"):
         settings(methods=methods)
 
 
@@ -128,9 +128,9 @@ def test_smaller_batches_cost_in_proportion() -> None:
     methods["sam"]["batch_size"] = 2
     plan = Plan(settings(methods=methods), COSTS)
     assert plan.updates("docs", "sam", "cost") == 12
-    assert plan.job("docs", "sam", "cost", 1e-3, 0).settings["training"]["batch_size"] == 2
-    assert plan.job("docs", "plain", "cost", 1e-4, 0).settings["training"]["batch_size"] == 4
-    job = plan.job("docs", "sam", "cost", 1e-3, 0)
+    assert plan.job("docs", "sam", "cost", Candidate(1e-3), 0).settings["training"]["batch_size"] == 2
+    assert plan.job("docs", "plain", "cost", Candidate(1e-4), 0).settings["training"]["batch_size"] == 4
+    job = plan.job("docs", "sam", "cost", Candidate(1e-3), 0)
     tuned = {j.key: {"loss": 1.0} for j in plan.tuning("docs", "sam", "cost")}
     row = {"loss": 1.0, "accuracy": 0.5, "exact": 0.5, "cost": 2.0, "data": "same"}
     line = next(x for x in build_report(plan, {**tuned, job.key: row}) if (x.method, x.match) == ("sam", "cost"))
@@ -139,18 +139,24 @@ def test_smaller_batches_cost_in_proportion() -> None:
 
 def test_runs_of_both_matches_are_shared_where_they_are_equal() -> None:
     plan = Plan(settings(), COSTS)
-    assert plan.job("docs", "plain", "cost", 1e-4, 0).key == plan.job("docs", "plain", "updates", 1e-4, 0).key
-    assert plan.job("docs", "sam", "cost", 1e-4, 0).key != plan.job("docs", "sam", "updates", 1e-4, 0).key
+    assert (
+        plan.job("docs", "plain", "cost", Candidate(1e-4), 0).key
+        == plan.job("docs", "plain", "updates", Candidate(1e-4), 0).key
+    )
+    assert (
+        plan.job("docs", "sam", "cost", Candidate(1e-4), 0).key
+        != plan.job("docs", "sam", "updates", Candidate(1e-4), 0).key
+    )
 
 
 def test_key_depends_on_what_decides_the_result_and_not_on_names() -> None:
     renamed = values()
     renamed["methods"]["sharp"] = renamed["methods"].pop("sam")
     here, there = Plan(settings(), COSTS), Plan(parse_settings(renamed), {**COSTS, "sharp": 2.0})
-    key = here.job("docs", "sam", "cost", 1e-3, 0).key
-    assert key == there.job("docs", "sharp", "cost", 1e-3, 0).key
+    key = here.job("docs", "sam", "cost", Candidate(1e-3), 0).key
+    assert key == there.job("docs", "sharp", "cost", Candidate(1e-3), 0).key
     longer = Plan(settings(training={"updates": 12, "max_length": 99}), COSTS)
-    assert key != longer.job("docs", "sam", "cost", 1e-3, 0).key
+    assert key != longer.job("docs", "sam", "cost", Candidate(1e-3), 0).key
 
 
 def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> None:
@@ -160,11 +166,33 @@ def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> Non
     assert {job.settings["split"] for job in first} == {"validation"}
     assert plan.counts({}) == (0, 6 + 9)
     rows = finished(plan, tmp_path).read()
-    assert plan.best_rate(rows, "docs", "plain", "updates") == 2e-4
+    assert plan.best(rows, "docs", "plain", "updates").rate == 2e-4
     assert plan.counts(rows) == (15, 15)
     reported = [row["settings"] for row in rows.values() if row["settings"]["seed"] != 9]
     assert {(s["split"], s["learning_rate"]) for s in reported} == {("test", 2e-4), ("test", 2e-3)}
     assert [s["seed"] for s in reported] == [0] * 3 + [1] * 3 + [2] * 3  # partial results are balanced
+
+
+def test_radii_are_chosen_with_learning_rates(tmp_path: Path) -> None:
+    def best_at_the_smaller_radius(job: dict[str, Any], report: Any) -> dict[str, Any]:
+        rho = (job["slsam"] or {}).get("rho", 0.0) + (job["random_rho"] or 0.0)
+        return {**scored(job), "loss": 3.0 + rho}
+
+    methods = {
+        "plain": {"learning_rates": [1e-4, 2e-4]},
+        "sam": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "slsam": {"active_fraction": 1.0}},
+        "random": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "random_rho": 0.5},
+    }
+    plan, store = (
+        Plan(settings(methods=methods, match=["updates"]), {**COSTS, "random": 1.0}),
+        RowStore(tmp_path / "rows"),
+    )
+    while next_row(plan, store, lambda *_: None, best_at_the_smaller_radius) is not None:
+        pass
+    chosen = {line.method: line.chosen for line in build_report(plan, store.read())}
+    assert chosen == {"plain": (1e-4, None), "sam": (1e-3, 0.1), "random": (1e-3, 0.1)}
+    with pytest.raises(UserError, match="plain LoRA has no radius"):
+        settings(methods={"plain": {"learning_rates": [1e-3], "rhos": [0.1]}})
 
 
 def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> None:
@@ -175,7 +203,7 @@ def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> Non
     plan = Plan(settings(tasks=tasks, tuning_task="noisy", match=["updates"]), COSTS)
     rows = finished(plan, tmp_path).read()
     assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"noisy"}
-    assert plan.best_rate(rows, "clean", "plain", "updates") == 2e-4
+    assert plan.best(rows, "clean", "plain", "updates").rate == 2e-4
     assert plan.counts(rows) == (6 + 2 * 9, 6 + 2 * 9)
 
 
@@ -187,11 +215,11 @@ def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:
     while next_row(plan, store, lambda *_: None, diverges) is not None:
         pass
     rows = store.read()
-    assert plan.best_rate(rows, "docs", "plain", "updates") == 1e-4
-    assert plan.best_rate(rows, "docs", "sam", "updates") is None
+    assert plan.best(rows, "docs", "plain", "updates").rate == 1e-4
+    assert plan.best(rows, "docs", "sam", "updates") is None
     assert len(rows) == 6 + 3
     lines = {line.method: line for line in build_report(plan, rows)}
-    assert lines["sam"].rate is None
+    assert lines["sam"].chosen is None
     assert len(lines["plain"].scores["loss"]) == 3
 
 
@@ -294,7 +322,7 @@ def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = finished(plan, tmp_path).read()
     lines = {(line.method, line.match): line for line in build_report(plan, rows)}
     sam = lines["sam", "cost"]
-    assert (sam.rate, sam.updates, sam.failed) == (2e-3, 6, 0)
+    assert (sam.chosen.rate, sam.updates, sam.failed) == (2e-3, 6, 0)
     assert sam.differences["loss"].mean == pytest.approx(-0.1 - 0.001 - 2e-3 + 2e-4)
     assert sam.differences["loss"].high < 0
     assert not lines["plain", "cost"].differences
@@ -313,7 +341,7 @@ def test_report_of_unfinished_rows_has_gaps(tmp_path: Path) -> None:
 def test_rows_of_different_data_are_not_compared(tmp_path: Path) -> None:
     plan = Plan(settings(), COSTS)
     store = finished(plan, tmp_path)
-    job = plan.job("docs", "sam", "cost", 2e-3, 1)
+    job = plan.job("docs", "sam", "cost", Candidate(2e-3), 1)
     store.append({**store.read()[job.key], "data": "other"})
     with pytest.raises(UserError, match="seed 1"):
         build_report(plan, store.read())

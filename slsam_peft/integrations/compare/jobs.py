@@ -1,4 +1,4 @@
-"""The runs of a comparison, in the order in which they are worth most, and which learning rate won."""
+"""The runs of a comparison, in the order in which they are worth most, and which settings won."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slsam_peft.integrations.compare.settings import CompareSettings, plain_values
+from slsam_peft.integrations.compare.settings import Candidate, CompareSettings, plain_values
 from slsam_peft.integrations.compare.store import Row
 
 Rows = Mapping[str, Row]
@@ -58,16 +58,19 @@ class Plan:
         cost = self.costs[method] * self.batch_share(method) if match == "cost" else 1.0
         return max(1, round(wanted * self.settings.methods[method].updates_share / cost))
 
-    def job(self, task: str, method: str, match: str, rate: float, seed: int) -> Job:
+    def job(self, task: str, method: str, match: str, tried: Candidate, seed: int) -> Job:
         """Return a run."""
         how = self.settings.methods[method]
+        slsam, random_rho = None if how.slsam is None else dict(how.slsam), how.random_rho
+        if tried.rho is not None:
+            slsam, random_rho = (None, tried.rho) if slsam is None else ({**slsam, "rho": tried.rho}, None)
         values = {
             "model": self.settings.model,
             "task": plain_values(self.settings.tasks[task]),
             "training": {**plain_values(self.settings.training), "batch_size": self.settings.batch_size(method)},
-            "slsam": None if how.slsam is None else dict(how.slsam),
-            "random_rho": how.random_rho,
-            "learning_rate": rate,
+            "slsam": slsam,
+            "random_rho": random_rho,
+            "learning_rate": tried.rate,
             "seed": seed,
             "updates": self.updates(task, method, match),
             "split": "validation" if seed == self.settings.tuning_seed else "test",
@@ -75,24 +78,23 @@ class Plan:
         return Job(task, method, values)
 
     def tuning(self, task: str, method: str, match: str) -> list[Job]:
-        """Return the runs that choose a method's learning rate."""
-        task = self.settings.tuning_task or task
-        rates = self.settings.methods[method].learning_rates
-        return [self.job(task, method, match, rate, self.settings.tuning_seed) for rate in rates]
+        """Return the runs that choose a method's learning rate, and its radius where several are tried."""
+        task, tried = self.settings.tuning_task or task, self.settings.methods[method].candidates
+        return [self.job(task, method, match, candidate, self.settings.tuning_seed) for candidate in tried]
 
-    def best_rate(self, rows: Rows, task: str, method: str, match: str) -> float | None:
-        """Return the learning rate of the lowest validation loss; `None` while one is missing, or where all failed."""
+    def best(self, rows: Rows, task: str, method: str, match: str) -> Candidate | None:
+        """Return the settings of the lowest validation loss; `None` while one is missing, or where all failed."""
         jobs = self.tuning(task, method, match)
         if any(job.key not in rows for job in jobs):
             return None
         losses = [_loss(rows[job.key]) for job in jobs]
         best = min(range(len(jobs)), key=losses.__getitem__)
-        return jobs[best].settings["learning_rate"] if math.isfinite(losses[best]) else None
+        return self.settings.methods[method].candidates[best] if math.isfinite(losses[best]) else None
 
     def reported(self, rows: Rows, task: str, method: str, match: str) -> list[Job]:
         """Return the runs of the reported seeds; none while the learning rate is open."""
-        rate = self.best_rate(rows, task, method, match)
-        return [] if rate is None else [self.job(task, method, match, rate, seed) for seed in self.settings.seeds]
+        best = self.best(rows, task, method, match)
+        return [] if best is None else [self.job(task, method, match, best, seed) for seed in self.settings.seeds]
 
     def pending(self, rows: Rows) -> Iterator[Job]:
         """Yield the jobs that can run and have no row, each once: tuning first, then seed by seed."""

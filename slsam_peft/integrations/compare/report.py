@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan, Rows
+from slsam_peft.integrations.compare.settings import Candidate
 from slsam_peft.integrations.compare.statistics import Difference, holm, paired_difference
 from slsam_peft.integrations.compare.store import Row
 
@@ -17,8 +18,7 @@ class Line:
 
     Args:
         task, method, match (`str`): As in the comparison.
-        rate (`float` or `None`): The learning rate chosen; `None` while open.
-        tried (`tuple[float, ...]`): Learning rates tried on the tuning seed.
+        chosen (`Candidate` or `None`): The learning rate, and the radius where several were tried; `None` while open.
         updates (`int`): Updates of a run.
         scores (`dict[str, dict[int, float]]`): Score by metric and seed.
         cost (`float` or `None`): Mean counted cost of an update, in plain LoRA updates of the common batch size.
@@ -30,8 +30,7 @@ class Line:
     task: str
     method: str
     match: str
-    rate: float | None
-    tried: tuple[float, ...]
+    chosen: Candidate | None
     updates: int
     scores: dict[str, dict[int, float]]
     cost: float | None
@@ -88,8 +87,7 @@ def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
         task=task,
         method=method,
         match=match,
-        rate=plan.best_rate(rows, task, method, match),
-        tried=plan.settings.methods[method].learning_rates,
+        chosen=plan.best(rows, task, method, match),
         updates=plan.updates(task, method, match),
         scores={metric: {seed: row[metric] for seed, row in good} for metric in METRICS},
         cost=plan.batch_share(method) * sum(row["cost"] for _, row in good) / len(good) if good else None,

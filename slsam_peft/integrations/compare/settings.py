@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -104,6 +104,13 @@ class TrainingSettings:
             raise ValueError(f"prompt_format={self.prompt_format!r} must contain '{{}}' once, where the message goes.")
 
 
+class Candidate(NamedTuple):
+    """Settings of a method that are tried on the tuning seed."""
+
+    rate: float
+    rho: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
     """One method.
@@ -115,6 +122,7 @@ class MethodSettings:
         batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; an update costs in proportion.
         updates_share (`float`, *optional*, defaults to `1.0`): Share of the updates that it gets, for controls that
             stop early.
+        rhos (`list[float]`, *optional*): Radii tried with each learning rate, in place of `slsam.rho` or `random_rho`.
     """
 
     learning_rates: tuple[float, ...]
@@ -122,6 +130,12 @@ class MethodSettings:
     random_rho: float | None = None
     batch_size: int | None = None
     updates_share: float = 1.0
+    rhos: tuple[float, ...] = ()
+
+    @property
+    def candidates(self) -> tuple["Candidate", ...]:
+        """Return the settings tried on the tuning seed."""
+        return tuple(Candidate(rate, rho) for rate in self.learning_rates for rho in self.rhos or (None,))
 
     def __post_init__(self) -> None:
         rates = self.learning_rates
@@ -136,6 +150,10 @@ class MethodSettings:
             object.__setattr__(self, "random_rho", _positive("random_rho", self.random_rho))
             if self.slsam is not None:
                 raise ValueError("slsam and random_rho are both set; a method is one of them or neither (plain LoRA).")
+        if self.rhos:
+            if self.slsam is None and self.random_rho is None:
+                raise ValueError(f"rhos={list(self.rhos)}: plain LoRA has no radius; leave it out.")
+            object.__setattr__(self, "rhos", tuple(_positive("rhos", rho) for rho in self.rhos))
         if self.slsam is not None:
             if "seed" in self.slsam:
                 raise ValueError("slsam.seed is the run's own seed; leave it out.")
@@ -186,10 +204,12 @@ class CompareSettings:
                 f"tuning_seed={self.tuning_seed} is among seeds={list(self.seeds)}; learning rates must be chosen on "
                 "a seed that is not reported."
             )
-        budgets = {name: len(method.learning_rates) for name, method in self.methods.items()}
+        budgets = {name: len(method.candidates) for name, method in self.methods.items()}
         if len(set(budgets.values())) > 1:
             listed = ", ".join(f"{name}: {count}" for name, count in budgets.items())
-            raise ValueError(f"every method must try the same number of learning rates; they are {listed}.")
+            raise ValueError(
+                f"every method must try as many learning rates (times rhos) as the others; they are {listed}."
+            )
 
 
 def read_settings(path: Path) -> CompareSettings:
