@@ -81,11 +81,18 @@ def is_file_name(name: str) -> bool:
 
 
 def _stdlib_docs(split: str) -> "Dataset":
+    from datasets import ReadInstruction, concatenate_datasets
+
     from slsam_peft.integrations.stdlib_docs import stdlib_docs
 
-    if split not in ("train", "test"):
-        raise UserError(f"{STDLIB_DOCS} has no split {split!r}; it has 'train' and 'test'.")
-    return stdlib_docs()[split]
+    data = stdlib_docs()
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in data.items()})
+        return concatenate_datasets([data[part.splitname].select(range(part.from_, part.to)) for part in parts])
+    except (ValueError, AssertionError, IndexError) as error:
+        raise UserError(
+            f"{STDLIB_DOCS} has no split {split!r}; it has 'train' and 'test', or parts of them such as 'train[:96]'."
+        ) from error
 
 
 def _from_folder(

@@ -254,3 +254,13 @@ def test_standard_library_documentation_has_two_splits() -> None:
     assert kind_of(load_split("stdlib_docs", "test")[0]) == "conversational prompt-completion"
     with pytest.raises(UserError, match="it has 'train' and 'test'"):
         load_split("stdlib_docs", "validation")
+
+
+def test_a_part_of_the_built_in_data_can_be_taken():
+    whole = load_split("stdlib_docs", "train")
+    assert load_split("stdlib_docs", "train[:96]")[:] == whole[:96]
+    assert len(load_split("stdlib_docs", "train[:10]+test[:50%]")) == 10 + round(
+        len(load_split("stdlib_docs", "test")) / 2
+    )
+    with pytest.raises(UserError, match=r"no split 'train\[99999:\]'; .* parts of them such as 'train\[:96\]'"):
+        load_split("stdlib_docs", "train[99999:]")
