@@ -128,7 +128,7 @@ def draw(lines: Sequence[Line], metric: str, settings: CompareSettings, path: Pa
     unit = " (nats per token)" if metric == "loss" else ""
     figure.supxlabel(
         f"{HEADINGS[metric]} minus that of '{settings.reference}'{unit}; {better} is better\n"
-        "grey: one seed each; diamond and bar: mean and 95 % interval; in brackets: cost per update x updates",
+        "grey: one seed each; diamond and bar: mean and 95 % interval\nin brackets: cost per update x updates",
         fontsize="medium",
     )
     _replace(path, lambda scratch: figure.savefig(scratch, dpi=150, format=path.suffix[1:]))
