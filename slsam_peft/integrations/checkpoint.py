@@ -56,7 +56,9 @@ def load_state(slsam: SLSAM, folder: str | os.PathLike) -> None:
     path = Path(folder) / FILE_NAME
     accept = "Set accept_state_mismatch=True to start the sampler afresh."
     if not path.is_file():
-        raise StateMismatchError(f"{path} does not exist: the checkpoint was not made with SL-SAM. {accept}")
+        raise StateMismatchError(
+            f"{path} does not exist: the checkpoint was not made with SL-SAM, or holds no state. {accept}"
+        )
     state = _read(path, accept)
     differences = _differences(state["config"], slsam.config.to_dict())
     if differences:

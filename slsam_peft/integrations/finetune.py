@@ -17,7 +17,7 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.data import is_file_name, load_eval_split, load_split
-from slsam_peft.integrations.resume import last_whole_checkpoint, what_is_missing
+from slsam_peft.integrations.resume import last_whole_checkpoint, what_is_missing, whole_checkpoint
 from slsam_peft.integrations.signals import StopOnSignal
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
@@ -105,7 +105,7 @@ def find_checkpoint(args: SFTConfig) -> str | None:
     """Return the checkpoint folder that `args.resume_from_checkpoint` asks for: a path, or `true` for the last one.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the one named is not whole.
     """
     asked = args.resume_from_checkpoint
     wish = str(asked).lower()
@@ -126,7 +126,10 @@ def find_checkpoint(args: SFTConfig) -> str | None:
             f"resume_from_checkpoint={asked} is no checkpoint: {folder / 'trainer_state.json'} does not exist. Name a "
             "checkpoint-<step> folder, or true for the last one in output_dir."
         )
-    return str(folder)
+    try:
+        return whole_checkpoint(str(folder), str(args.output_dir))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_model(model: ModelConfig, args: SFTConfig) -> None:

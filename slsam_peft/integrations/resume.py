@@ -8,10 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from slsam_peft.integrations.checkpoint import FILE_NAME
 
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' mark while it saves on SIGTERM
+_ADAPTER = {ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME}
+_MODEL = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -34,17 +45,19 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
 def whole_checkpoint(asked: str | bool, folder: str) -> str:
     """Return the checkpoint that `resume_from_checkpoint=asked` means: a path, or `True` for the newest whole one.
 
+    A damaged or missing sampler state in one that is named is left to `load_state`, which can be told to accept it.
+
     Raises:
-        ValueError: `True`, and `folder` has no whole checkpoint; or the save of the one asked for was cut short.
+        ValueError: `True`, and `folder` has no whole checkpoint; or the one asked for is not whole.
     """
     if asked is not True:
         path = Path(str(asked))
-        why = what_is_missing(path) if path.is_dir() else None
-        if why and TRAINER_STATE_NAME in why:
+        why = what_is_missing(path, sampler=False) if path.is_dir() else None
+        if why:
             newest = last_whole_checkpoint(path.parent)
             instead = f"Go on from {newest}" if newest else "No other is whole: start afresh"
             raise ValueError(
-                f"{path} was cut short while it was saved ({why}). {instead}; "
+                f"{path} is not whole: {why}. {instead}; "
                 "resume_from_checkpoint=True finds the newest whole checkpoint by itself."
             )
         return str(asked)
@@ -57,30 +70,53 @@ def whole_checkpoint(asked: str | bool, folder: str) -> str:
     return newest
 
 
-def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
+def what_is_missing(checkpoint: str | os.PathLike, *, sampler: bool = True) -> str | None:
     """Return why a checkpoint is not whole, as the end of a sentence, or `None` where it is.
 
     The trainer writes `trainer_state.json` last, so a complete one vouches for the files before it; those are looked
-    at nevertheless, at their ends only, for what a crash of the machine or a deletion under way takes away.
+    at nevertheless, for what a crash of the machine or a deletion under way takes away: transformers goes on
+    without a file that is missing. A checkpoint of the model alone (`save_only_model`) is whole.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): The folder.
+        sampler (`bool`, *optional*, defaults to `True`): Whether `slsam.safetensors` is looked at.
     """
-    folder = Path(checkpoint)
-    state = folder / TRAINER_STATE_NAME
+    return next(_faults(Path(checkpoint), sampler), None)
+
+
+def _faults(folder: Path, sampler: bool) -> Iterator[str]:
     try:
-        json.loads(state.read_text(encoding="utf-8"))["global_step"]
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except FileNotFoundError:
-        return f"{TRAINER_STATE_NAME} is missing"
+        yield f"{TRAINER_STATE_NAME} is missing"
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{TRAINER_STATE_NAME} is cut short"
+        yield f"{TRAINER_STATE_NAME} is cut short"
     if (folder / _UNFINISHED).exists():
-        return f"{_UNFINISHED} is there"
+        yield f"{_UNFINISHED} is there"
     names = {path.name for path in folder.iterdir()}
-    if FILE_NAME in names:  # all of what training goes on from is saved, or only the model
-        missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if name not in names]
-        missing += [] if any(name.startswith("rng_state") for name in names) else ["rng_state.pth"]
-        if missing:
-            return f"{missing[0]} is missing"
-    cut = next((name for name in sorted(names) if not _is_complete(folder / name)), None)
-    return cut and f"{cut} is cut short"
+    present = names if sampler else names - {FILE_NAME}
+    yield from (f"{name} is missing" for name in (*_lost_weights(folder, names), *_lost_state(names, sampler)))
+    yield from (f"{name} is cut short" for name in sorted(present) if not _is_complete(folder / name))
+
+
+def _lost_weights(folder: Path, names: set[str]) -> Iterator[str]:
+    """Names of weights that must be there: those of each adapter that has a configuration, or a whole model's."""
+    adapters = [path for path in (folder, *sorted(_folders(folder))) if (path / ADAPTER_CONFIG_NAME).is_file()]
+    for path in adapters:
+        if not any((path / name).is_file() for name in _ADAPTER):
+            yield str((path / ADAPTER_SAFE_WEIGHTS_NAME).relative_to(folder))
+    if not adapters and not names & (_ADAPTER | _MODEL):
+        yield SAFE_WEIGHTS_NAME
+
+
+def _lost_state(names: set[str], sampler: bool) -> list[str]:
+    """Names of what training goes on from, where some of it is there and some is not."""
+    lost = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if name not in names]
+    lost += [] if any(name.startswith("rng_state") for name in names) else ["rng_state.pth"]
+    alone = len(lost) == 3 and FILE_NAME not in names  # the model alone was saved
+    if alone:
+        return []
+    return lost + ([FILE_NAME] if sampler and FILE_NAME not in names else [])
 
 
 def _folders(folder: str | os.PathLike) -> Iterator[Path]:

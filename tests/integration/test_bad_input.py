@@ -214,8 +214,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spoil(folder: Path, how: str) -> None:
     what, damage = how.split()
-    names = {"slsam": "slsam.safetensors", "state": "trainer_state.json", "optimizer": "optimizer.pt"}
-    file = folder / names.get(what, "adapter_model.safetensors")
+    names = {"slsam": "slsam.safetensors", "state": "trainer_state.json", "adapter": "adapter_model.safetensors"}
+    names |= {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "random": "rng_state.pth"}
+    file = folder / names[what]
     if damage == "missing":
         file.unlink()
     elif damage == "cut":

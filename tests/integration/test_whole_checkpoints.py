@@ -1,12 +1,14 @@
 """Which checkpoints count as whole, and what resuming from others says."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, last_whole_checkpoint
+from slsam_peft.integrations.checkpoint import StateMismatchError
 from slsam_peft.integrations.resume import what_is_missing
 from tests.tiny import build, lora, train
 
@@ -44,6 +46,11 @@ SPOILED = {
     "no optimizer": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
     "no scheduler": (lambda c: (c / "scheduler.pt").unlink(), "scheduler.pt is missing"),
     "no random state": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "no adapter": (
+        lambda c: (c / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors is missing",
+    ),
+    "no sampler": (lambda c: (c / "slsam.safetensors").unlink(), "slsam.safetensors is missing"),
     "optimizer cut short": (lambda c: cut(c / "optimizer.pt"), "optimizer.pt is cut short"),
     "adapter cut short": (lambda c: cut(c / "adapter_model.safetensors"), "adapter_model.safetensors is cut short"),
     "empty adapter": (
@@ -63,10 +70,20 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, reason, run):
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
 
 
-def test_a_checkpoint_of_the_model_alone_is_whole(run):
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "slsam.safetensors"):
-        (run / "checkpoint-4" / name).unlink()
-    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    train(SLSAMTrainer, tmp_path, CONFIG, peft_config=lora(target_modules=["q_proj"]), **settings)
+    assert not (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    with pytest.raises(StateMismatchError, match=r"holds no state.*accept_state_mismatch=True"):
+        trainer_over(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_each_adapter_of_several_must_be_there(run):
+    other = run / "checkpoint-4" / "other"
+    other.mkdir()
+    shutil.copy(run / "checkpoint-4" / "adapter_config.json", other)
+    assert what_is_missing(run / "checkpoint-4") == "other/adapter_model.safetensors is missing"
 
 
 def test_nothing_to_go_on_from(tmp_path):
@@ -94,11 +111,29 @@ def test_true_without_a_whole_one_is_refused(run):
         trainer_over(run).train(resume_from_checkpoint=True)
 
 
-def test_the_path_of_one_that_is_not_whole_is_refused(run):
-    """As `get_last_checkpoint` returns it after a kill in the middle of a save."""
-    (run / "checkpoint-4" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-4 was cut short.*Go on from .*checkpoint-2"):
+@pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED.keys())
+def test_the_path_of_one_that_is_not_whole_is_refused(spoil, reason, run):
+    """As `get_last_checkpoint` returns it after a kill in the middle of a save; transformers would go on without."""
+    spoil(run / "checkpoint-4")
+    with pytest.raises(ValueError, match="checkpoint-4") as caught:
         trainer_over(run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    if reason.startswith("slsam.safetensors"):  # refused where it is read, since a flag accepts it
+        assert "accept_state_mismatch=True" in str(caught.value)
+    else:
+        assert f"checkpoint-4 is not whole: {reason}" in str(caught.value)
+        assert f"Go on from {run / 'checkpoint-2'}" in str(caught.value)
+
+
+def test_a_lost_sampler_that_is_accepted_vouches_for_nothing_else(run):
+    """The flag is about the sampler's state alone."""
+    (run / "checkpoint-4" / "slsam.safetensors").unlink()
+    config = replace(CONFIG, accept_state_mismatch=True)
+    trainer = build(SLSAMTrainer, run, config, peft_config=lora(target_modules=["q_proj"]), max_steps=5)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert (trainer.state.global_step, trainer.slsam.steps) == (5, 1)
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
 def test_an_earlier_run_does_not_vouch_for_a_save_that_is_cut_short(run, monkeypatch):
