@@ -122,6 +122,7 @@ class SLSAM:
         self._current: Update | None = None
         self._before: dict[str, Any] = {}
         self._fired_before: set[torch.nn.Module] = set()
+        self._random_before: rng.State = {}
 
     def _fraction(self, solved: float | None) -> float:
         config, count = self.config, len(self.arms)
@@ -172,7 +173,7 @@ class SLSAM:
 
         The arms are drawn once, with the first micro-batch. Ascent passes run as micro-batches come; once the last of
         them is in, the descent passes of all micro-batches so far run at w + e, and those of later ones as they come.
-        Whatever is raised inside, weights, hooks, `requires_grad`, generator and bandit are those of before.
+        Whatever is raised inside, weights, hooks, `requires_grad`, generators (torch's too) and bandit are as before.
 
         Args:
             passes (`Passes`): The micro-batch.
@@ -194,7 +195,10 @@ class SLSAM:
                 if index == count - 1:
                     self._finish(update)
         except BaseException:
+            begun = bool(self._before)
             self._abort()
+            if begun:
+                rng.restore(self._random_before)
             raise
         return loss
 
@@ -202,6 +206,7 @@ class SLSAM:
         config = self.config
         if self._current is not None:  # the last update was never completed: it counts as if it had not begun
             self._abort()
+        self._random_before = rng.snapshot(self.runner.accelerators)
         self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
         self.runner.clear()
         partial = config.ascent == "partial" and config.rho > 0

@@ -18,7 +18,7 @@ class Fault(Exception):
 
 
 class Training:
-    """A small decoder, its optimizer and SL-SAM; `closure` counts its calls."""
+    """A small decoder with dropout, its optimizer, SL-SAM and random state; `closure` counts its calls."""
 
     def __init__(self, adapter, **settings):
         self.model = decoder(checkpointing=False, use_dora=adapter == "in place", target_modules=["q_proj", "up_proj"])
@@ -41,12 +41,16 @@ class Training:
                     handle.remove()
 
         self.closure = closure
+        self.random = torch.Generator().manual_seed(1).get_state()
 
-    def update(self, seed):
-        """One update, of two micro-batches, from a given random state; without the optimizer's step."""
-        torch.manual_seed(seed)
+    def update(self):
+        """One update, of two micro-batches, from where the last one left torch's generator; no optimizer's step."""
+        torch.set_rng_state(self.random)
         passes = Passes(self.closure, self.closure, None, self.probe)
-        return torch.stack([self.slsam.accumulate(passes, i, 2) for i in range(2)])
+        try:
+            return torch.stack([self.slsam.accumulate(passes, i, 2) for i in range(2)])
+        finally:
+            self.random = torch.get_rng_state()
 
     def step(self):
         self.optimizer.step()
@@ -67,6 +71,7 @@ def tensors(training):
         "shadowed": [n for n, m in model.named_modules() if "forward" in vars(m)],
         "checkpointed": [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)],
         "kept": slsam.horizon.kept_bytes,
+        "random": training.random,
     }
 
 
@@ -169,27 +174,27 @@ IN_PLACE = [
 CASES = [("branch", point) for point in POINTS if point != "cache cleared"] + [("in place", p) for p in IN_PLACE]
 
 
-def assert_unmoved_by(fault, disturbed, other, count, monkeypatch):
-    """A fault in one of `count` micro-batches, after a good update, leaves all as it was; the next loss is equal."""
+def assert_unmoved_by(fault, disturbed, other, monkeypatch):
+    """A fault, after a good update, leaves all as it was; the next loss is equal, dropout included."""
     for training in (disturbed, other):
-        training.update(1)
+        training.update()
         training.step()
     before = tensors(disturbed)
     disturbed.calls = 0
     with monkeypatch.context() as patched:
         fault(disturbed, patched)
         with pytest.raises(Fault):
-            disturbed.update(count)
+            disturbed.update()
     disturbed.at_call.clear()
     assert_same(before, tensors(disturbed))
-    assert torch.equal(disturbed.update(count), other.update(count))
+    assert torch.equal(disturbed.update(), other.update())
 
 
 @pytest.mark.parametrize(("adapter", "point"), CASES)
 def test_a_fault_leaves_everything_as_it_was(adapter, point, monkeypatch):
     """The bits of the update that follows are those of a training that has seen no fault."""
     disturbed, other = Training(adapter), Training(adapter)
-    assert_unmoved_by(POINTS[point], disturbed, other, 3, monkeypatch)
+    assert_unmoved_by(POINTS[point], disturbed, other, monkeypatch)
     assert disturbed.slsam.metrics["floor"] == 2.0, "the case shows less where nothing lies below the floor"
     for p, q in zip(disturbed.model.parameters(), other.model.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
@@ -214,14 +219,14 @@ REMEMBERED = {
 def test_a_fault_forgets_nothing_that_is_remembered(point, monkeypatch):
     """With one pass an update, and which linears ran known from the update before."""
     disturbed, other = (Training("branch", ascent="remembered") for _ in range(2))
-    assert_unmoved_by(REMEMBERED[point], disturbed, other, 2, monkeypatch)
+    assert_unmoved_by(REMEMBERED[point], disturbed, other, monkeypatch)
     assert torch.equal(disturbed.slsam.probabilities, other.slsam.probabilities)
 
 
 def test_an_optimizer_that_raises(monkeypatch):
     """Its step lies outside: weights and hooks are as before, the sampler has learnt, and the next update works."""
     training = Training("branch")
-    training.update(1)
+    training.update()
     learnt = training.slsam.probabilities.clone()
     weights = [p.detach().clone() for p in training.model.parameters()]
     with monkeypatch.context() as patched:
@@ -231,7 +236,7 @@ def test_an_optimizer_that_raises(monkeypatch):
     assert all(torch.equal(p, w) for p, w in zip(training.model.parameters(), weights, strict=True))
     assert torch.equal(training.slsam.probabilities, learnt)
     assert training.slsam.steps == 1
-    assert torch.isfinite(training.update(2)).all()
+    assert torch.isfinite(training.update()).all()
     training.step()
     assert training.slsam.steps == 2
 
@@ -248,7 +253,7 @@ def test_low_precision_copies_do_not_outlive_a_fault(adapter, call):
         before = training.model(**inputs).loss.detach()
         in_backward(call)(training, None)
         with pytest.raises(Fault):
-            training.update(1)
+            training.update()
         torch.manual_seed(0)
         assert torch.equal(training.model(**inputs).loss.detach(), before)
 
@@ -256,11 +261,11 @@ def test_low_precision_copies_do_not_outlive_a_fault(adapter, call):
 def test_a_full_disk_leaves_the_old_state(tmp_path):
     """The system refuses to write more than half of the file."""
     training = Training("branch")
-    training.update(1)
+    training.update()
     save_state(training.slsam, tmp_path)
     content = (tmp_path / FILE_NAME).read_bytes()
     training.step()
-    training.update(2)
+    training.update()
     before = tensors(training)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
