@@ -7,7 +7,7 @@ from torch import nn
 
 
 class GradientMemory:
-    """The last descent gradient of each parameter, in bfloat16.
+    """The last descent gradient of each parameter, in bfloat16 and without the loss scale.
 
     Args:
         parameters (`Sequence[nn.Parameter]`): Every arm's parameters.
@@ -17,10 +17,21 @@ class GradientMemory:
         self.parameters = parameters
         self.gradients: dict[int, torch.Tensor] = {}
 
-    def store(self, members: Sequence[int]) -> None:
-        """Keep the present gradients of the parameters at the given positions; all of them or, on an error, none."""
-        gradients = {i: self.parameters[i].grad for i in members}
-        self.gradients |= {i: g.to(torch.bfloat16, copy=True) for i, g in gradients.items() if g is not None}
+    def store(self, members: Sequence[int], scale: torch.Tensor | None = None) -> None:
+        """Keep the present gradients of the parameters at the given positions; all of them or, on an error, none.
+
+        Args:
+            members (`Sequence[int]`): The positions.
+            scale (`torch.Tensor`, *optional*): Factor on the loss, one element, not read by the host; it is divided
+                out, since gradients of updates with different factors make one e.
+        """
+        gradients = [(i, g) for i in members if (g := self.parameters[i].grad) is not None]
+        if scale is not None:
+            scale = scale.reshape(())
+            gradients = [
+                (i, g.to(torch.promote_types(g.dtype, torch.float32)) / scale.to(g.device)) for i, g in gradients
+            ]
+        self.gradients |= {i: g.to(torch.bfloat16, copy=True) for i, g in gradients}
 
     def recall(self, members: Sequence[int]) -> tuple[list[int], list[torch.Tensor], torch.Tensor | None]:
         """Return which of the given positions are remembered, their gradients, and the joint norm, shape `()`."""

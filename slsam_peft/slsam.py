@@ -324,7 +324,7 @@ class SLSAM:
         if finite:
             self.skipped_in_a_row = 0
             if self.config.ascent == "remembered":
-                self.memory.store(self.runner.members(update.trained))
+                self.memory.store(self.runner.members(update.trained), scale)
         if "ascent_gain" in self.metrics:
             self._watch.see(self.metrics["ascent_gain"])
         self.active = update.mask

@@ -13,12 +13,12 @@ from tests.tolerances import LOSS_SCALE
 class Run:
     """A training of a small network with torch's own gradient scaler."""
 
-    def __init__(self, scale, **settings):
+    def __init__(self, scale, growth_interval=10**6, **settings):
         torch.manual_seed(0)
         layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)]
         self.model = nn.Sequential(*layers).double()
         self.x = torch.randn(8, 4, dtype=torch.float64)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
         config = SLSAMConfig(**{"rho": 0.1, "active_fraction": 0.5, "design": "fixed_size", **settings})
         self.slsam = SLSAM(arms_of(self.model, "module"), config)
@@ -51,8 +51,19 @@ class Run:
 @pytest.mark.parametrize("ascent", ["two_pass", "remembered"])
 def test_training_does_not_depend_on_the_scale(ascent):
     """What is left is the 1e-12 in the denominator of e, which is not scaled."""
-    plain, scaled = Run(1.0, ascent=ascent), Run(2.0**12, ascent=ascent)
-    for _ in range(6):
+    assert_same_training(Run(1.0, ascent=ascent), Run(2.0**12, ascent=ascent))
+
+
+@pytest.mark.parametrize("ascent", ["two_pass", "remembered"])
+def test_training_does_not_depend_on_changes_of_the_scale(ascent):
+    """What is remembered of an arm may be from an update with another scale than its neighbour's."""
+    growing = Run(2.0**12, growth_interval=2, ascent=ascent)
+    assert_same_training(Run(1.0, ascent=ascent), growing)
+    assert growing.scaler.get_scale() == 2.0**16
+
+
+def assert_same_training(plain, scaled):
+    for _ in range(8):
         plain.update()
         scaled.update()
         assert torch.equal(scaled.slsam.active, plain.slsam.active)
