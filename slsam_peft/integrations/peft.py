@@ -1,7 +1,8 @@
 """Adapters of PEFT models: their precision under TRL, and which parts of a batch an ascent may take."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def restore_float32(model: nn.Module, before: Snapshot) -> None:
             parameter.data = before[name].to(parameter.device)
         elif parameter in factors:
             parameter.data = parameter.detach().float()
+
+
+@contextmanager
+def same_dtypes(model: nn.Module) -> Iterator[None]:
+    """Give the parameters, after the block, the dtypes they had before it: PEFT's `load_adapter` widens 16 bits."""
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.detach().to(before[name])
 
 
 def warn_if_low_precision(model: nn.Module) -> None:

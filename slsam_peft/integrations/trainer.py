@@ -21,6 +21,7 @@ from slsam_peft.integrations.peft import (
     ascent_part,
     float32_adapters,
     restore_float32,
+    same_dtypes,
     sequences_an_example,
     warn_if_low_precision,
 )
@@ -59,8 +60,9 @@ class SLSAMMixin(_Base):
 
     Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
     overrides is `training_step`; `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state
-    in checkpoints; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on
-    from whole ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
+    in checkpoints; `_load_from_checkpoint` and `_load_best_model` keep the adapter's precision, and the best model's
+    sampler comes with it; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes
+    on from whole ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
     `slsam_peft.integrations.record`.
 
     Args:
@@ -254,16 +256,27 @@ class SLSAMMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._slsam = self._build_slsam()
-            self._slsam_checkpoint = checkpoint
             try:
                 load_state(self._slsam, checkpoint)
             except StateMismatchError as error:
                 if not self.slsam_config.accept_state_mismatch:
                     raise
                 logger.warning("The sampler starts afresh: %s", error)
-                self._slsam_checkpoint = None
-            self._slsam_restored = True
+            else:
+                self._slsam_checkpoint, self._slsam_restored = checkpoint, True
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with same_dtypes(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with same_dtypes(self.model):
+            super()._load_best_model()
+        try:
+            load_state(self.slsam, self.state.best_model_checkpoint)
+        except StateMismatchError as error:  # all that was trained is there: no reason to end with an error
+            logger.warning("The sampler stays that of the last update: %s", error)
 
 
 class SLSAMTrainer(SLSAMMixin, SFTTrainer):

@@ -1,16 +1,21 @@
 """Adapters that plain PEFT loads, and checkpoints that go on bit for bit."""
 
+import inspect
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.integrations.checkpoint import FILE_NAME, StateMismatchError
-from tests.tiny import build, llama, lora, tokenizer, train
+from tests.tiny import build, llama, lora, texts, tokenizer, train
 
 UPDATES, CUT = 6, 3
 
@@ -63,13 +68,20 @@ class Draws(TrainerCallback):
         self.seen[state.global_step] = (slsam.active.tolist(), slsam.probabilities.tolist())
 
 
-def run(folder, config, resume=None, **settings):
+class Worse(TrainerCallback):
+    """Makes each evaluation worse than the one before, so that the first is the best."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_loss"] = float(state.global_step)
+
+
+def run(folder, config, resume=None, more=None, **settings):
     draws = Draws()
     trainer = build(
         SLSAMTrainer,
         folder,
         config,
-        parts={"callbacks": [draws]},
+        parts={"callbacks": [draws, Worse()], **(more or {})},
         **{"max_steps": UPDATES, "save_strategy": "steps", "save_steps": CUT, **settings},
     )
     draws.trainer = trainer
@@ -99,8 +111,14 @@ def test_resuming_is_bitwise_going_on(settings, tmp_path):
     """With three micro-batches an update and LoRA dropout: weights, optimizer, sampler and logs."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.5, **settings)
     common = {"gradient_accumulation_steps": 3, "peft_config": lora(lora_dropout=0.2)}
-    whole, drawn = run(tmp_path / "whole", config, **common)
-    parted, again = run(tmp_path / "parted", config, tmp_path / "whole" / f"checkpoint-{CUT}", **common)
+    assert_goes_on(tmp_path, config, **common)
+
+
+def assert_goes_on(folder, config, checkpoint=lambda path: path / f"checkpoint-{CUT}", **common):
+    """A run resumed from the checkpoint of another ends as it did; return both."""
+    whole, drawn = run(folder / "whole", config, **{k: made(v) for k, v in common.items()})
+    resumed = checkpoint(folder / "whole")
+    parted, again = run(folder / "parted", config, resumed, **{k: made(v) for k, v in common.items()})
     assert again == {step: seen for step, seen in drawn.items() if step > CUT}
     assert torch.equal(whole.slsam.probabilities, parted.slsam.probabilities)
     for (name, p), q in zip(whole.model.named_parameters(), parted.model.parameters(), strict=True):
@@ -115,6 +133,62 @@ def test_resuming_is_bitwise_going_on(settings, tmp_path):
     for key, value in one.items():
         same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
         assert same, key
+    return whole, parted
+
+
+def made(value):
+    """Return a value of its own for each run where a function makes it."""
+    return value() if inspect.isfunction(value) else value
+
+
+def low_precision():
+    """Return a model in bfloat16 that carries an adapter in bfloat16."""
+    return get_peft_model(llama().bfloat16(), lora(lora_dropout=0.2, use_dora=True), autocast_adapter_dtype=False)
+
+
+def dtypes(trainer):
+    return {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+
+
+def test_adapters_in_16_bits_go_on_bit_for_bit(tmp_path):
+    """PEFT widens them when it loads them."""
+    config = SLSAMConfig(rho=0.1, active_fraction=0.5, adapter_dtype="keep")
+    for trainer in assert_goes_on(tmp_path, config, model=low_precision, peft_config=None):
+        assert dtypes(trainer) == {torch.bfloat16}
+
+
+def test_a_cost_budget_stays_as_it_was_solved(tmp_path):
+    """It is solved for the first batches of the run, which a resumed one does not see."""
+    config = SLSAMConfig(rho=0.1, design="depth", cost_budget=1.2)
+    for trainer in assert_goes_on(tmp_path, config, peft_config=lora(lora_dropout=0.2)):
+        assert trainer.slsam.bandit.budget != build(SLSAMTrainer, tmp_path, config).slsam.bandit.budget
+
+
+def test_going_on_from_the_last_checkpoint_that_transformers_finds(tmp_path):
+    """As scripts do that know nothing of `resume_from_checkpoint=True`."""
+
+    def last(folder):
+        shutil.rmtree(folder / f"checkpoint-{UPDATES}")
+        return get_last_checkpoint(str(folder))
+
+    assert_goes_on(tmp_path, SLSAMConfig(rho=0.1, active_fraction=0.5), last, peft_config=lora(lora_dropout=0.2))
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_the_best_model_comes_with_its_sampler(low, tmp_path):
+    """Resumed or not, a run ends with adapter and sampler of its best checkpoint, in the adapter's precision."""
+    config = SLSAMConfig(rho=0.1, active_fraction=0.5, adapter_dtype="keep")
+    model = {"model": low_precision, "peft_config": None} if low else {"peft_config": lora(lora_dropout=0.2)}
+    evaluation = {"eval_strategy": "steps", "eval_steps": CUT, "load_best_model_at_end": True}
+    trainers = assert_goes_on(tmp_path, config, more={"eval_dataset": texts(4, 1)}, **model, **evaluation)
+    saved = load_file(tmp_path / "whole" / f"checkpoint-{CUT}" / "adapter_model.safetensors")
+    for trainer in trainers:
+        assert trainer.state.global_step == UPDATES
+        assert trainer.state.best_global_step == trainer.slsam.steps == CUT
+        assert dtypes(trainer) == {torch.bfloat16 if low else torch.float32}
+        loaded = get_peft_model_state_dict(trainer.model)
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(loaded[name], value) for name, value in saved.items())
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +259,19 @@ def test_accepting_a_mismatch_goes_on_with_a_fresh_sampler(case, checkpoint, tmp
     assert trainer.state.global_step == 4
     assert trainer.slsam.steps == 2, "the sampler counts from its fresh start"
     assert "The sampler starts afresh" in caplog.text
+
+
+def test_accepting_a_mismatch_solves_the_cost_budget_anew(tmp_path):
+    """A fresh sampler's budget is solved for the batches that come, not for those assumed before any was seen."""
+    common = {"data": Dataset.from_list([{"text": " ".join(f"w{i}" for i in range(8))}] * 24)}
+    common |= {"peft_config": lora(), "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    config = SLSAMConfig(rho=0.2, design="depth", cost_budget=1.2, accept_state_mismatch=True)
+    first = train(SLSAMTrainer, tmp_path, replace(config, rho=0.1), **common)
+    other = build(SLSAMTrainer, tmp_path, config, **{**common, "max_steps": 4})
+    assumed = other.slsam.bandit.budget
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other.slsam.steps == 2
+    assert other.slsam.bandit.budget == first.slsam.bandit.budget != assumed
 
 
 def test_the_state_is_plain_data(checkpoint):
