@@ -76,15 +76,13 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
     if record is None:
         facts["trained with"] = "not known: no slsam.json beside it"
         return facts
-    from slsam_peft.config import SLSAMConfig
-    from slsam_peft.integrations.card import describe
+    from slsam_peft.integrations.card import tags_of
 
     base, training = record["base"], record["training"]
-    if base["name"] != adapter.base:
+    if base["name"] and base["name"] != adapter.base:
         facts["trained on"] = base["name"]
     facts["base in training"] = f"{base['dtype']}, {_quantisation(base['quantisation'])}"
-    method = SLSAMConfig.from_dict({k: v for k, v in record["method"].items() if k != "name"})
-    facts["method"] = "SL-SAM, " + ", ".join(tag.removeprefix("sl-sam:") for tag in describe(method)[1:])
+    facts["method"] = "SL-SAM, " + ", ".join(tag.removeprefix("sl-sam:") for tag in tags_of(record["method"])[1:])
     facts["training"] = ", ".join(f"{name}={value}" for name, value in training.items())
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return facts

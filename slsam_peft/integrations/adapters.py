@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.bnb_cpu import keep_trainable
-from slsam_peft.integrations.record import Record, base_name, read_record, shape_of
+from slsam_peft.integrations.record import FILE_NAME, Record, base_name, shape_of
+from slsam_peft.integrations.recorded import read_record
 from slsam_peft.integrations.smollm2 import HUB_NAME, fetch_smollm2
 
 WEIGHTS = "adapter_model.safetensors"
@@ -264,7 +265,13 @@ def load_base(
         settings = dict(quantisation)
         if dtype is not None:
             settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-        arguments["quantization_config"] = BitsAndBytesConfig.from_dict(settings)
+        try:
+            arguments["quantization_config"] = BitsAndBytesConfig.from_dict(settings)
+        except (TypeError, ValueError, AttributeError) as error:  # all of them are raised for values of odd types
+            raise UserError(
+                f"base model {name} cannot be quantised as recorded: {brief(error)}. Delete {FILE_NAME} beside the "
+                "adapter: it then counts as one on a base that was not quantised."
+            ) from error
     arguments["device_map"] = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)

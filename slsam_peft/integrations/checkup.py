@@ -12,6 +12,7 @@ from slsam_peft.integrations.record import differing, part_of, probe_logits
 
 # Of the recorded logits' standard deviation. Kernels sum in other orders on other machines.
 PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+COARSEST = max(PROBE_TOLERANCE.values())  # of other dtypes
 
 NAMED = 3  # of a list of tensors
 
@@ -94,7 +95,7 @@ def _logits(adapter: Adapter, model: Any) -> Finding:
         return Finding("logits", "none were recorded when it was saved", None)
     before = torch.tensor([[float("nan") if v is None else v for v in row] for row in recorded])
     difference = float((part_of(probe_logits(model)) - before).abs().max() / before.std())
-    tolerance = PROBE_TOLERANCE[adapter.record["base"]["dtype"]] if adapter.record is not None else 0.0
+    tolerance = PROBE_TOLERANCE.get(adapter.record["base"]["dtype"], COARSEST) if adapter.record is not None else 0.0
     share = f"differ from those of the trained state by {difference:.2%} of their spread at most"
     return Finding("logits", f"{share}; up to {tolerance:.1%} is rounding", difference <= tolerance)
 

@@ -17,11 +17,10 @@ from safetensors import TensorSpec, serialize_file
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.adapters import SETTINGS, WEIGHTS, Adapter, load_tokenizer, plain_config, raw_tensors
 from slsam_peft.integrations.base_files import INDEX, SINGLE, BaseFiles
-from slsam_peft.integrations.card import describe
+from slsam_peft.integrations.card import tags_of
 from slsam_peft.integrations.merge import Merge
 from slsam_peft.integrations.record import FILE_NAME
 from slsam_peft.integrations.requantise import NF4, check_quantisation, dequantised
@@ -255,8 +254,7 @@ def write_card(folder: Path, adapter: Adapter, way: str, dtype: str) -> None:
         base = HUB_NAME if Path(adapter.base).name == MODEL_NAME else None
     tags, trained = [], "It was trained by another trainer than this package's."
     if adapter.record is not None:
-        method = {k: v for k, v in adapter.record["method"].items() if k != "name"}
-        tags = describe(SLSAMConfig.from_dict(method))
+        tags = tags_of(adapter.record["method"])
         settings = ", ".join(tag.removeprefix("sl-sam:") for tag in tags[1:])
         training = adapter.record["training"]
         trained = (

@@ -20,8 +20,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from slsam_peft.errors import UserError
-
 FILE_NAME = "slsam.json"
 SCHEMA = 1
 
@@ -82,29 +80,6 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
         logger.warning("%s was not written: the adapter's record could not be made.", FILE_NAME, exc_info=True)
         return
     write_text(Path(folder) / FILE_NAME, json.dumps(record, indent=1) + "\n")
-
-
-def read_record(folder: Path) -> Record | None:
-    """Return the record in `folder`, or `None` where there is none.
-
-    Raises:
-        UserError: it cannot be read, or a newer version wrote it.
-    """
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        schema = record["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it, then the adapter counts as one of another trainer."
-        ) from error
-    if schema != SCHEMA:
-        raise UserError(
-            f"{path} has schema {schema!r}; this version reads schema {SCHEMA}. Use the one that wrote it."
-        )
-    return record
 
 
 def write_text(path: Path, text: str) -> None:

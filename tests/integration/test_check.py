@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.cli.main import main
+from slsam_peft.errors import UserError
+from slsam_peft.integrations.recorded import read_record
 from tests.handed import save_adapter, save_base
 from tests.tiny import build, llama, lora
 
@@ -70,6 +72,63 @@ def test_an_adapter_that_is_as_it_was(trained, check):
     text = "\n".join(lines)
     for part in ("rho=0.07", "design=depth", "updates=3", "learning_rate=0.01", "float32, not quantised", "peft 0."):
         assert part in text
+
+
+def own_bandit(probabilities, mask, norms, inclusion):
+    """A bandit of a user's own."""
+    return probabilities
+
+
+def test_an_adapter_trained_with_a_users_bandit(trained, tmp_path, check):
+    """The record has the function's name, and that is what is shown; the function itself is not needed."""
+    model = llama().from_pretrained(trained / "base")
+    config = SLSAMConfig(active_fraction=1.0, bandit=own_bandit)
+    trainer = build(SLSAMTrainer, tmp_path / "run", config, model=model, peft_config=lora(**LLM), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    code, found, lines = check(tmp_path / "adapter")
+    assert code == 0
+    assert f"bandit={own_bandit.__module__}:own_bandit" in "\n".join(lines)
+    words = ["--merge", "--no_measure", "--out", str(tmp_path / "merged")]
+    assert main(["--debug", "export", str(tmp_path / "adapter"), *words]) == 0
+    assert f"bandit={own_bandit.__module__}:own_bandit" in (tmp_path / "merged/README.md").read_text()
+
+
+RECORDED = {
+    "no method": ("method",),
+    "no base": ("base",),
+    "a list for a base": ("base", []),
+    "a list as a setting": ("method.rho", [1]),
+    "no number of updates": ("training.updates",),
+    "a word for a rate": ("training.learning_rate", "fast"),
+    "no versions": ("versions",),
+    "unknown dtype": ("base.dtype", "float33"),
+    "an integer dtype": ("base.dtype", "int8"),
+    "a number for a dtype": ("base.dtype", 32),
+    "an unknown field": ("base.shape", {"hiden_size": 32}),
+    "a word for settings": ("base.quantisation", "nf4"),
+    "quantised, and not known what": ("base.quantisation", {"load_in_4bit": True}),
+    "words in place of samples": ("base.values", {"lm_head.weight": ["a", "b", "c", "d"]}),
+    "part of a probe": ("probe", [[0.0]]),
+    "no probe": ("probe",),
+}
+
+
+@pytest.mark.parametrize("change", RECORDED.values(), ids=RECORDED)
+def test_a_record_that_was_not_written_so_is_refused(change, adapter):
+    recorded(adapter, *change)
+    with pytest.raises(UserError, match=r"slsam\.json is damaged \(\w") as caught:
+        read_record(adapter)
+    assert (change[0] if change[-1] != {"load_in_4bit": True} else "base.unquantised") in str(caught.value)
+    assert "Copy it again" in str(caught.value)
+
+
+def test_an_export_writes_nothing_before_the_record_is_known_good(adapter, tmp_path, capsys):
+    recorded(adapter, "base.shape")
+    for words in (["--merge"], []):
+        assert main(["export", str(adapter), "--out", str(tmp_path / "out"), *words]) == 2
+        assert "base.shape is missing" in " ".join(capsys.readouterr().err.split())
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_a_record_holds_what_tells_a_base(trained):
@@ -181,8 +240,27 @@ BAD = {
         "adapter_model.bin is a pickle and is not read",
     ),
     "record": (lambda f: (f / "slsam.json").write_text("[]") and f, "slsam.json is damaged"),
+    "record without a value": (lambda f: recorded(f, "base.dtype") and f, "base.dtype is missing"),
+    "record of odd values": (
+        lambda f: recorded(f, "base.values", {"lm_head.weight": [1.0]}) and f,
+        "base.values.lm_head.weight is [1.0]; it must be a list of 4 numbers",
+    ),
     "newer record": (lambda f: (f / "slsam.json").write_text('{"schema": 9}') and f, "has schema 9"),
 }
+
+
+def recorded(folder, place, *value):
+    """Set a value of an adapter's record, or take it out."""
+    file = folder / "slsam.json"
+    *way, last = place.split(".")
+    record = inner = json.loads(file.read_text())
+    for key in way:
+        inner = inner[key]
+    if value:
+        inner[last] = value[0]
+    else:
+        del inner[last]
+    return file.write_text(json.dumps(record))
 
 
 def cut(file):
