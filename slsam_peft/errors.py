@@ -1,4 +1,4 @@
-"""The one error a command line shows without a traceback."""
+"""The errors a command line shows without a traceback."""
 
 
 class UserError(Exception):
@@ -6,6 +6,13 @@ class UserError(Exception):
 
     The message is a few lines: the value, what is allowed and what to do next. The command line prints it to stderr
     and exits with code 2.
+    """
+
+
+class DivergedError(RuntimeError):
+    """Training has stopped: more updates in a row than allowed had a NaN or infinite loss or gradient.
+
+    The message says how many and what was seen last. The command line prints it and exits with code 1.
     """
 
 

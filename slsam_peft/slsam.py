@@ -20,6 +20,7 @@ from slsam_peft import rng, state
 from slsam_peft.arms import Arm, ArmNorms
 from slsam_peft.bandit import Bandit
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.errors import DivergedError
 from slsam_peft.horizon import Horizon
 from slsam_peft.memory import GradientMemory
 from slsam_peft.passes import Closure, Passes, PassRunner, Pending, Update
@@ -164,7 +165,8 @@ class SLSAM:
 
         Raises:
             ValueError: `ascent="partial"` without `ascent_closure`.
-            RuntimeError: more than `max_skipped_updates` updates in a row had a NaN or infinite loss or gradient.
+            DivergedError: more than `max_skipped_updates` updates in a row had a NaN or infinite loss or gradient; a
+                `RuntimeError`.
         """
         return self.accumulate(Passes(closure, closure, ascent_closure, probe))
 
@@ -345,7 +347,7 @@ class SLSAM:
         elif math.isfinite(float(descent)):  # a gradient scaler must see for itself that this step is void
             self.runner.void()
         if self.skipped_in_a_row > self.config.max_skipped_updates:
-            raise RuntimeError(
+            raise DivergedError(
                 f"{self.skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
                 f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
                 f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from slsam_peft import __version__
 from slsam_peft.cli.parsing import Parser, nearest
-from slsam_peft.errors import Interrupted, UserError
+from slsam_peft.errors import DivergedError, Interrupted, UserError
 
 PROG = "slsam-peft"
 
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Arguments without the program's name; `sys.argv[1:]` where it is missing.
 
     Returns:
-        `int`: Exit code: 0 done, 2 what was asked for cannot be done (message on stderr), 130 interrupted (Ctrl-C,
-            SIGINT), 143 terminated (SIGTERM).
+        `int`: Exit code: 0 done, 1 training has diverged or `check` has found a problem, 2 what was asked for cannot
+            be done (message on stderr), 130 interrupted (Ctrl-C, SIGINT), 143 terminated (SIGTERM).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     position = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
@@ -60,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"{PROG}: {error}")
         return 2
+    except DivergedError as error:
+        if debug:
+            raise
+        _say(f"{PROG}: training has diverged: {error}")
+        return 1
     except OSError as error:
         if debug or error.errno not in _DISK:
             raise

@@ -28,7 +28,10 @@ _COMMON = {
     "output_dir": ("FOLDER", "where checkpoints and the adapter are written"),
     "use_peft": ("", "train LoRA adapters; the base stays as it is"),
     "load_in_4bit": ("", "quantise the base to 4 bits (QLoRA)"),
-    "resume_from_checkpoint": ("FOLDER", "go on from this checkpoint, or from output_dir's last one with true"),
+    "resume_from_checkpoint": (
+        "FOLDER",
+        "go on from this checkpoint; true: from output_dir's newest whole one; auto: the same, or afresh without one",
+    ),
 }
 
 
@@ -65,7 +68,10 @@ def print_help() -> None:
     parser = argparse.ArgumentParser(
         prog=PROG, usage=USAGE, description=_DESCRIPTION, add_help=False, formatter_class=_Formatter
     )
-    parser.epilog = f"All other settings are TRL's: {PROG} --help-all lists them."
+    parser.epilog = (
+        f"All other settings are TRL's: {PROG} --help-all lists them. Exit code: 0 trained, 1 training has diverged, "
+        "2 what was asked for cannot be done, 130 Ctrl-C, 143 SIGTERM."
+    )
     common = parser.add_argument_group("common settings")
     common.add_argument("-h", "--help", action="store_true", help="show this and leave")
     common.add_argument("--help-all", action="store_true", help="add TRL's own settings (takes some seconds)")

@@ -3,6 +3,7 @@
 import errno
 import logging
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
 
 logger = logging.getLogger(__name__)
+
+MOST_SAID = 300  # characters of an error of a library that reads damaged files
 
 SMOLLM2 = "smollm2"  # a name that needs no account and no Hub: see slsam_peft.integrations.smollm2
 
@@ -52,6 +55,7 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     Raises:
         UserError: the output folder cannot be written, there is no such checkpoint, the data or the model cannot be
             read, or settings do not fit each other. Nothing has been written then.
+        DivergedError: too many updates in a row had a NaN or infinite loss or gradient. Checkpoints stay.
         Interrupted: SIGINT or SIGTERM ended training, see `slsam_peft.integrations.signals`.
     """
     folder = str(args.output_dir)  # SFTConfig has set one
@@ -67,10 +71,15 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
         try:
             with stop.listening():
                 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        except Exception as error:
             if begun.step or getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            raise UserError(f"training cannot start: {error}{_damage(args.resume_from_checkpoint)}") from error
+            # A damaged file makes its reader raise anything; without one, what is no refusal is a bug.
+            damage = damaged_file(args.resume_from_checkpoint)
+            if not damage and not isinstance(error, ValueError | RuntimeError | OSError | SafetensorError):
+                raise
+            said = " ".join(str(error).split())[:MOST_SAID] if damage else str(error)
+            raise UserError(f"training cannot start: {said}{damage}") from error
         stop.raise_if_stopped()
     trainer.save_model(folder)
     if args.push_to_hub:
@@ -78,10 +87,26 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     return trainer
 
 
-def _damage(checkpoint: str | None) -> str:
-    """Return what is wrong with a checkpoint's files, as a sentence to add; empty where nothing is."""
-    why = None if checkpoint is None else what_is_missing(checkpoint)
+def damaged_file(checkpoint: str | None) -> str:
+    """Return what is wrong with a checkpoint's files, as a line to add to a message; empty where nothing is found.
+
+    Args:
+        checkpoint (`str` or `None`): The folder.
+    """
+    if checkpoint is None:
+        return ""
+    archives = [path for path in sorted(Path(checkpoint).iterdir()) if path.suffix in (".pt", ".pth")]
+    why = what_is_missing(checkpoint) or next((f"{p.name} is damaged" for p in archives if not _is_sound(p)), "")
     return f"\nIn {checkpoint}, {why}; resume from an older checkpoint." if why else ""
+
+
+def _is_sound(archive: Path) -> bool:
+    """Whether what torch has saved in a zip archive has the check sums that were saved with it."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return opened.testzip() is None
+    except Exception:  # zipfile raises many kinds for a header of changed bytes
+        return False
 
 
 def check_output_folder(folder: str) -> None:
@@ -102,7 +127,9 @@ def check_output_folder(folder: str) -> None:
 
 
 def find_checkpoint(args: SFTConfig) -> str | None:
-    """Return the checkpoint folder that `args.resume_from_checkpoint` asks for: a path, or `true` for the last one.
+    """Return the checkpoint folder that `args.resume_from_checkpoint` asks for, or `None` to start afresh.
+
+    It is a path, `true` for the newest whole one in `output_dir`, or `auto` for the same where there is one.
 
     Raises:
         UserError: there is none, or the one named is not whole.
@@ -111,13 +138,13 @@ def find_checkpoint(args: SFTConfig) -> str | None:
     wish = str(asked).lower()
     if asked is None or wish in ("false", "none", "no"):
         return None
-    if wish == "true":
+    if wish in ("true", "auto"):
         last = last_whole_checkpoint(str(args.output_dir))
-        if last is None:
+        if last is None and wish == "true":
             raise UserError(
                 f"resume_from_checkpoint=true, but output_dir={args.output_dir} has no checkpoint-<step> folder that "
                 "was saved whole. Name the folder of the run to resume, or leave resume_from_checkpoint out to start "
-                "afresh."
+                "afresh; auto does so where there is none."
             )
         return last
     folder = Path(asked).expanduser()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C under `slsam-peft sft`: a clean end, a checkpoint where they are saved, and an exit code."""
+"""Stopping `slsam-peft sft` by SIGTERM, Ctrl-C or divergence: a clean end, a checkpoint if saved, an exit code."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from slsam_peft import SLSAM, last_whole_checkpoint
 from slsam_peft.cli.main import main
+from slsam_peft.errors import DivergedError
 from slsam_peft.integrations import finetune
 from tests.tiny import llama, texts, tokenizer
 
@@ -49,6 +50,17 @@ def signals(monkeypatch):
 
     monkeypatch.setattr(SLSAM, "accumulate", signalled)
     return sent
+
+
+def test_a_command_that_is_started_again_and_again(command, signals):
+    """As a spot machine does: the same words each time, from nothing to a finished run and once more."""
+    assert main([*command, "--output_dir", "whole"]) == 0
+    words = [*command, "--output_dir", "out", "--resume_from_checkpoint", "auto"]
+    signals[1], signals[3] = [signal.SIGTERM], [signal.SIGTERM]
+    assert [main(words) for _ in range(4)] == [143, 143, 0, 0]
+    ours, expected = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("out", "whole"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[n], expected[n]) for n in ours)
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -95,3 +107,18 @@ def test_a_signal_before_training_leaves_nothing(command, monkeypatch, capsys):
     assert main([*command, "--output_dir", "out"]) == 143
     assert capsys.readouterr().err.endswith("slsam-peft: terminated.\n")
     assert not Path("out").exists()
+
+
+def test_training_that_diverges_ends_with_its_message(command, capsys):
+    """A base with a NaN in its head: no update is finite."""
+    model = llama(num_hidden_layers=2)
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = float("nan")
+    model.save_pretrained("model")
+    assert main([*command, "--output_dir", "out", "--max_skipped_updates", "2"]) == 1
+    said = capsys.readouterr().err
+    assert "slsam-peft: training has diverged: 3 updates in a row had a NaN or infinite loss or gradient" in said
+    assert "Traceback" not in said
+    assert not Path("out/adapter_model.safetensors").exists()
+    with pytest.raises(DivergedError):
+        main([*command, "--output_dir", "out", "--max_skipped_updates", "0", "--debug"])

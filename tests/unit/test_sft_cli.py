@@ -156,8 +156,16 @@ def test_the_last_checkpoint_is_resumed(folder: Path) -> None:
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_')):
         (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
         (folder / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    args = parse([*GOOD, "--resume_from_checkpoint", "true"]).training
-    assert finetune.find_checkpoint(args) == "out/checkpoint-10"
+    for wish in ("true", "auto"):
+        args = parse([*GOOD, "--resume_from_checkpoint", wish]).training
+        assert finetune.find_checkpoint(args) == "out/checkpoint-10"
+
+
+def test_without_a_checkpoint_auto_starts_afresh(folder: Path) -> None:
+    args = parse([*GOOD, "--resume_from_checkpoint", "auto"]).training
+    assert finetune.find_checkpoint(args) is None
+    (folder / "out" / "checkpoint-2").mkdir(parents=True)  # a kill in the first save
+    assert finetune.find_checkpoint(args) is None
 
 
 def test_a_held_out_file_that_is_not_used_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
