@@ -129,6 +129,7 @@ PLAN_FLAGS: list[tuple[list[str], str]] = [
 
 # A comparison that is allowed, and changes that are not.
 COMPARISON = """
+model: small
 training: {updates: 2}
 tasks: {docs: {source: stdlib_docs, rows: 4}}
 methods:
@@ -144,6 +145,43 @@ COMPARISONS: dict[str, tuple[str, str, str]] = {
     "tuned on a reported seed": ("tuning_seed: 1", "tuning_seed: 0", "on a seed that is not reported"),
     "rate no number": ("[1.0e-3]}", "[fast]}", "'fast' is not allowed; it must be a finite number > 0"),
     "no YAML": ("seeds: [0]", "seeds: [0", "is not valid YAML"),
+    "seed no number": ("seeds: [0]", "seeds: [one]", "'one' is not allowed; a seed is an integer >= 0."),
+    "decay no number": ("updates: 2", "updates: 2, weight_decay: no", "weight_decay=False is not allowed"),
+    "partial ascent of one": (
+        "slsam: {rho: 0.1, active_fraction: 1.0}",
+        "batch_size: 1, slsam: {ascent: partial}",
+        "methods.sam: ascent='partial' takes a part of an update's sequences, and batch_size=1 has one",
+    ),
+}
+# What only the model, the trainer or the data show.
+COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
+    "model folder missing": ("small", "./gone", "model=./gone is not a folder"),
+    "model unknown": ("small", "nobody/nothing", "model=nobody/nothing cannot be read: "),
+    "model folder empty": ("small", "./void", "model=./void cannot be read: "),
+    "less than one arm": (
+        "active_fraction: 1.0",
+        "active_fraction: 0.01",
+        "methods.sam: active_fraction=0.01 of 5 arms is less than one arm; use at least 0.2",
+    ),
+    "budget out of reach": ("active_fraction: 1.0", "cost_budget: 9", "methods.sam: cost_budget=9"),
+    "unknown schedule": ("updates: 2", "updates: 2, lr_scheduler_type: cosin", "Did you mean 'cosine'?"),
+    "schedule with options": ("updates: 2", "updates: 2, lr_scheduler_type: cosine_with_min_lr", "min_lr"),
+    "puzzle misspelt": (
+        "source: stdlib_docs",
+        "source: reasoning_gym, puzzle: basic_aritmetic",
+        "tasks.docs: puzzle='basic_aritmetic' is not one of reasoning-gym's",
+    ),
+    "puzzle's options": (
+        "source: stdlib_docs",
+        "source: reasoning_gym, puzzle: basic_arithmetic, puzzle_options: {terms: 2}",
+        "tasks.docs: puzzle='basic_arithmetic' with {'terms': 2}: ",
+    ),
+    "data file missing": (
+        "source: stdlib_docs",
+        "source: jsonl, file: gone.jsonl",
+        "tasks.docs: data file gone.jsonl does not exist",
+    ),
+    "too few rows": ("rows: 4", "rows: 40000", "tasks.docs: source='stdlib_docs': n_train=40000 is not allowed"),
 }
 COMPARE: list[tuple[list[str], str]] = [
     (["compare"], "required: --config"),
@@ -158,6 +196,10 @@ COMPARE: list[tuple[list[str], str]] = [
     (["compare", "--config", "good.yaml", "--table", "gone/a.md"], "the folder of gone/a.md does not exist"),
     (["compare", "--config", "good.yaml", "--plot", "a.pdf"], "--plot a.pdf: the name must end in .png or .svg."),
     (["compare", "--config", "good.yaml", "--table", "/proc/a.md"], "/proc/a.md cannot be written: "),
+    (["compare", "--config", "good.yaml", "--rows", "full"], "full is a folder; name a file in it."),
+    (["compare", "--config", "good.yaml", "--rows", "gone/r.jsonl"], "the folder of gone/r.jsonl does not exist."),
+    (["compare", "--config", "good.yaml", "--rows", "/proc/r.jsonl"], "/proc/r.jsonl cannot be written: "),
+    (["compare", "--config", "good.yaml", "--rows", "full", "--report"], "rows cannot be read from full: "),
 ]
 BENCH: list[tuple[list[str], str]] = [
     (["--updates", "0"], "0 is not allowed; it must be at least 1"),
@@ -229,6 +271,15 @@ SEEN: list[tuple[list[str], str]] = [
     (["chat", "--adapter", "adapter", "--max_new_tokens", "0"], "--max_new_tokens=0 is not allowed"),
     (["chat", "--adapter", "adapter", "--temperature", "nan"], "--temperature=nan is not allowed"),
 ]
+# The command, the package that it lacks, and the extra that brings it.
+EXTRAS: list[tuple[list[str], str, str]] = [
+    (["plot", "full"], "matplotlib", "plot without --live needs matplotlib; install the extra: pip install 'slsam-p"),
+    ([*FLAT, "--plot", "a.png"], "matplotlib", "--plot needs matplotlib; install the extra"),
+    (["bench", "--output", "b.json", "--plot", "a.png"], "matplotlib", "--plot needs matplotlib"),
+    (["compare", "--config", "good.yaml", "--plot", "a.png"], "matplotlib", "--plot needs matplotlib"),
+    (["compare", "--config", "good.yaml"], "scipy", "pip install 'slsam-peft[compare]'"),
+    (["compare", "--config", "puzzles.yaml"], "reasoning_gym", "pip install 'slsam-peft[compare]'"),
+]
 # Checkpoints that training resumes from, each with one file spoilt.
 CHECKPOINTS: dict[str, list[str]] = {
     "slsam cut": ["slsam.safetensors is damaged", "resume from an older checkpoint"],
@@ -244,4 +295,6 @@ CHECKPOINTS: dict[str, list[str]] = {
     "scheduler missing": ["is not whole: scheduler.pt is missing", "start afresh"],
     "random cut": ["is not whole: rng_state.pth is cut short", "start afresh"],
     "random missing": ["is not whole: rng_state.pth is missing", "start afresh"],
+    "optimizer flipped": ["training cannot start: ", "optimizer.pt is damaged; resume from an older checkpoint"],
+    "random flipped": ["training cannot start: ", "rng_state.pth is damaged; resume from an older checkpoint"],
 }

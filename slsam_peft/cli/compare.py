@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_outputs
+from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs
 from slsam_peft.cli.quiet import quieten, quieten_loaded
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
     from slsam_peft.integrations.compare.jobs import Plan
+    from slsam_peft.integrations.compare.settings import CompareSettings
     from slsam_peft.integrations.compare.store import RowStore
 
 NAME = "compare"
@@ -47,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
     """
     from slsam_peft.integrations.compare.settings import read_settings
 
-    settings = read_settings(args.config)
-    check_outputs([args.table], args.force, args.plot)
-    rows_file = args.rows or args.config.parent / "rows" / f"{args.config.stem}.jsonl"
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
+    settings = read_settings(args.config)
+    check_outputs([args.table], args.force, args.plot)
+    trains = not (args.list or args.report)
+    rows_file = _rows_file(args, trains)
+    _check_packages(args, settings, trains)
     if not args.debug:
         quieten()
     from rich.console import Console
@@ -65,12 +68,34 @@ def run(args: argparse.Namespace) -> int:
         if not args.debug:
             quieten_loaded()
         plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
+        if next(plan.pending(store.read()), None) and trains:
+            from slsam_peft.integrations.compare.checks import check_plan
+
+            check_plan(plan)
     if args.list:
         return _list(plan, store, console)
-    if not args.report:
+    if trains:
         work(plan, store, console, args.limit)
     _report(plan, store, console, args)
     return 0
+
+
+def _rows_file(args: argparse.Namespace, trains: bool) -> Path:
+    """Return where the rows are; what will be trained for hours must be writable there."""
+    folder = args.config.parent / "rows"  # made with the first row
+    file = args.rows or folder / f"{args.config.stem}.jsonl"
+    if trains:
+        check_appendable(file if args.rows or folder.exists() else folder)
+    return file
+
+
+def _check_packages(args: argparse.Namespace, settings: "CompareSettings", trains: bool) -> None:
+    from slsam_peft.integrations.extras import require
+
+    if not args.list:
+        require("the statistics of compare", "compare", "scipy")
+    if trains and any(task.source == "reasoning_gym" for task in settings.tasks.values()):
+        require("source='reasoning_gym'", "compare", "reasoning_gym")
 
 
 def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slsam_peft.errors import UserError
+from slsam_peft.integrations.extras import require
 
 PLOT_SUFFIXES = (".png", ".svg")
 
@@ -18,8 +19,10 @@ def check_outputs(paths: Sequence[Path | None], force: bool, plot: Path | None =
         plot (`Path`, *optional*): The one that is a picture, PNG or SVG.
 
     Raises:
-        UserError: one exists already, is a folder, or cannot be made where it is to be.
+        UserError: one exists already, is a folder, or cannot be made where it is to be; a picture without matplotlib.
     """
+    if plot is not None:
+        require("--plot", "plot", "matplotlib")
     for path in (*paths, plot):
         if path is None:
             continue
@@ -27,16 +30,37 @@ def check_outputs(paths: Sequence[Path | None], force: bool, plot: Path | None =
             raise UserError(f"{path} is a folder; name a file in it.")
         if path.exists() and not force:
             raise UserError(f"{path} exists already. Name another file, or pass --force to overwrite it.")
-        folder = path.resolve().parent
-        if not folder.is_dir():
-            raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
+        _check_folder(path)
+    if plot is not None and plot.suffix not in PLOT_SUFFIXES:
+        raise UserError(f"--plot {plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")
+
+
+def check_appendable(path: Path) -> None:
+    """Check that lines can be added to a file, which need not exist, and leave everything as it was.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it.")
+    _check_folder(path)
+    if path.exists():
         try:
-            with tempfile.TemporaryFile(dir=folder):
+            with path.open("ab"):
                 pass
         except OSError as error:
             raise _unwritable(path, error) from error
-    if plot is not None and plot.suffix not in PLOT_SUFFIXES:
-        raise UserError(f"--plot {plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")
+
+
+def _check_folder(path: Path) -> None:
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"the folder of {path} does not exist. Make it first, or name another file.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def write_output(path: Path, text: str) -> None:

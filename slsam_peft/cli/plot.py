@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from slsam_peft.errors import UserError
+from slsam_peft.integrations.extras import require
 
 NAME = "plot"
 HELP = "Draw a training: probabilities and activity of the arms, loss, sharpness, cost; or follow one live"
@@ -35,18 +36,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out={target}: name a file in a folder that exists.")
     if target.exists() and not args.force:
         raise UserError(f"{target} exists already. Name another file with --out, or pass --force to overwrite it.")
+    require("plot without --live", "plot", "matplotlib")
     from rich.console import Console
 
     from slsam_peft.integrations.atomic import write_atomically
     from slsam_peft.integrations.trace_data import read_runs
 
     traces = read_runs(args.runs)
-    try:
-        from slsam_peft.integrations.trace_plot import draw
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise UserError("pictures need matplotlib: pip install 'slsam-peft[plot]'. --live needs none.") from error
+    from slsam_peft.integrations.trace_plot import draw
+
     try:
         write_atomically(target, draw(traces, target.suffix.lower()))
     except OSError as error:

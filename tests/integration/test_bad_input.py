@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.bad_input import PLAN, SFT
 from tests.tiny import build, llama, lora, tokenizer
 from tests.unit.test_data import BAD_FILES
 
+COMPARISONS = {**bad_input.COMPARISONS, **bad_input.COMPARISONS_LATE}
 MOST_LINES = 8  # quoted errors of other libraries included
 
 # TRL sets fields of transformers by their old names.
@@ -76,7 +78,10 @@ def make_plain_files() -> None:
     Path("data/cut").mkdir()
     Path("data/cut/a.jsonl").write_text('{"text": "a"}\n{"te')
     Path("good.yaml").write_text(bad_input.COMPARISON)
-    for i, (old, new, _) in enumerate(bad_input.COMPARISONS.values()):
+    Path("puzzles.yaml").write_text(
+        bad_input.COMPARISON.replace("stdlib_docs", "reasoning_gym, puzzle: basic_arithmetic")
+    )
+    for i, (old, new, _) in enumerate(COMPARISONS.values()):
         assert old in bad_input.COMPARISON
         Path(f"compare-{i}.yaml").write_text(bad_input.COMPARISON.replace(old, new))
 
@@ -123,8 +128,9 @@ def cases() -> Iterator[tuple[str, list[str], list[str]]]:
         yield f"sft, settings: {name}", [*SFT, "--config", f"sft-{i}.yaml"], said
     for i, (name, (file, _, said)) in enumerate(BAD_FILES.items()):
         yield f"sft, data: {name}", [*SFT, "--dataset_name", f"data/{i}/{file}"], [file, *said]
-    for i, (name, (_, _, said)) in enumerate(bad_input.COMPARISONS.items()):
-        yield f"compare: {name}", ["compare", "--config", f"compare-{i}.yaml"], [f"compare-{i}.yaml", said]
+    for i, (name, (_, _, said)) in enumerate(COMPARISONS.items()):
+        file = [f"compare-{i}.yaml"] if name in bad_input.COMPARISONS else []
+        yield f"compare: {name}", ["compare", "--config", f"compare-{i}.yaml"], [*file, said]
 
 
 CASES = list(cases())
@@ -164,6 +170,21 @@ def test_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert_refused(words, said, capsys)
+    assert snapshot(inside) == world[1]
+
+
+@pytest.mark.parametrize(("words", "package", "said"), bad_input.EXTRAS, ids=lambda value: str(value)[:40])
+def test_a_package_that_is_missing(
+    words: list[str],
+    package: str,
+    said: str,
+    inside: Path,
+    world: tuple[Path, Snapshot],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_refused(words, [said], capsys)
     assert snapshot(inside) == world[1]
 
 
@@ -223,7 +244,8 @@ def spoil(folder: Path, how: str) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     else:
         content = bytearray(file.read_bytes())
-        content[-1] ^= 1
+        # Of an archive of torch's, the beginning of what tells its reader how to put objects together.
+        content[content.index(b"\x80\x02") + 2 if file.suffix in (".pt", ".pth") else -1] ^= 64
         file.write_bytes(content)
 
 

@@ -324,21 +324,3 @@ def test_numbers_that_are_not_finite_are_drawn_around(folder):
     assert main(["plot", "run"]) == 0
     said = shown(read_trace(file))
     assert said[1].startswith("loss")
-
-
-def test_without_matplotlib_the_message_says_what_to_install(folder, monkeypatch, capsys):
-    import builtins
-    import sys
-
-    original = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.split(".")[0] == "matplotlib":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
-        return original(name, *args, **kwargs)
-
-    write_trace(folder / "run", blocks(3), 5)
-    monkeypatch.delitem(sys.modules, "slsam_peft.integrations.trace_plot")
-    monkeypatch.setattr(builtins, "__import__", missing)
-    assert main(["plot", "run"]) == 2
-    assert "pip install 'slsam-peft[plot]'" in capsys.readouterr().err

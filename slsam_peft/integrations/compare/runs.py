@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import math
+import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from slsam_peft.arms import arms_of
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost import CostModel
-from slsam_peft.errors import UserError
+from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.integrations.compare.control import RandomPerturbationTrainer
 from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
 from slsam_peft.integrations.compare.settings import CompareSettings, TaskSettings, TrainingSettings
@@ -28,6 +30,7 @@ from slsam_peft.integrations.quickstart import load_nf4
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
 from slsam_peft.planning import ExpectedCost
+from slsam_peft.slsam import SLSAM
 
 SMOLLM2 = "smollm2"
 TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
@@ -42,12 +45,10 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
     It is read from the model's config alone, no weights are loaded.
 
     Raises:
-        UserError: the model's config cannot be read, or a `cost_budget` is out of reach.
+        UserError: the model's config cannot be read, a `cost_budget` is out of reach, or SL-SAM refuses a method on
+            this model.
     """
-    training = settings.training
-    config = AutoConfig.from_pretrained(model_folder(settings.model), trust_remote_code=False)
-    with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora(training))
+    training, model = settings.training, _skeleton(settings)
     costs = CostModel.from_model(model, training.gradient_checkpointing)
     expected = {}
     for name, method in settings.methods.items():
@@ -55,18 +56,37 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
             expected[name] = 1.0
             continue
         slsam, shapes = SLSAMConfig.from_dict(method.slsam), [(settings.batch_size(name), TYPICAL_LENGTH)]
-        cost = ExpectedCost(costs, arms_of(model, slsam.granularity), slsam, shapes)
         try:
-            fraction = slsam.fraction if slsam.cost_budget is None else cost.solve(slsam.cost_budget)
+            arms = arms_of(model, slsam.granularity)
+            cost = ExpectedCost(costs, arms, slsam, shapes)
+            solved = None if slsam.cost_budget is None else cost.solve(slsam.cost_budget)
+            SLSAM(arms, slsam, fraction=solved)  # refuses here what it would refuse in a run
         except ValueError as error:
             raise UserError(f"methods.{name}: {error}") from error
-        expected[name] = cost(fraction)
+        expected[name] = cost(slsam.fraction if solved is None else solved)
     return expected
+
+
+def _skeleton(settings: CompareSettings) -> Any:
+    """Return the model with its adapters, without weights."""
+    name = settings.model
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"model={name} is not a folder (from {Path.cwd()}); name one with a model in it.")
+    try:
+        config = AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return get_peft_model(base, lora(settings.training))
+    except (OSError, ValueError, KeyError) as error:  # what transformers raises for names, files and architectures
+        raise UserError(
+            f"model={name} cannot be read: {' '.join(str(error).split())[:400]}\nName a folder with a causal "
+            "language model in it, a hub name that can be reached, or smollm2."
+        ) from error
 
 
 def model_folder(name: str) -> str:
     """Return what `from_pretrained` takes for a model name; `"smollm2"` is fetched where it is not there yet."""
-    return str(fetch_smollm2()) if name == SMOLLM2 else name
+    return str(fetch_smollm2()) if name == SMOLLM2 else os.path.expanduser(name)
 
 
 def lora(training: TrainingSettings) -> LoraConfig:
@@ -107,9 +127,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         start = time.monotonic()
         try:
             trainer.train()
-        except RuntimeError as error:
-            if "NaN" not in str(error):
-                raise
+        except DivergedError as error:
             return {"error": str(error)}
         seconds = time.monotonic() - start
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -168,6 +186,40 @@ class _Progress(TrainerCallback):
         self.report(state.global_step, state.max_steps)
 
 
+def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
+    """Return the trainer's arguments of a run.
+
+    Args:
+        settings (`dict`): `Job.settings`.
+        scratch (`str`): Folder for whatever the trainer writes.
+
+    Raises:
+        ValueError: transformers or TRL refuse a value.
+    """
+    training, seed = TrainingSettings(**settings["training"]), settings["seed"]
+    return SFTConfig(
+        output_dir=scratch,
+        max_steps=settings["updates"],
+        per_device_train_batch_size=training.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        seed=seed,
+        max_length=training.max_length,
+        completion_only_loss=True,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=training.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
 def build_trainer(
     model: Any, tokenizer: Any, train: Sequence[Tokens], settings: Mapping[str, Any], scratch: str, report: Report
 ) -> SFTTrainer:
@@ -182,29 +234,8 @@ def build_trainer(
         report (`Report`): Told after every update.
     """
     training, seed = TrainingSettings(**settings["training"]), settings["seed"]
-    arguments = SFTConfig(
-        output_dir=scratch,
-        max_steps=settings["updates"],
-        per_device_train_batch_size=training.batch_size,
-        train_sampling_strategy="sequential",
-        learning_rate=settings["learning_rate"],
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        seed=seed,
-        max_length=training.max_length,
-        completion_only_loss=True,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bf16=model.dtype == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
     common = {
-        "args": arguments,
+        "args": arguments_of(settings, scratch),
         "train_dataset": Dataset.from_list([row.columns() for row in train]),
         "processing_class": tokenizer,
         "peft_config": lora(training),

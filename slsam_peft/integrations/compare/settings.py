@@ -98,6 +98,12 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "max_length", "lora_r"):
             _at_least_one(name, getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "lora_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r} is not allowed; it must be a finite number >= 0.")
+        if self.lora_alpha is not None:
+            _at_least_one("lora_alpha", self.lora_alpha)
         check_name("dtype", self.dtype, DTYPES)
         check_name("quantise", self.quantise, QUANTISATIONS)
         if self.prompt_format is not None and self.prompt_format.count("{}") != 1:
@@ -197,6 +203,17 @@ class CompareSettings:
             check_name("tuning_task", self.tuning_task, tuple(self.tasks))
         for name in self.match:
             check_name("match", name, MATCHES)
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model={self.model!r} is not allowed; name a folder, a hub name, or smollm2.")
+        for name, method in self.methods.items():
+            if (method.slsam or {}).get("ascent") == "partial" and self.batch_size(name) < 2:
+                raise ValueError(
+                    f"methods.{name}: ascent='partial' takes a part of an update's sequences, and batch_size="
+                    f"{self.batch_size(name)} has one; use a larger batch_size, or ascent='two_pass'."
+                )
+        for seed in (*self.seeds, self.tuning_seed):
+            if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+                raise ValueError(f"seeds and tuning_seed: {seed!r} is not allowed; a seed is an integer >= 0.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} must be one or more different integers.")
         if self.tuning_seed in self.seeds:

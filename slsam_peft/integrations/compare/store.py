@@ -9,6 +9,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from slsam_peft.errors import UserError
+
 Row = dict[str, Any]
 
 
@@ -26,11 +28,20 @@ class RowStore:
         self._locks = path.parent / f".{path.name}.locks"
 
     def read(self) -> dict[str, Row]:
-        """Return the rows by key, the last one of each; a line that a killed process left unfinished is left out."""
+        """Return the rows by key, the last one of each; a line that a killed process left unfinished is left out.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
         if not self.path.exists():
             return {}
         rows = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"rows cannot be read from {self.path}: {why}. Name another file with --rows.") from error
+        for line in text.splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -1,0 +1,50 @@
+"""What a comparison would otherwise trip over hours later, tried before its first run."""
+
+import tempfile
+from typing import Any
+
+import torch
+from transformers import SchedulerType, get_scheduler
+
+from slsam_peft.config import check_name
+from slsam_peft.errors import UserError
+from slsam_peft.integrations.compare.jobs import Plan
+from slsam_peft.integrations.compare.runs import arguments_of
+from slsam_peft.integrations.compare.tasks import load_task
+
+
+def check_plan(plan: Plan) -> None:
+    """Load every task once and make the trainer's arguments of every method; nothing is trained or kept.
+
+    Raises:
+        UserError: rows cannot be had, or the trainer refuses a setting. The message names the task or the method.
+    """
+    settings = plan.settings
+    for name, task in settings.tasks.items():
+        try:
+            load_task(task, settings.tuning_seed)
+        except UserError as error:
+            raise UserError(f"tasks.{name}: {error}") from error
+    try:
+        names = tuple(kind.value for kind in SchedulerType)
+        check_name("training.lr_scheduler_type", settings.training.lr_scheduler_type, names)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    task = next(iter(settings.tasks))
+    for name in settings.methods:
+        try:
+            _check_arguments(plan.tuning(task, name, settings.match[0])[0].settings)
+        except (ValueError, TypeError) as error:  # what transformers raises for arguments and schedules
+            raise UserError(f"methods.{name} or training: {' '.join(str(error).split())[:400]}") from error
+
+
+def _check_arguments(settings: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
+        arguments = arguments_of(settings, scratch)
+    updates = settings["updates"]
+    get_scheduler(  # some schedules need options of their own, which a comparison has no place for
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
+        arguments.get_warmup_steps(updates),
+        updates,
+    )
