@@ -78,6 +78,32 @@ def test_the_file_tells_what_the_sampler_did(tmp_path):
     assert (trace.plain["total"], trace.plain["done"], trace.plain["fraction"]) == (UPDATES, True, 0.5)
 
 
+class Listener(TrainerCallback):
+    """Keeps what a logger is handed, as TensorBoard's and W&B's are, and the sampler's own numbers."""
+
+    def __init__(self):
+        self.logs, self.metrics, self.trainer = [], [], None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.metrics.append(dict(self.trainer.slsam.metrics))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append({key.removeprefix("slsam/"): value for key, value in logs.items() if "slsam/" in key})
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_callbacks_receive_every_number_of_the_sampler(every, tmp_path):
+    """Means over the updates since the last log, as the trainer's own numbers are."""
+    listener = Listener()
+    run(tmp_path, draws=listener, logging_steps=every, save_strategy="no", peft_config=lora(target_modules=["q_proj"]))
+    logs = [logs for logs in listener.logs if logs]
+    names = "active_fraction ascent_gain cost entropy floor grad_norm_ascent sharpness skipped"
+    assert [" ".join(sorted(entry)) for entry in logs] == [names] * (UPDATES // every)
+    for i, entry in enumerate(logs):
+        updates = listener.metrics[i * every : (i + 1) * every]
+        assert entry == pytest.approx({name: np.mean([u[name] for u in updates]) for name in entry}, rel=1e-9)
+
+
 def test_the_budget_and_what_it_was_solved_for(tmp_path):
     config = SLSAMConfig(design="depth", cost_budget=1.2)
     trainer = train(SLSAMTrainer, tmp_path, config)
