@@ -97,7 +97,7 @@ def test_callbacks_receive_every_number_of_the_sampler(every, tmp_path):
     listener = Listener()
     run(tmp_path, draws=listener, logging_steps=every, save_strategy="no", peft_config=lora(target_modules=["q_proj"]))
     logs = [logs for logs in listener.logs if logs]
-    names = "active_fraction ascent_gain cost entropy floor grad_norm_ascent sharpness skipped"
+    names = "active_fraction ascent_gain cost entropy floor grad_norm_ascent prefix_mib sharpness skipped"
     assert [" ".join(sorted(entry)) for entry in logs] == [names] * (UPDATES // every)
     for i, entry in enumerate(logs):
         updates = listener.metrics[i * every : (i + 1) * every]

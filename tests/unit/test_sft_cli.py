@@ -10,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from slsam_peft import SLSAMConfig
@@ -156,6 +158,7 @@ def test_the_last_checkpoint_is_resumed(folder: Path) -> None:
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_')):
         (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
         (folder / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        save_file({"weight": torch.zeros(1)}, folder / "out" / f"checkpoint-{step}" / "model.safetensors")
     for wish in ("true", "auto"):
         args = parse([*GOOD, "--resume_from_checkpoint", wish]).training
         assert finetune.find_checkpoint(args) == "out/checkpoint-10"
