@@ -295,6 +295,4 @@ CHECKPOINTS: dict[str, list[str]] = {
     "scheduler missing": ["is not whole: scheduler.pt is missing", "start afresh"],
     "random cut": ["is not whole: rng_state.pth is cut short", "start afresh"],
     "random missing": ["is not whole: rng_state.pth is missing", "start afresh"],
-    "optimizer flipped": ["training cannot start: ", "optimizer.pt is damaged; resume from an older checkpoint"],
-    "random flipped": ["training cannot start: ", "rng_state.pth is damaged; resume from an older checkpoint"],
 }

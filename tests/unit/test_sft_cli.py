@@ -171,6 +171,45 @@ def test_without_a_checkpoint_auto_starts_afresh(folder: Path) -> None:
     assert finetune.find_checkpoint(args) is None
 
 
+class Reader:
+    """Stands for a trainer whose reading of a checkpoint ends in an error of whatever kind."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def add_callback(self, callback: object) -> None:
+        pass
+
+    def train(self, resume_from_checkpoint: str) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("flipped", [True, False])
+def test_whatever_a_damaged_file_makes_its_reader_raise_is_refused_by_name(
+    flipped: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch does with a changed byte in a pickle; an error of the same kind without damage is a bug."""
+    checkpoint = folder / "out" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")
+    torch.save({"scale": torch.ones(3)}, checkpoint / "scaler.pt")
+    content = bytearray((checkpoint / "scaler.pt").read_bytes())
+    content[content.index(b"\x80\x02") + 2] ^= 64 * flipped  # the beginning of the pickle
+    (checkpoint / "scaler.pt").write_bytes(content)
+    assert (finetune.damaged_file(str(checkpoint)) != "") is flipped
+    monkeypatch.setattr(finetune, "build_trainer", lambda *_: Reader(LookupError("opcode 24")))
+    words = ["sft", *GOOD, "--resume_from_checkpoint", str(checkpoint)]
+    if flipped:
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "training cannot start: opcode 24" in said
+        assert "scaler.pt is damaged; resume from an older checkpoint" in said
+    else:
+        with pytest.raises(LookupError):
+            main(words)
+
+
 def test_a_held_out_file_that_is_not_used_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = parse([*GOOD, "--dataset_test_split", "train.jsonl"])
     _, held_out = finetune.load_data(settings.script, settings.training)
