@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from tests.tiny import build, completions, conversations, llama, lora, texts
+from tests.tiny import build, completions, conversations, llama, lora, texts, train
 from tests.watch import UPDATES, Watch, check, hooks
 
 CONFIG = SLSAMConfig(rho=0.05, active_fraction=0.4)
@@ -192,11 +192,13 @@ def test_save_steps(tmp_path):
 
 
 def test_load_best_model_at_end(tmp_path):
-    """A learning rate that does damage: the best checkpoint is not the last, and its weights come back."""
+    """A learning rate that does damage: the best checkpoint is not the last, and its weights and its sampler come back."""
     from safetensors.torch import load_file
 
-    trainer, watch = run(
+    trainer = train(
+        SLSAMTrainer,
         tmp_path,
+        CONFIG,
         parts={"eval_dataset": texts(6, seed=5)},
         learning_rate=1.0,
         eval_strategy="steps",
@@ -208,7 +210,8 @@ def test_load_best_model_at_end(tmp_path):
     )
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     best = 1 + losses.index(min(losses))
-    assert best < UPDATES
+    assert best < UPDATES == trainer.state.global_step
+    assert trainer.slsam.steps == best
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     saved = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
     here = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
