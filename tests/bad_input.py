@@ -181,6 +181,12 @@ COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
         "source: jsonl, file: gone.jsonl",
         "tasks.docs: data file gone.jsonl does not exist",
     ),
+    "answers cut off": (
+        "updates: 2",
+        "updates: 2, max_length: 2",
+        "tasks.docs: no train row has an answer within max_length=2 tokens; raise training.max_length.",
+    ),
+    "no chat template": ("small", "untemplated", "tasks.docs: the model's tokenizer takes no conversation: "),
     "too few rows": ("rows: 4", "rows: 40000", "tasks.docs: source='stdlib_docs': n_train=40000 is not allowed"),
 }
 COMPARE: list[tuple[list[str], str]] = [

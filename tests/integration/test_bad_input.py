@@ -106,6 +106,8 @@ def make_adapters() -> None:
     os.rename("adapters/pickle/adapter_model.safetensors", "adapters/pickle/adapter_model.bin")
     Path("adapters/task/adapter_config.json").write_text(json.dumps(settings | {"task_type": "SEQ_CLS"}))
     Path("adapters/shape/adapter_config.json").write_text(json.dumps(settings | {"r": 2}))
+    shutil.copytree("small", "untemplated")
+    Path("untemplated/chat_template.jinja").unlink()
     shutil.copytree("small", "small-cut")
     cut(Path("small-cut/model.safetensors"))
     other = json.dumps(settings | {"base_model_name_or_path": "small-cut"})

@@ -4,25 +4,30 @@ import tempfile
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import SchedulerType, get_scheduler
 
 from slsam_peft.config import check_name
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan
-from slsam_peft.integrations.compare.runs import arguments_of
-from slsam_peft.integrations.compare.tasks import load_task
+from slsam_peft.integrations.compare.runs import arguments_of, load_tokenizer
+from slsam_peft.integrations.compare.scoring import answered
+from slsam_peft.integrations.compare.settings import TrainingSettings
+from slsam_peft.integrations.compare.tasks import TaskData, load_task
 
 
 def check_plan(plan: Plan) -> None:
-    """Load every task once and make the trainer's arguments of every method; nothing is trained or kept.
+    """Load and tokenise every task once and make the trainer's arguments of every method; nothing is trained or kept.
 
     Raises:
-        UserError: rows cannot be had, or the trainer refuses a setting. The message names the task or the method.
+        UserError: rows cannot be had or have no answer within `max_length`, or the trainer refuses a setting. The
+            message names the task or the method.
     """
     settings = plan.settings
+    tokenizer = load_tokenizer(settings.model)
     for name, task in settings.tasks.items():
         try:
-            load_task(task, settings.tuning_seed)
+            _check_rows(load_task(task, settings.tuning_seed), tokenizer, settings.training)
         except UserError as error:
             raise UserError(f"tasks.{name}: {error}") from error
     try:
@@ -36,6 +41,22 @@ def check_plan(plan: Plan) -> None:
             _check_arguments(plan.tuning(task, name, settings.match[0])[0].settings)
         except (ValueError, TypeError) as error:  # what transformers raises for arguments and schedules
             raise UserError(f"methods.{name} or training: {' '.join(str(error).split())[:400]}") from error
+
+
+def _check_rows(data: TaskData, tokenizer: Any, training: TrainingSettings) -> None:
+    for split, pairs in vars(data).items():
+        try:
+            rows = answered(tokenizer, pairs, training.max_length, training.prompt_format)
+        except (ValueError, TemplateError) as error:
+            raise UserError(
+                f"the model's tokenizer takes no conversation: {' '.join(str(error).split())[:300]}\nName an instruct "
+                "or chat model, or set training.prompt_format."
+            ) from error
+        if not rows:
+            raise UserError(
+                f"no {split} row has an answer within max_length={training.max_length} tokens; raise "
+                "training.max_length."
+            )
 
 
 def _check_arguments(settings: Any) -> None:

@@ -23,7 +23,7 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost import CostModel
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.integrations.compare.control import RandomPerturbationTrainer
-from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
+from slsam_peft.integrations.compare.scoring import Tokens, answered, score
 from slsam_peft.integrations.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 from slsam_peft.integrations.compare.tasks import load_task
 from slsam_peft.integrations.quickstart import load_nf4
@@ -116,11 +116,8 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
     data = load_task(task, settings["seed"])
     held_out = data.validation if settings["split"] == "validation" else data.test
 
-    def tokens(pairs: Sequence[Any]) -> list[Tokens]:
-        rows = [tokenise(tokenizer, pair, training.max_length, training.prompt_format) for pair in pairs]
-        return [row for row in rows if row.prompt < len(row.ids)]  # a row without an answer teaches nothing
-
-    train = tokens(data.train)
+    limits = (training.max_length, training.prompt_format)
+    train = answered(tokenizer, data.train, *limits)
     order = row_order(len(train), settings["updates"] * training.batch_size, settings["seed"])
     with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
         trainer = build_trainer(model, tokenizer, [train[i] for i in order], settings, scratch, report)
@@ -132,7 +129,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         seconds = time.monotonic() - start
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     trained: Any = trainer.model
-    scores = score(trained, tokens(held_out))
+    scores = score(trained, answered(tokenizer, held_out, *limits))
     if not math.isfinite(scores.loss):
         return {"error": "the held-out loss is not finite"}
     costs = [entry.get("slsam/cost", 1.0) for entry in logs]
@@ -158,10 +155,21 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
         return load_nf4(source, dtype)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
         raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the base model's tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={name} has no tokenizer: {' '.join(str(error).split())[:400]}") from error
 
 
 def row_order(rows: int, wanted: int, seed: int) -> list[int]:

@@ -64,6 +64,12 @@ def tokenise(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | N
     return Tokens((ids + answer_ids)[:max_length], min(len(ids), max_length))
 
 
+def answered(tokenizer: Any, pairs: Sequence[Pair], max_length: int, prompt_format: str | None = None) -> list[Tokens]:
+    """Return the pairs as tokens, see `tokenise`; one whose answer is cut off whole teaches nothing: it is left out."""
+    rows = (tokenise(tokenizer, pair, max_length, prompt_format) for pair in pairs)
+    return [row for row in rows if row.prompt < len(row.ids)]
+
+
 @torch.inference_mode()
 def score(model: torch.nn.Module, rows: Sequence[Tokens]) -> Score:
     """Score the answers of `rows`, in evaluation mode. A row whose answer was cut off whole counts for nothing.
