@@ -65,7 +65,7 @@ def tokenise(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | N
 
 
 def answered(tokenizer: Any, pairs: Sequence[Pair], max_length: int, prompt_format: str | None = None) -> list[Tokens]:
-    """Return the pairs as tokens, see `tokenise`; one whose answer is cut off whole teaches nothing: it is left out."""
+    """Return the pairs as tokens, see `tokenise`, without those whose answer is cut off whole: they teach nothing."""
     rows = (tokenise(tokenizer, pair, max_length, prompt_format) for pair in pairs)
     return [row for row in rows if row.prompt < len(row.ids)]
 
