@@ -36,7 +36,10 @@ NEVER = {
     "yaml.load": "yaml.safe_load reads data only",
     "yaml.full_load": "yaml.safe_load reads data only",
     "yaml.unsafe_load": "yaml.safe_load reads data only",
-    "np.load": "may hold pickles; files are safetensors",
+    "numpy.load": "may hold pickles; files are safetensors",
+    "pandas.read_pickle": "runs code from the file",
+    "torch.jit.load": "runs code from the file",
+    "torch.serialization.load": "torch.load with weights_only=True reads data only",
     "shutil.unpack_archive": "follows paths in the archive",
     "urllib.request.urlopen": "downloads go through pip and huggingface_hub, and are checked",
 }
@@ -51,20 +54,34 @@ def is_constant(node: ast.expr | None, value: object) -> bool:
     return isinstance(node, ast.Constant) and node.value is value
 
 
+def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Line, full name and name here of all that is imported."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name, a.asname or a.name) for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{a.name}", a.asname or a.name) for a in node.names)
+
+
 def problems(tree: ast.AST) -> Iterator[str]:
     """What no source may do, with its line."""
+    full = {"np": "numpy", "pd": "pandas"}
+    for line, name, here in imported(tree):
+        full[here] = name
+        if name.split(".")[0] in RUN_CODE:
+            yield f"line {line}: {name} runs code from files"
+        if name in NEVER or name == "torch.load":
+            yield f"line {line}: {name} is hidden by importing it; {NEVER.get(name, 'call it by its full name')}"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            for name in names:
-                if name.split(".")[0] in RUN_CODE:
-                    yield f"line {node.lineno}: {name} runs code from files"
         if isinstance(node, ast.Call):
-            yield from (f"line {node.lineno}: {problem}" for problem in problems_of_call(node))
+            first, dot, rest = ast.unparse(node.func).partition(".")
+            called = full.get(first, first) + dot + rest
+            hidden = not dot and first in full  # seen where it was imported
+            found = () if hidden and called in NEVER else problems_of_call(node, called)
+            yield from (f"line {node.lineno}: {problem}" for problem in found)
 
 
-def problems_of_call(call: ast.Call) -> Iterator[str]:
-    called = ast.unparse(call.func)
+def problems_of_call(call: ast.Call, called: str) -> Iterator[str]:
     last = called.rpartition(".")[2]
     if called in NEVER:
         yield f"{called}: {NEVER[called]}"
@@ -100,6 +117,16 @@ BAD_LINES = [
     "archive.extractall(folder)",
     "archive.extract(member, folder)",
     "np.load(file)",
+    "numpy.load(file)",
+    "import numpy as n; n.load(file)",
+    "from numpy import load; load(file)",
+    "from torch import load",
+    "from torch import load as read; read(file, weights_only=True)",
+    "import torch as t; t.load(file)",
+    "from os import system; system(command)",
+    "from yaml import load",
+    "torch.jit.load(file)",
+    "pd.read_pickle(file)",
     "AutoTokenizer.from_pretrained(name)",
     "AutoModelForCausalLM.from_config(config)",
     "load(name, trust_remote_code=True)",
