@@ -48,6 +48,7 @@ class Run:
         self.events = events
         self.counts: list[tuple[int, Any]] = []
         self.seen: dict[str, Any] = {}
+        self.epochs: list[int] = []
         run = self
 
         class Watched(SFTTrainer):
@@ -60,6 +61,14 @@ class Run:
                 run.seen["tokens"] = (self._total_train_tokens - tokens, int(inputs["attention_mask"].sum()))
                 run.seen["metrics"] = {k: len(v) - before.get(k, 0) for k, v in self._metrics["train"].items()}
                 return loss
+
+            def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+                run.epochs.append(self.state.global_step)
+                super()._run_epoch(*args, **kwargs)
+
+            def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+                run.seen["adapter"] = args[0]
+                super()._load_from_checkpoint(*args, **kwargs)
 
             def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
                 events.append(f"load {checkpoint}")
@@ -233,6 +242,33 @@ def _(run: Run) -> None:
     assert not any(event.startswith("load") for event in run.first)
 
 
+@relied_on("transformers: _run_epoch", "resumed behind its last update, a run would make one more")
+def _(run: Run) -> None:
+    assert run.epochs == [0, 2], "once for the run, once for the resumed one, which has no update left to make"
+    assert "training_step" in run.resumed, "the trainer sees to it by itself: the override can go"
+
+
+@relied_on("transformers: _load_from_checkpoint", "16-bit adapters would be float32 in a resumed run")
+def _(run: Run) -> None:
+    assert run.seen["adapter"] == str(run.folder / "checkpoint-2")
+
+
+@relied_on("transformers: _load_best_model", "the best adapter would be widened, and come without its sampler")
+def _() -> None:
+    from transformers import Trainer
+
+    assert "self._load_best_model()" in inspect.getsource(Trainer)
+    assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]
+
+
+@relied_on("transformers: what tells of other engines", "DeepSpeed, FSDP and DataParallel would not be refused")
+def _(run: Run) -> None:
+    trainer = run.trainer
+    assert (trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled, trainer.args.n_gpu) == (False, False, 0)
+    assert hasattr(trainer.args, "fsdp")
+    assert hasattr(trainer.args, "torch_compile")
+
+
 @relied_on("transformers: _get_output_dir", "an old trainer_state.json would vouch for an unfinished save")
 def _(run: Run) -> None:
     assert Path(run.seen["output_dir"]) == run.folder
@@ -241,9 +277,11 @@ def _(run: Run) -> None:
 @relied_on("transformers: names of a checkpoint's files", "whole checkpoints would be taken for damaged ones")
 def _(run: Run) -> None:
     from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+    from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
     names = {path.name for path in (run.folder / "checkpoint-2").iterdir()}
     assert {OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, "rng_state.pth"} <= names
+    assert {ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME} <= names
 
 
 @relied_on("transformers: mark of an unfinished save", "a checkpoint that a signal cut short could pass for whole")
@@ -361,6 +399,18 @@ def _() -> None:
     assert {".other." in n for n, p in model.named_parameters() if p.requires_grad} == {True}
 
 
+@relied_on("peft: load_adapter widens 16 bits", "nothing: what casts them back after loading can go")
+def _(tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(llama().bfloat16(), lora(target_modules=["q_proj"]), autocast_adapter_dtype=False)
+    names = [name for name, p in model.named_parameters() if p.dtype == torch.bfloat16 and ".lora_" in name]
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    parameters = dict(model.named_parameters())
+    assert {parameters[name].dtype for name in names} == {torch.float32}
+
+
 @relied_on("peft: wrappers", "export, check and the record beside an adapter would not know base from adapter")
 def _() -> None:
     from peft.tuners.lora.layer import ParamWrapper
@@ -403,6 +453,31 @@ def _() -> None:
 
     block = add_hook_to_module(nn.Linear(2, 2), ModelHook())
     assert "forward" in block.__dict__
+
+
+@relied_on("accelerate: no_sync", "DDP would average the gradients of every arm in every pass")
+def _(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    model, entered = nn.Linear(2, 2), []
+
+    @contextmanager
+    def no_sync():
+        entered.append(1)
+        yield
+
+    model.no_sync = no_sync
+    monkeypatch.setattr(Accelerator, "use_distributed", True)
+    with run.trainer.accelerator.no_sync(model):
+        assert entered == [1]
+
+
+@relied_on("accelerate: scaler", "the bandit would see scaled norms")
+def _(run: Run) -> None:
+    from accelerate import Accelerator
+
+    assert run.trainer.accelerator.scaler is None
+    assert "self.scaler.scale(loss).backward(" in inspect.getsource(Accelerator.backward)
 
 
 @relied_on("accelerate: broadcast_object_list", "ranks would solve a budget for different batches and draw other arms")
