@@ -11,6 +11,7 @@ from slsam_peft import SLSAMConfig, SLSAMTrainer
 from tests.tiny import build, llama, lora
 
 UPDATES, CUT = 4, 2
+WIDE = 128  # rank at which every factor here has the 4,096 elements from which bitsandbytes keeps 8-bit moments
 _TIMES = ("runtime", "per_second", "total_flos", "train_loss", "num_tokens")  # TRL 1.16 counts tokens from 0 again
 
 
@@ -46,12 +47,13 @@ def flat(state, name):
 def train(folder, base_folder, settings, optimizer, quantised, reentrant, resume):
     """Train, from a checkpoint where `resume` names one, and leave `end.safetensors` and `end.json` in the folder."""
     draws = Draws()
+    rank = WIDE if "8bit" in optimizer else 4
     trainer = build(
         SLSAMTrainer,
         Path(folder),
         SLSAMConfig(rho=0.1, active_fraction=0.5, **settings),
         model=base(base_folder, quantised),
-        peft_config=lora(target_modules=["q_proj", "down_proj"], lora_dropout=0.2),
+        peft_config=lora(r=rank, target_modules=["q_proj", "down_proj"], lora_dropout=0.2),
         parts={"callbacks": [draws]},
         max_steps=UPDATES,
         gradient_accumulation_steps=3,

@@ -5,6 +5,8 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from slsam_peft.config import ASCENTS, BANDITS, DESIGNS
 from tests.resume_worker import CUT, train
@@ -53,7 +55,9 @@ def check(case, run, base_folder, folder):
     run(str(parted), base_folder, settings, *others, str(whole / f"checkpoint-{CUT}"))
     for name in ("end.safetensors", "end.json"):
         assert (whole / name).read_bytes() == (parted / name).read_bytes(), name
-    assert b'"optimizer.' in (whole / "end.safetensors").read_bytes()
+    moments = [v for n, v in load_file(whole / "end.safetensors").items() if n.endswith((".exp_avg", ".state1"))]
+    assert {v.dtype for v in moments} == {torch.uint8 if "8bit" in others[0] else torch.float32}
+    assert all(v.any() for v in moments)
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: "-".join(case[0]))
