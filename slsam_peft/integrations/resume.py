@@ -19,6 +19,8 @@ from transformers.utils import (
 )
 
 from slsam_peft.integrations.checkpoint import FILE_NAME
+from slsam_peft.integrations.hashes import damaged_files
+from slsam_peft.integrations.sealed import DamagedError, unseal
 
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' mark while it saves on SIGTERM
 _ADAPTER = {ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME}
@@ -75,7 +77,8 @@ def what_is_missing(checkpoint: str | os.PathLike, *, sampler: bool = True) -> s
 
     The trainer writes `trainer_state.json` last, so a complete one vouches for the files before it; those are looked
     at nevertheless, for what a crash of the machine or a deletion under way takes away: transformers goes on
-    without a file that is missing. A checkpoint of the model alone (`save_only_model`) is whole.
+    without a file that is missing. With its record of hashes (`slsam_files.json`) any changed bit shows; checkpoints
+    of earlier versions have none. One of the model alone (`save_only_model`) is whole.
 
     Args:
         checkpoint (`str` or `os.PathLike`): The folder.
@@ -97,6 +100,12 @@ def _faults(folder: Path, sampler: bool) -> Iterator[str]:
     present = names if sampler else names - {FILE_NAME}
     yield from (f"{name} is missing" for name in (*_lost_weights(folder, names), *_lost_state(names, sampler)))
     yield from (f"{name} is cut short" for name in sorted(present) if not _is_complete(folder / name))
+    yield from damaged_files(folder)
+    if FILE_NAME in present:
+        try:
+            unseal((folder / FILE_NAME).read_bytes())
+        except (OSError, DamagedError) as error:
+            yield f"{FILE_NAME} is damaged ({error})"
 
 
 def _lost_weights(folder: Path, names: set[str]) -> Iterator[str]:

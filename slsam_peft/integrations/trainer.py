@@ -14,9 +14,10 @@ from slsam_peft.arms import arms_of
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
-from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
+from slsam_peft.integrations.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
 from slsam_peft.integrations.costing import UpdateCost, cost_model_of, shape_of
 from slsam_peft.integrations.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
+from slsam_peft.integrations.hashes import RECORD_NAME, write_hashes
 from slsam_peft.integrations.peft import (
     ascent_part,
     float32_adapters,
@@ -29,6 +30,7 @@ from slsam_peft.integrations.quiet import forward_only, muted
 from slsam_peft.integrations.record import write_record
 from slsam_peft.integrations.resume import whole_checkpoint
 from slsam_peft.integrations.support import check_optimizer, check_trainer
+from slsam_peft.integrations.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.integrations.tracing import TraceFile, recorded_until
 from slsam_peft.passes import Passes
 from slsam_peft.planning import ExpectedCost
@@ -239,12 +241,15 @@ class SLSAMMixin(_Base):
         # `trainer_state.json` is written last and vouches for the rest; an earlier run's must not.
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            for name in (TRAINER_STATE_NAME, RECORD_NAME):
+                (folder / name).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         wait_for_ranks()  # each has written its own: `trainer_state.json`, which comes next, vouches for all
+        if self.args.should_save:
+            write_hashes(Path(output_dir), frozenset({FILE_NAME, TRACE_NAME}))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

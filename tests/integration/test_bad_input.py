@@ -239,6 +239,7 @@ def spoil(folder: Path, how: str) -> None:
     what, damage = how.split()
     names = {"slsam": "slsam.safetensors", "state": "trainer_state.json", "adapter": "adapter_model.safetensors"}
     names |= {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "random": "rng_state.pth"}
+    names |= {"hashes": "slsam_files.json"}
     file = folder / names[what]
     if damage == "missing":
         file.unlink()
@@ -246,7 +247,7 @@ def spoil(folder: Path, how: str) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     else:
         content = bytearray(file.read_bytes())
-        content[-1] ^= 1
+        content[len(content) // 2] ^= 1
         file.write_bytes(content)
 
 

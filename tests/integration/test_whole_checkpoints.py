@@ -1,5 +1,6 @@
 """Which checkpoints count as whole, and what resuming from others says."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,12 @@ def cut(path):
     path.write_bytes(content[: len(content) - 40])
 
 
+def flip(path, share=0.7):
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+
+
 SPOILED = {
     "no state": (lambda c: (c / "trainer_state.json").unlink(), "trainer_state.json is missing"),
     "state cut short": (lambda c: cut(c / "trainer_state.json"), "trainer_state.json is cut short"),
@@ -58,6 +65,13 @@ SPOILED = {
         "adapter_model.safetensors is cut",
     ),
     "sampler cut short": (lambda c: cut(c / "slsam.safetensors"), "slsam.safetensors is cut short"),
+    "sampler flipped": (lambda c: flip(c / "slsam.safetensors"), "slsam.safetensors is damaged"),
+    "adapter flipped": (lambda c: flip(c / "adapter_model.safetensors"), "adapter_model.safetensors is damaged"),
+    "optimizer flipped": (lambda c: flip(c / "optimizer.pt"), "optimizer.pt is damaged"),
+    "scheduler flipped": (lambda c: flip(c / "scheduler.pt", 0.3), "scheduler.pt is damaged"),
+    "random state flipped": (lambda c: flip(c / "rng_state.pth", 0.5), "rng_state.pth is damaged"),
+    "hashes cut short": (lambda c: cut(c / "slsam_files.json"), "slsam_files.json is damaged"),
+    "hashes of another kind": (lambda c: (c / "slsam_files.json").write_text("[]"), "slsam_files.json is damaged"),
     "transformers' mark": (lambda c: (c / "checkpoint-is-incomplete.txt").touch(), "checkpoint-is-incomplete.txt"),
 }
 
@@ -77,6 +91,33 @@ def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     with pytest.raises(StateMismatchError, match=r"holds no state.*accept_state_mismatch=True"):
         trainer_over(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_what_training_goes_on_from_is_recorded(run):
+    recorded = json.loads((run / "checkpoint-4" / "slsam_files.json").read_text())["sha256"]
+    assert recorded.keys() == {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(run):
+    """It has no record of hashes."""
+    (run / "checkpoint-4" / "slsam_files.json").unlink()
+    trainer = trainer_over(run)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert trainer.slsam.steps == 6
+
+
+def test_a_save_over_an_earlier_one_forgets_its_hashes(run):
+    """A run that saves the model alone, in an old folder."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_only_model": True, "seed": 1}
+    train(SLSAMTrainer, run, CONFIG, peft_config=lora(target_modules=["q_proj"]), **settings)
+    assert not (run / "checkpoint-2" / "slsam_files.json").exists()
+
+
+def test_names_in_the_record_are_not_followed(run):
+    shutil.copy(run / "checkpoint-4" / "optimizer.pt", run / "secret.pt")
+    record = run / "checkpoint-4" / "slsam_files.json"
+    record.write_text(json.dumps({"sha256": {"../secret.pt": "0" * 64}}))
+    assert what_is_missing(run / "checkpoint-4") == "../secret.pt is missing"
 
 
 def test_each_adapter_of_several_must_be_there(run):
