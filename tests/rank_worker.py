@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.integrations.distributed import average_over_ranks
-from tests.tiny import build, llama, lora, train
+from tests.tiny import build, llama, lora
 
 UPDATES = 20
 NON_REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -37,12 +37,14 @@ AGAINST_ONE = {
 }
 
 
-def train_small(cls, folder, config=None, *, double=False, dropout=0.0, **settings):
+def train_small(cls, folder, config=None, *, double=False, dropout=0.0, resume=None, **settings):
     """Train the suite's small Llama with few adapters, on its rows in order."""
     model = llama().double() if double else llama()
     adapter = lora(target_modules=["q_proj", "down_proj"], lora_dropout=dropout)
     settings = {"train_sampling_strategy": "sequential", **settings}
-    return train(cls, folder, config, model=model, peft_config=adapter, **settings)
+    trainer = build(cls, folder, config, model=model, peft_config=adapter, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
 
 
 def train_against_one(name, folder, **settings):
@@ -179,6 +181,18 @@ def budget(folder):
     return {**trainer.seen.report(), "budget": trainer.slsam.bandit.budget}, adapters(trainer)
 
 
+def resumed(folder):
+    """Four updates in one go, and the last two of them once more from the checkpoint between."""
+    settings = {"max_steps": 4, "dropout": 0.2, "save_strategy": "steps", "save_steps": 2}
+    whole = train_small(Watched, folder / "whole", config_of({}), **settings)
+    checkpoint = folder / "whole" / "checkpoint-2"
+    parted = train_small(Watched, folder / "parted", config_of({}), resume=str(checkpoint), **settings)
+    recorded = json.loads((checkpoint / "slsam_files.json").read_text())["sha256"]
+    runs = {"whole": whole, "parted": parted}
+    report = {"recorded": sorted(recorded), **{name: run.seen.report() for name, run in runs.items()}}
+    return report, {f"{name}.{n}": p for name, run in runs.items() for n, p in adapters(run).items()}
+
+
 def network():
     torch.manual_seed(0)
     layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)]
@@ -254,6 +268,7 @@ SCENARIOS = {
     "nan loss": spoiled(float("nan"), in_gradient=False),
     "nan gradient": spoiled(float("nan"), in_gradient=True),
     "budget": budget,
+    "resumed": resumed,
     "own loop": lambda folder: own_loop(dist.get_rank()),
     "refused": refused,
     "dying": dying,

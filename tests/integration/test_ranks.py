@@ -40,7 +40,7 @@ def launch(folder, *scenarios, timeout=START_SECONDS):
 def seen(tmp_path_factory):
     """Return a function from a scenario to what each rank reported: `(report, tensors)` twice."""
     folder = tmp_path_factory.mktemp("ranks")
-    names = ["long", *AGAINST_ONE, "wire", "nan loss", "nan gradient", "budget", "own loop", "refused"]
+    names = ["long", *AGAINST_ONE, "wire", "nan loss", "nan gradient", "budget", "resumed", "own loop", "refused"]
     done = launch(folder, *names)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -140,6 +140,16 @@ def test_a_cost_budget_is_solved_once_for_all_ranks(seen):
     ranks = seen("budget")
     assert_ranks_agree(ranks)
     assert ranks[0][0]["budget"] == ranks[1][0]["budget"]
+
+
+def test_ranks_go_on_bit_for_bit(seen):
+    """Each from its own random state; the first rank records the hashes of all their files."""
+    for report, weights in seen("resumed"):
+        whole, parted = report["whole"], report["parted"]
+        assert all(parted[key] == whole[key][-2:] for key in ("masks", "probabilities", "norms", "skipped"))
+        assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(report["recorded"])
+        for name in [n.removeprefix("whole.") for n in weights if n.startswith("whole.")]:
+            assert torch.equal(weights[f"whole.{name}"], weights[f"parted.{name}"]), name
 
 
 def test_sharded_parameters_are_refused(seen):
