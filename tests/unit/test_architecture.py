@@ -22,6 +22,7 @@ FRAMEWORKS = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft
 # `x.data = ...` rebinds a storage that an optimizer or a saved copy may still point at.
 REBINDING = {
     "integrations/peft.py: restore_float32": "the dtype changes, before there is an optimizer",
+    "integrations/peft.py: same_dtypes": "the dtype changes, of parameters that PEFT has just made anew",
     "integrations/shapes.py: meta_model": "the dtype changes, and there is no storage on the meta device",
 }
 
