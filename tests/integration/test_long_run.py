@@ -17,8 +17,8 @@ from tests.watch import hooks
 pytestmark = pytest.mark.slow
 
 UPDATES, FIRST, WARM, WINDOW = 5_000, 50, 500, 60
-# Of the process over 4,500 updates, below 3 KiB an update. It is flat but for steps of 2 to 4 MiB, the same in each run,
-# where a kind of active set comes for the first time: two or three of them after the warm-up.
+# Of the process over 4,500 updates, below 3 KiB an update. It is flat but for steps of 2 to 4 MiB, the same in each
+# run, where a kind of active set comes for the first time: two or three of them after the warm-up.
 GROWTH_BYTES = 12 * 2**20
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
