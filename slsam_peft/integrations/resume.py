@@ -21,6 +21,7 @@ from transformers.utils import (
 from slsam_peft.integrations.checkpoint import FILE_NAME
 from slsam_peft.integrations.hashes import damaged_files
 from slsam_peft.integrations.sealed import DamagedError, unseal
+from slsam_peft.integrations.trace_data import FILE_NAME as TRACE_NAME
 
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' mark while it saves on SIGTERM
 _ADAPTER = {ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME}
@@ -97,7 +98,7 @@ def _faults(folder: Path, sampler: bool) -> Iterator[str]:
     if (folder / _UNFINISHED).exists():
         yield f"{_UNFINISHED} is there"
     names = {path.name for path in folder.iterdir()}
-    present = names if sampler else names - {FILE_NAME}
+    present = names - {TRACE_NAME, *(() if sampler else (FILE_NAME,))}  # a lost recording ends no training
     yield from (f"{name} is missing" for name in (*_lost_weights(folder, names), *_lost_state(names, sampler)))
     yield from (f"{name} is cut short" for name in sorted(present) if not _is_complete(folder / name))
     yield from damaged_files(folder)

@@ -113,6 +113,11 @@ def test_a_save_over_an_earlier_one_forgets_its_hashes(run):
     assert not (run / "checkpoint-2" / "slsam_files.json").exists()
 
 
+def test_a_recording_cut_short_costs_no_checkpoint(run):
+    cut(run / "checkpoint-4" / "slsam_trace.safetensors")
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+
+
 def test_names_in_the_record_are_not_followed(run):
     shutil.copy(run / "checkpoint-4" / "optimizer.pt", run / "secret.pt")
     record = run / "checkpoint-4" / "slsam_files.json"
