@@ -123,6 +123,7 @@ class Window(_OnePoint):
         start = torch.minimum(kappa * before, 1.0 - p)
         start[0], end = 0.0, start + p
         end[-1] = 1.0
+        end[:-1] = torch.maximum(end[:-1], start[1:])  # rounding may leave a gap between two
         u = self.next_point(generator)
         return torch.zeros(len(p), dtype=torch.bool).scatter_(0, self.order, (start <= u) & (u < end))
 
