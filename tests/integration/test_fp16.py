@@ -68,7 +68,7 @@ def test_the_scale_does_not_move_the_trajectory(train):
 @pytest.mark.parametrize("ascent", ["two_pass", "remembered"])
 def test_changes_of_the_scale_do_not_move_the_trajectory(ascent, train):
     """It doubles every second update; what is remembered of an arm may be older than the last change."""
-    config = replace(CONFIG, ascent=ascent)
+    config = replace(CONFIG, ascent=ascent, rho=1.0)
     constant, growing = train(2.0**10, 8, config), train(2.0**8, 8, config, growth_interval=2)
     assert growing.accelerator.scaler.get_scale() == 2.0**12
     assert_same_training(constant, growing)
