@@ -60,7 +60,7 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     """
     folder = str(args.output_dir)  # SFTConfig has set one
     check_output_folder(folder)
-    args.resume_from_checkpoint = find_checkpoint(args)
+    args.resume_from_checkpoint = find_checkpoint(args, sampler=not slsam.accept_state_mismatch)
     check_model(model, args)
     train, held_out = load_data(script, args)
     with leaving_nothing(folder):
@@ -96,7 +96,9 @@ def damaged_file(checkpoint: str | None) -> str:
     if checkpoint is None:
         return ""
     archives = [path for path in sorted(Path(checkpoint).iterdir()) if path.suffix in (".pt", ".pth")]
-    why = what_is_missing(checkpoint) or next((f"{p.name} is damaged" for p in archives if not _is_sound(p)), "")
+    why = what_is_missing(checkpoint, sampler=False) or next(
+        (f"{p.name} is damaged" for p in archives if not _is_sound(p)), ""
+    )
     return f"\nIn {checkpoint}, {why}; resume from an older checkpoint." if why else ""
 
 
@@ -126,10 +128,15 @@ def check_output_folder(folder: str) -> None:
         ) from error
 
 
-def find_checkpoint(args: SFTConfig) -> str | None:
+def find_checkpoint(args: SFTConfig, *, sampler: bool = True) -> str | None:
     """Return the checkpoint folder that `args.resume_from_checkpoint` asks for, or `None` to start afresh.
 
     It is a path, `true` for the newest whole one in `output_dir`, or `auto` for the same where there is one.
+
+    Args:
+        args (`SFTConfig`): The run.
+        sampler (`bool`, *optional*, defaults to `True`): Whether the sampler's state counts, see
+            `last_whole_checkpoint`.
 
     Raises:
         UserError: there is none, or the one named is not whole.
@@ -138,23 +145,21 @@ def find_checkpoint(args: SFTConfig) -> str | None:
     wish = str(asked).lower()
     if asked is None or wish in ("false", "none", "no"):
         return None
-    if wish in ("true", "auto"):
-        last = last_whole_checkpoint(str(args.output_dir))
-        if last is None and wish == "true":
+    if wish == "auto":
+        return last_whole_checkpoint(str(args.output_dir), sampler=sampler)
+    if wish == "true":
+        asked = True
+    else:
+        folder = Path(asked).expanduser()
+        if not (folder / "trainer_state.json").is_file():
             raise UserError(
-                f"resume_from_checkpoint=true, but output_dir={args.output_dir} has no checkpoint-<step> folder that "
-                "was saved whole. Name the folder of the run to resume, or leave resume_from_checkpoint out to start "
-                "afresh; auto does so where there is none."
+                f"resume_from_checkpoint={asked} is no checkpoint: {folder / 'trainer_state.json'} does not exist. "
+                "Name a checkpoint-<step> folder, or true for the last one in output_dir, or auto for the same where "
+                "there is one."
             )
-        return last
-    folder = Path(asked).expanduser()
-    if not (folder / "trainer_state.json").is_file():
-        raise UserError(
-            f"resume_from_checkpoint={asked} is no checkpoint: {folder / 'trainer_state.json'} does not exist. Name a "
-            "checkpoint-<step> folder, or true for the last one in output_dir."
-        )
+        asked = str(folder)
     try:
-        return whole_checkpoint(str(folder), str(args.output_dir))
+        return whole_checkpoint(asked, str(args.output_dir), sampler=sampler)
     except ValueError as error:
         raise UserError(str(error)) from error
 

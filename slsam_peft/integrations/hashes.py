@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from slsam_peft.integrations.atomic import write_atomically
 
 RECORD_NAME = "slsam_files.json"
 
-_KINDS = {".safetensors", ".bin", ".pt", ".pth"}  # weights, and the state of optimizer, scheduler, scaler, generators
+# What the trainer itself writes and reads; other files are their writers' own, who may change them later.
+_STATE = re.compile(
+    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|(pytorch_)?model.*\.(safetensors|bin)"
+)
+_ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)")
 
 
 def write_hashes(folder: Path, sealed: frozenset[str]) -> None:
@@ -47,13 +50,14 @@ def damaged_files(folder: Path) -> Iterator[str]:
     yield from (f"{name} is missing" for name, _ in recorded if name not in files)
     for name, expected in recorded:
         if name in files and _hash(files[name]) != expected:
-            yield f"{name} is damaged (its SHA-256 is not the one it was written with)"
+            yield f"{name} is damaged: {RECORD_NAME} has another SHA-256 (delete that if the change is meant)"
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and path of each file that is recorded; PEFT gives each of several adapters a folder of its own."""
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.suffix in _KINDS and path.name != TRAINING_ARGS_NAME and path.is_file():
+        known = _ADAPTER.fullmatch(path.name) or (path.parent == folder and _STATE.fullmatch(path.name))
+        if known and path.is_file():
             yield path.relative_to(folder).as_posix(), path
 
 

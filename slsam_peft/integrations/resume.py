@@ -1,6 +1,7 @@
 """Which checkpoints can be resumed from: one whose save was cut short (a kill, a full disk) is passed over."""
 
 import json
+import logging
 import os
 import re
 import zipfile
@@ -26,29 +27,41 @@ from slsam_peft.integrations.trace_data import FILE_NAME as TRACE_NAME
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' mark while it saves on SIGTERM
 _ADAPTER = {ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME}
 _MODEL = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME}
+STATE_NAMES = (OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", FILE_NAME)  # what is saved beside a model
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
+logger = logging.getLogger(__name__)
 
-def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Return the newest checkpoint of a run that was saved whole.
+
+def last_whole_checkpoint(folder: str | os.PathLike, *, sampler: bool = True) -> str | None:
+    """Return the newest checkpoint of a run that was saved whole. Newer ones are logged as warnings, with the reason.
 
     `trainer.train(resume_from_checkpoint=last_whole_checkpoint("out"))` goes on after a kill at any moment, also in
     the middle of a save, and starts afresh where there is nothing to go on from.
 
     Args:
         folder (`str` or `os.PathLike`): The run's `output_dir`; need not exist.
+        sampler (`bool`, *optional*, defaults to `True`): Whether the sampler's state must be there and undamaged;
+            `False` for `SLSAMConfig(accept_state_mismatch=True)`.
 
     Returns:
         `str` or `None`: Path of a `checkpoint-<step>` folder; `None` where no checkpoint is whole.
     """
-    found = [(int(match[1]), path) for path in _folders(folder) if (match := _CHECKPOINT.fullmatch(path.name))]
-    return next((str(path) for _, path in sorted(found, reverse=True) if what_is_missing(path) is None), None)
+    newest, passed = _newest(folder, sampler)
+    for path, why in passed.items():
+        logger.warning("%s is passed over: %s.", path, why)
+    return newest
 
 
-def whole_checkpoint(asked: str | bool, folder: str) -> str:
+def whole_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) -> str:
     """Return the checkpoint that `resume_from_checkpoint=asked` means: a path, or `True` for the newest whole one.
 
     A damaged or missing sampler state in one that is named is left to `load_state`, which can be told to accept it.
+
+    Args:
+        asked (`str` or `bool`): A path, or `True`.
+        folder (`str`): The run's `output_dir`.
+        sampler (`bool`, *optional*, defaults to `True`): For `True`, as in `last_whole_checkpoint`.
 
     Raises:
         ValueError: `True`, and `folder` has no whole checkpoint; or the one asked for is not whole.
@@ -57,20 +70,32 @@ def whole_checkpoint(asked: str | bool, folder: str) -> str:
         path = Path(str(asked))
         why = what_is_missing(path, sampler=False) if path.is_dir() else None
         if why:
-            newest = last_whole_checkpoint(path.parent)
-            instead = f"Go on from {newest}" if newest else "No other is whole: start afresh"
-            raise ValueError(
-                f"{path} is not whole: {why}. {instead}; "
-                "resume_from_checkpoint=True finds the newest whole checkpoint by itself."
-            )
+            newest, _ = _newest(path.parent, sampler)
+            instead = f"Go on from {newest}." if newest else "No other is whole: start afresh."
+            raise ValueError(f"{path} is not whole: {why}. {instead}")
         return str(asked)
-    newest = last_whole_checkpoint(folder)
+    newest, passed = _newest(folder, sampler)
     if newest is None:
+        path, why = next(iter(passed.items()), (None, None))
         raise ValueError(
-            f"resume_from_checkpoint=True, but output_dir={folder} has no whole checkpoint-<step> folder. Name the "
-            "folder of the run to resume, or leave resume_from_checkpoint out to start afresh."
+            f"resume_from_checkpoint=True, but output_dir={folder} has no whole checkpoint-<step> folder"
+            + (f" (in {Path(path).name}, {why}). " if path else ". ")
+            + ("accept_state_mismatch goes on without the sampler's state. " if FILE_NAME in (why or "") else "")
+            + "Name the folder of the run to resume, or leave resume_from_checkpoint out to start afresh."
         )
     return newest
+
+
+def _newest(folder: str | os.PathLike, sampler: bool) -> tuple[str | None, dict[str, str]]:
+    """Return the newest whole checkpoint, and why newer ones are none."""
+    found = [(int(match[1]), path) for path in _folders(folder) if (match := _CHECKPOINT.fullmatch(path.name))]
+    passed: dict[str, str] = {}
+    for _, path in sorted(found, reverse=True):
+        why = what_is_missing(path, sampler=sampler)
+        if why is None:
+            return str(path), passed
+        passed[str(path)] = why
+    return None, passed
 
 
 def what_is_missing(checkpoint: str | os.PathLike, *, sampler: bool = True) -> str | None:

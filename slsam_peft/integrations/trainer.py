@@ -28,7 +28,7 @@ from slsam_peft.integrations.peft import (
 )
 from slsam_peft.integrations.quiet import forward_only, muted
 from slsam_peft.integrations.record import write_record
-from slsam_peft.integrations.resume import whole_checkpoint
+from slsam_peft.integrations.resume import STATE_NAMES, whole_checkpoint
 from slsam_peft.integrations.support import check_optimizer, check_trainer
 from slsam_peft.integrations.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.integrations.tracing import TraceFile, recorded_until
@@ -227,7 +227,10 @@ class SLSAMMixin(_Base):
             ValueError: the checkpoint asked for was cut short while it was saved, or `True` and there is none.
         """
         if resume_from_checkpoint:
-            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+            sampler = not self.slsam_config.accept_state_mismatch
+            resume_from_checkpoint = whole_checkpoint(
+                resume_from_checkpoint, str(self.args.output_dir), sampler=sampler
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -241,7 +244,7 @@ class SLSAMMixin(_Base):
         # `trainer_state.json` is written last and vouches for the rest; an earlier run's must not.
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            for name in (TRAINER_STATE_NAME, RECORD_NAME):
+            for name in (TRAINER_STATE_NAME, RECORD_NAME, *(STATE_NAMES if self.args.save_only_model else ())):
                 (folder / name).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
@@ -278,6 +281,8 @@ class SLSAMMixin(_Base):
     def _load_best_model(self) -> None:
         with same_dtypes(self.model):
             super()._load_best_model()
+        if self.args.save_only_model:
+            return
         try:
             load_state(self.slsam, self.state.best_model_checkpoint)
         except StateMismatchError as error:  # all that was trained is there: no reason to end with an error

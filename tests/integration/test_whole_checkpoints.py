@@ -10,6 +10,7 @@ import torch
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, last_whole_checkpoint
 from slsam_peft.integrations.checkpoint import StateMismatchError
+from slsam_peft.integrations.hashes import write_hashes
 from slsam_peft.integrations.resume import what_is_missing
 from tests.tiny import build, lora, train
 
@@ -209,3 +210,45 @@ def test_resumed_behind_the_last_update_none_is_made(epochs, tmp_path):
     assert torch.equal(again.slsam.probabilities, once.slsam.probabilities)
     for (name, one), other in zip(once.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_without_the_samplers_state_only_what_accepts_it_goes_on(run, caplog):
+    """Checkpoints of the plain trainer, or of which `slsam.safetensors` alone was lost."""
+    for state in run.glob("checkpoint-*/slsam.safetensors"):
+        state.unlink()
+    assert last_whole_checkpoint(run) is None
+    assert "checkpoint-4 is passed over: slsam.safetensors is missing" in caplog.text
+    assert last_whole_checkpoint(run, sampler=False) == str(run / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"checkpoint-4, slsam.safetensors is missing.*accept_state_mismatch"):
+        trainer_over(run, 5).train(resume_from_checkpoint=True)
+    accepting = build(
+        SLSAMTrainer,
+        run,
+        SLSAMConfig(rho=0.1, active_fraction=0.5, accept_state_mismatch=True),
+        peft_config=lora(target_modules=["q_proj"]),
+        max_steps=5,
+    )
+    accepting.train(resume_from_checkpoint=True)
+    assert (accepting.state.global_step, accepting.slsam.steps) == (5, 1)
+
+
+def test_files_of_others_may_change(run):
+    """What a callback has put into the folder is not the trainer's; neither hashed nor missed."""
+    (run / "checkpoint-4" / "merged").mkdir()
+    for name in ("ema.safetensors", "merged/model.safetensors"):
+        shutil.copy(run / "checkpoint-4" / "adapter_model.safetensors", run / "checkpoint-4" / name)
+    write_hashes(run / "checkpoint-4", frozenset({"slsam.safetensors", "slsam_trace.safetensors"}))
+    (run / "checkpoint-4" / "merged" / "model.safetensors").unlink()
+    with (run / "checkpoint-4" / "ema.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    assert what_is_missing(run / "checkpoint-4") is None
+
+
+def test_a_model_saved_over_a_whole_checkpoint_leaves_no_state_of_the_old_one(run):
+    options = {"peft_config": lora(target_modules=["q_proj"]), "save_strategy": "steps", "save_steps": 2}
+    train(SLSAMTrainer, run, CONFIG, max_steps=2, save_only_model=True, **options)
+    assert what_is_missing(run / "checkpoint-2") is None
+    assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth", "slsam.safetensors"} & {
+        path.name for path in (run / "checkpoint-2").iterdir()
+    }
