@@ -144,6 +144,13 @@ COMPARISONS: dict[str, tuple[str, str, str]] = {
     "no rows": (", rows: 4", "", "tasks.docs.rows is missing"),
     "tuned on a reported seed": ("tuning_seed: 1", "tuning_seed: 0", "on a seed that is not reported"),
     "rate no number": ("[1.0e-3]}", "[fast]}", "'fast' is not allowed; it must be a finite number > 0"),
+    "radius set twice": (
+        "slsam: {rho: 0.1,",
+        "rhos: [0.5], slsam: {rho: 0,",
+        "methods.sam.rhos and slsam.rho are both set",
+    ),
+    "radii no list": ("slsam: {rho: 0.1,", "rhos: 0, slsam: {", "rhos=0 must be a list of one or more numbers."),
+    "dropout no share": ("updates: 2", "updates: 2, lora_dropout: 1.5", "training.lora_dropout=1.5 is not allowed"),
     "no YAML": ("seeds: [0]", "seeds: [0", "is not valid YAML"),
     "seed no number": ("seeds: [0]", "seeds: [one]", "'one' is not allowed; a seed is an integer >= 0."),
     "decay no number": ("updates: 2", "updates: 2, weight_decay: no", "weight_decay=False is not allowed"),

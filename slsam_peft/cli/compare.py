@@ -1,6 +1,7 @@
 """`slsam-peft compare`: methods x tasks x seeds, with paired differences and intervals."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
     from slsam_peft.integrations.compare.jobs import Plan
-    from slsam_peft.integrations.compare.settings import CompareSettings
     from slsam_peft.integrations.compare.store import RowStore
 
 NAME = "compare"
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: a setting or a file that is not allowed, before anything is trained.
     """
     from slsam_peft.integrations.compare.settings import read_settings
+    from slsam_peft.integrations.extras import require
 
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     check_outputs([args.table], args.force, args.plot)
     trains = not (args.list or args.report)
     rows_file = _rows_file(args, trains)
-    _check_packages(args, settings, trains)
+    if not args.list:
+        require("the statistics of compare", "compare", "scipy")
     if not args.debug:
         quieten()
     from rich.console import Console
@@ -68,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
         if not args.debug:
             quieten_loaded()
         plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
-        if next(plan.pending(store.read()), None) and trains:
+        if trains and (tasks := plan.tasks_to_do(store.read())):
             from slsam_peft.integrations.compare.checks import check_plan
 
-            check_plan(plan)
+            check_plan(plan, tasks)
     if args.list:
         return _list(plan, store, console)
     if trains:
@@ -87,15 +89,6 @@ def _rows_file(args: argparse.Namespace, trains: bool) -> Path:
     if trains:
         check_appendable(file if args.rows or folder.exists() else folder)
     return file
-
-
-def _check_packages(args: argparse.Namespace, settings: "CompareSettings", trains: bool) -> None:
-    from slsam_peft.integrations.extras import require
-
-    if not args.list:
-        require("the statistics of compare", "compare", "scipy")
-    if trains and any(task.source == "reasoning_gym" for task in settings.tasks.values()):
-        require("source='reasoning_gym'", "compare", "reasoning_gym")
 
 
 def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None) -> None:
@@ -122,24 +115,36 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
             if row is None:
                 return
             done += 1
-            _say(row, console)
+            _say(plan, row, console)
 
 
-def _say(row: dict[str, Any], console: Any) -> None:
-    settings = row["settings"]
-    what = f"{row['task']}, {row['method']}, learning rate {settings['learning_rate']:g}, seed {settings['seed']}"
+def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) -> str:
+    """Return what a run is called where it is shown.
+
+    Args:
+        plan (`Plan`): The comparison.
+        task (`str`): Its name in the comparison.
+        method (`str`): Its name in the comparison.
+        settings (`dict`): `Job.settings`.
+    """
+    tried = f"learning rate {settings['learning_rate']:g}"
+    if plan.settings.methods[method].rhos:
+        slsam = settings["slsam"]
+        tried += f", rho {settings['random_rho'] if slsam is None else slsam['rho']:g}"
+    return f"{task}, {method}, {tried}, seed {settings['seed']}"
+
+
+def _say(plan: "Plan", row: dict[str, Any], console: Any) -> None:
     result = row.get("error") or f"loss {row['loss']:.4f}, exact {row['exact']:.1%}, {row['seconds']:.0f} s"
-    console.print(f"{what}: {result}", markup=False, highlight=False)
+    name = run_name(plan, row["task"], row["method"], row["settings"])
+    console.print(f"{name}: {result}", markup=False, highlight=False)
 
 
 def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
     rows = store.read()
     for job in plan.pending(rows):
-        s = job.settings
-        text = (
-            f"{job.task}, {job.method}, learning rate {s['learning_rate']:g}, seed {s['seed']}, {s['updates']} updates"
-        )
-        console.print(text, markup=False, highlight=False)
+        name = run_name(plan, job.task, job.method, job.settings)
+        console.print(f"{name}, {job.settings['updates']} updates", markup=False, highlight=False)
     done, total = plan.counts(rows)
     console.print(f"{done} of {total} runs are done; reported seeds are listed once the learning rate is chosen.")
     return 0

@@ -12,12 +12,14 @@ from transformers import TrainerCallback
 from slsam_peft.cli.compare import add_arguments, run
 from slsam_peft.cli.parsing import Parser
 from slsam_peft.errors import UserError
+from slsam_peft.integrations.compare.checks import _check_rows
 from slsam_peft.integrations.compare.jobs import Plan
-from slsam_peft.integrations.compare.runs import build_trainer, load_model, row_order
+from slsam_peft.integrations.compare.runs import build_trainer, expected_costs, load_model, row_order
 from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
 from slsam_peft.integrations.compare.settings import Candidate, TrainingSettings, parse_settings, read_settings
 from slsam_peft.integrations.compare.store import RowStore
-from slsam_peft.integrations.compare.tasks import load_task
+from slsam_peft.integrations.compare.tasks import TaskData, load_task
+from slsam_peft.integrations.compare.worker import next_row
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 
@@ -182,6 +184,46 @@ def test_too_few_rows_are_refused(tmp_path: Path, tiny_model: Path, chats: Path)
     values["tasks"]["sums"]["rows"] = 100
     with pytest.raises(UserError, match="6 training rows, and 100 are asked for"):
         compare(tmp_path, values)
+
+
+def test_only_tasks_with_runs_to_do_are_looked_at(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither file exists: a finished task is not missed, the other one is named."""
+    values = comparison(tiny_model, tmp_path / "gone.jsonl")
+    task = values["tasks"]["sums"]
+    values["tasks"] = {"finished": task, "other": {**task, "rows": 5}}
+    settings = parse_settings(values)
+    plan, store = Plan(settings, expected_costs(settings)), RowStore(tmp_path / "rows" / "small.jsonl")
+    result = {"loss": 1.0, "accuracy": 0.5, "exact": 0.5, "cost": 1.0, "seconds": 1.0, "data": "same"}
+    while plan.tasks_to_do(store.read()) != ["other"]:
+        next_row(plan, store, lambda *_: None, lambda *_: result)
+    with pytest.raises(UserError, match=r"tasks\.other: data file .*gone\.jsonl does not exist"):
+        compare(tmp_path, values)
+    assert compare(tmp_path, values, "--report") == 0
+    while next_row(plan, store, lambda *_: None, lambda *_: result) is not None:
+        pass
+    assert compare(tmp_path, values) == 0
+    assert "other, equal cost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("messages", "prompt_format", "advice"),
+    [
+        (1, None, "or set training.prompt_format."),
+        (2, None, "a single message, as its prompt and set training.prompt_format."),
+        (2, "Q: {} A: ", "a single message, as its prompt."),
+    ],
+)
+def test_advice_on_a_missing_template_is_not_what_is_done_already(
+    messages: int, prompt_format: str | None, advice: str, tiny_model: Path
+) -> None:
+    _, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
+    tokenizer.chat_template = None
+    pairs = [([{"role": "user", "content": "abc"}] * messages, "xyz")]
+    with pytest.raises(UserError) as caught:
+        _check_rows(TaskData(pairs, [], []), tokenizer, TrainingSettings(updates=1, prompt_format=prompt_format))
+    assert str(caught.value).endswith(advice)
 
 
 def test_order_of_a_shorter_run_is_a_prefix() -> None:

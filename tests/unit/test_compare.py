@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import tables, write_markdown
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan
@@ -73,6 +74,16 @@ def finished(plan: Plan, folder: Path) -> RowStore:
         ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "noisy": 1.5}}}, "noisy=1.5"),
         ({"methods": {"plain": {"learning_rates": []}}}, "learning_rates"),
         ({"methods": {"plain": {"learning_rates": ["fast"]}}}, "'fast'"),
+        ({"methods": {"sam": {"learning_rates": [1e-3], "slsam": {}, "rhos": 0.5}}}, "rhos=0.5 must be a list"),
+        ({"methods": {"sam": {"learning_rates": [1e-3], "slsam": {}, "rhos": "0.5"}}}, "rhos='0.5' must be a list"),
+        ({"methods": {"sam": {"learning_rates": [1e-3], "slsam": {}, "rhos": 0}}}, "rhos=0 must be a list"),
+        ({"methods": {"sam": {"learning_rates": [1e-3], "slsam": {}, "rhos": []}}}, "rhos=[] must be a list"),
+        (
+            {"methods": {"sam": {"learning_rates": [1e-3], "slsam": {"rho": 0}, "rhos": [0.5]}}},
+            "methods.sam.rhos and slsam.rho are both set",
+        ),
+        ({"training": {"updates": 3, "lora_dropout": 1.5}}, "training.lora_dropout=1.5 is not allowed"),
+        ({"training": {"updates": 3, "lora_dropout": 1}}, "share in [0, 1)"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"roh": 0.1}}}}, "Did you mean 'rho'"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"design": "deep"}}}}, "Did you mean 'depth'"),
         ({"reference": "plane"}, "Did you mean 'plain'"),
@@ -205,6 +216,28 @@ def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> Non
     assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"noisy"}
     assert plan.best(rows, "clean", "plain", "updates").rate == 2e-4
     assert plan.counts(rows) == (6 + 2 * 9, 6 + 2 * 9)
+    assert plan.tasks_to_do(rows) == []
+    assert plan.tasks_to_do({}) == ["noisy", "clean"]
+    tuned = {key: row for key, row in rows.items() if row["settings"]["seed"] == 9}
+    assert plan.tasks_to_do(tuned) == ["noisy", "clean"]
+    last = next(job for job in plan.reported(rows, "clean", "sam", "updates") if job.settings["seed"] == 2)
+    assert plan.tasks_to_do({key: row for key, row in rows.items() if key != last.key}) == ["clean"]
+    diverged = {key: {**row, "error": "NaN"} for key, row in tuned.items()}
+    assert plan.tasks_to_do(diverged) == []  # nothing will be scored
+
+
+def test_runs_are_called_by_what_was_tried() -> None:
+    methods = {
+        "plain": {"learning_rates": [1e-4]},
+        "sam": {"learning_rates": [1e-3], "rhos": [0.1], "slsam": {"active_fraction": 1.0}},
+        "random": {"learning_rates": [1e-3], "rhos": [0.5], "random_rho": 0.2},
+    }
+    plan = Plan(settings(methods=methods, match=["updates"]), dict.fromkeys(methods, 1.0))
+    assert [run_name(plan, job.task, job.method, job.settings) for job in plan.pending({})] == [
+        "docs, plain, learning rate 0.0001, seed 9",
+        "docs, sam, learning rate 0.001, rho 0.1, seed 9",
+        "docs, random, learning rate 0.001, rho 0.5, seed 9",
+    ]
 
 
 def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a comparison would otherwise trip over hours later, tried before its first run."""
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ from slsam_peft.integrations.compare.jobs import Plan
 from slsam_peft.integrations.compare.runs import arguments_of, load_tokenizer
 from slsam_peft.integrations.compare.scoring import answered
 from slsam_peft.integrations.compare.settings import TrainingSettings
-from slsam_peft.integrations.compare.tasks import TaskData, load_task
+from slsam_peft.integrations.compare.tasks import Pair, TaskData, load_task
 
 
-def check_plan(plan: Plan) -> None:
-    """Load and tokenise every task once and make the trainer's arguments of every method; nothing is trained or kept.
+def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
+    """Load and tokenise tasks once and make the trainer's arguments of every method; nothing is trained or kept.
+
+    Args:
+        plan (`Plan`): The comparison.
+        tasks (`Sequence[str]`): Names of the tasks that runs are still to be done on, see `Plan.tasks_to_do`.
 
     Raises:
         UserError: rows cannot be had or have no answer within `max_length`, or the trainer refuses a setting. The
@@ -25,9 +30,9 @@ def check_plan(plan: Plan) -> None:
     """
     settings = plan.settings
     tokenizer = load_tokenizer(settings.model)
-    for name, task in settings.tasks.items():
+    for name in tasks:
         try:
-            _check_rows(load_task(task, settings.tuning_seed), tokenizer, settings.training)
+            _check_rows(load_task(settings.tasks[name], settings.tuning_seed), tokenizer, settings.training)
         except UserError as error:
             raise UserError(f"tasks.{name}: {error}") from error
     try:
@@ -50,13 +55,22 @@ def _check_rows(data: TaskData, tokenizer: Any, training: TrainingSettings) -> N
         except (ValueError, TemplateError) as error:
             raise UserError(
                 f"the model's tokenizer takes no conversation: {' '.join(str(error).split())[:300]}\nName an instruct "
-                "or chat model, or set training.prompt_format."
+                f"or chat model, or {_without_template(pairs, training)}."
             ) from error
         if not rows:
             raise UserError(
                 f"no {split} row has an answer within max_length={training.max_length} tokens; raise "
                 "training.max_length."
             )
+
+
+def _without_template(pairs: Sequence[Pair], training: TrainingSettings) -> str:
+    """Return what spares the chat template: `prompt_format` stands around a single message alone."""
+    several = any(len(prompt) > 1 for prompt, _ in pairs if not isinstance(prompt, str))
+    if not several:
+        return "set training.prompt_format"
+    rows = "give each row a text, or a single message, as its prompt"
+    return rows if training.prompt_format is not None else f"{rows} and set training.prompt_format"
 
 
 def _check_arguments(settings: Any) -> None:

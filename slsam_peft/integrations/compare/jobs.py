@@ -108,17 +108,22 @@ class Plan:
         """Return how many runs are done and how many there are; those whose learning rate is open count as well."""
         known = {job.key for job in self._ordered(rows)}
         done = sum(key in rows for key in known)
-        open_cells = {
-            (task, method, self.updates(task, method, match))
-            for task, method, match in self.cells()
-            if any(job.key not in rows for job in self.tuning(task, method, match))
-        }
-        return done, len(known) + len(open_cells) * len(self.settings.seeds)
+        open_runs = {(task, method, self.updates(task, method, match)) for task, method, match in self._open(rows)}
+        return done, len(known) + len(open_runs) * len(self.settings.seeds)
+
+    def tasks_to_do(self, rows: Rows) -> list[str]:
+        """Return the tasks that runs are still to be done on, those whose learning rate is open among them."""
+        wanted = {job.task for job in self.pending(rows)} | {task for task, _, _ in self._open(rows)}
+        return [task for task in self.settings.tasks if task in wanted]
 
     def cells(self) -> list[tuple[str, str, str]]:
         """Return every (task, method, match)."""
         s = self.settings
         return [(task, method, match) for task in s.tasks for match in s.match for method in s.methods]
+
+    def _open(self, rows: Rows) -> list[tuple[str, str, str]]:
+        """Return the cells whose learning rate cannot be chosen yet."""
+        return [cell for cell in self.cells() if any(job.key not in rows for job in self.tuning(*cell))]
 
     def _ordered(self, rows: Rows) -> Iterator[Job]:
         for task in self.settings.tasks:

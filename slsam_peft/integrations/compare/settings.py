@@ -73,7 +73,7 @@ class TrainingSettings:
         weight_decay (`float`, *optional*, defaults to `0.0`): Weight decay of AdamW.
         lora_r (`int`, *optional*, defaults to `8`): Rank of the adapters, on all linear layers.
         lora_alpha (`int`, *optional*): Defaults to twice the rank.
-        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapters' input.
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapters' input, in [0, 1).
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether activations are computed again.
         dtype (`str`, *optional*, defaults to `"float32"`): What the model computes in: `"float32"` or `"bfloat16"`.
         quantise (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base.
@@ -102,6 +102,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} is not allowed; it must be a finite number >= 0.")
+        if self.lora_dropout >= 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} is not allowed; it is a share in [0, 1).")
         if self.lora_alpha is not None:
             _at_least_one("lora_alpha", self.lora_alpha)
         check_name("dtype", self.dtype, DTYPES)
@@ -128,7 +130,8 @@ class MethodSettings:
         batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; an update costs in proportion.
         updates_share (`float`, *optional*, defaults to `1.0`): Share of the updates that it gets, for controls that
             stop early.
-        rhos (`list[float]`, *optional*): Radii tried with each learning rate, in place of `slsam.rho` or `random_rho`.
+        rhos (`list[float]`, *optional*): Radii tried with each learning rate, in place of `slsam.rho`, which is left
+            out, or `random_rho`.
     """
 
     learning_rates: tuple[float, ...]
@@ -136,7 +139,7 @@ class MethodSettings:
     random_rho: float | None = None
     batch_size: int | None = None
     updates_share: float = 1.0
-    rhos: tuple[float, ...] = ()
+    rhos: tuple[float, ...] | None = None
 
     @property
     def candidates(self) -> tuple["Candidate", ...]:
@@ -144,11 +147,7 @@ class MethodSettings:
         return tuple(Candidate(rate, rho) for rate in self.learning_rates for rho in self.rhos or (None,))
 
     def __post_init__(self) -> None:
-        rates = self.learning_rates
-        if isinstance(rates, str) or not isinstance(rates, list | tuple) or not rates:
-            raise ValueError(f"learning_rates={rates!r} must be a list of one or more numbers.")
-        # YAML takes 1e-3 for a text: it wants 1.0e-3.
-        object.__setattr__(self, "learning_rates", tuple(_positive("learning_rates", rate) for rate in rates))
+        object.__setattr__(self, "learning_rates", _all_positive("learning_rates", self.learning_rates))
         if self.batch_size is not None:
             _at_least_one("batch_size", self.batch_size)
         object.__setattr__(self, "updates_share", _positive("updates_share", self.updates_share))
@@ -156,10 +155,12 @@ class MethodSettings:
             object.__setattr__(self, "random_rho", _positive("random_rho", self.random_rho))
             if self.slsam is not None:
                 raise ValueError("slsam and random_rho are both set; a method is one of them or neither (plain LoRA).")
-        if self.rhos:
+        if self.rhos is not None:
+            object.__setattr__(self, "rhos", _all_positive("rhos", self.rhos))
             if self.slsam is None and self.random_rho is None:
                 raise ValueError(f"rhos={list(self.rhos)}: plain LoRA has no radius; leave it out.")
-            object.__setattr__(self, "rhos", tuple(_positive("rhos", rho) for rho in self.rhos))
+            if "rho" in (self.slsam or {}):
+                raise ValueError("rhos and slsam.rho are both set; leave one of them out.")
         if self.slsam is not None:
             if "seed" in self.slsam:
                 raise ValueError("slsam.seed is the run's own seed; leave it out.")
@@ -303,9 +304,15 @@ def _at_least_one(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not allowed; it must be an integer >= 1.")
 
 
+def _all_positive(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"{name}={values!r} must be a list of one or more numbers.")
+    return tuple(_positive(name, value) for value in values)
+
+
 def _positive(name: str, value: Any) -> float:
     try:
-        number = float(value)
+        number = float(value)  # YAML takes 1e-3 for a text: it wants 1.0e-3
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or number <= 0:
