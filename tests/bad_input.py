@@ -79,7 +79,7 @@ SFT_FLAGS: dict[str, Case] = {
     "output below a file": (["--output_dir", "train.jsonl/out"], ["output_dir=train.jsonl/out", "cannot be written"]),
     "output is a file": (["--output_dir", "train.jsonl"], ["output_dir=train.jsonl cannot be written"]),
     "output not writable": (["--output_dir", "/proc/slsam/out"], ["output_dir=/proc/slsam/out cannot be written"]),
-    "nothing to resume": (["--resume_from_checkpoint", "true"], ["output_dir=out has no whole checkpoint-<step> folder"]),
+    "nothing to resume": (["--resume_from_checkpoint", "true"], ["output_dir=out has no whole checkpoint-<step>"]),
     "no checkpoint": (["--resume_from_checkpoint", "model"], ["model is no checkpoint", "trainer_state.json"]),
 }
 
