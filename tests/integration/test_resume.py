@@ -57,7 +57,7 @@ def check(case, run, base_folder, folder):
         assert (whole / name).read_bytes() == (parted / name).read_bytes(), name
     moments = [v for n, v in load_file(whole / "end.safetensors").items() if n.endswith((".exp_avg", ".state1"))]
     assert {v.dtype for v in moments} == {torch.uint8 if "8bit" in others[0] else torch.float32}
-    assert all(v.any() for v in moments)
+    assert any(v.any() for v in moments)  # lora_A has none after one update, since lora_B began with zeros
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: "-".join(case[0]))
