@@ -5,7 +5,7 @@ This module imports neither torch nor any framework, so that a command line can 
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -31,9 +31,15 @@ def check_name(what: str, value: Any, allowed: tuple[str, ...], callable_too: bo
         return
     if callable_too and callable(value):
         return
-    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4) if isinstance(value, str) else []
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ValueError(f"{what}={value!r} is not known; allowed: {choices(allowed, callable_too)}.{hint}")
+    raise ValueError(
+        f"{what}={value!r} is not known; allowed: {choices(allowed, callable_too)}.{hint_at(value, allowed)}"
+    )
+
+
+def hint_at(value: Any, allowed: Iterable[str]) -> str:
+    """Return the nearest of the allowed names as a question to end a message with; empty where none is near."""
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4) if isinstance(value, str) else []
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _help(text: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from slsam_peft.integrations.skeleton import Shapes, skeleton_of
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # What PEFT raises, one way or another, when an adapter does not belong on the structure it is put on.
-_MISFITS = (ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError)
+_MISFITS = (ValueError, KeyError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)

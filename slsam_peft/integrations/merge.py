@@ -86,7 +86,7 @@ class Merge:
         values = {n: self._base(f"{path}.{n}").to(torch.float32, copy=True) for n in names}
         try:
             return _merged(layer, values)[attribute]
-        except (ValueError, RuntimeError, NotImplementedError) as error:  # how PEFT and `_merged` refuse a layer
+        except (ValueError, RuntimeError) as error:  # how PEFT and `_merged` refuse a layer
             raise UserError(f"{path} cannot be merged: {brief(error)}") from error
 
     def _base(self, name: str) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The tasks of a comparison, each behind one function: settings and a seed to training, validation and test pairs."""
 
-import difflib
 import hashlib
 import json
 import random
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.settings import TaskSettings
 from slsam_peft.integrations.extras import require
@@ -65,8 +65,7 @@ def reasoning_gym_task(task: TaskSettings, seed: int) -> TaskData:
     from reasoning_gym.factory import DATASETS
 
     if task.puzzle not in DATASETS:
-        near = difflib.get_close_matches(str(task.puzzle), DATASETS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = hint_at(task.puzzle, DATASETS)
         raise UserError(f"puzzle={task.puzzle!r} is not one of reasoning-gym's {len(DATASETS)} puzzles.{hint}")
 
     def generate(count: int, seed: int, known: set[str]) -> list[Pair]:
