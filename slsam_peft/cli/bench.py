@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from slsam_peft.cli.outputs import check_outputs, write_output
+from slsam_peft.cli.outputs import check_outputs, write_figure, write_output
 
 NAME = "bench"
 HELP = "Time of an update by the clock: plain LoRA, LoRA-SAM and SL-SAM's modes in alternation"
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     text = json.dumps({"settings": settings, "modes": [m.summary() for m in measured]}, indent=1)
     write_output(args.output, text + "\n")
     if args.plot is not None:
-        draw(measured, str(args.plot))
+        write_figure(args.plot, draw(measured))
     console.print(f"Written: {', '.join(str(path) for path in (args.output, args.plot) if path is not None)}")
     return 0
 

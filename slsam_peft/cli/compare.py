@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs
+from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_figure, write_output
 from slsam_peft.cli.quiet import quieten, quieten_loaded
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.compare.jobs import Plan
+    from slsam_peft.integrations.compare.jobs import Job, Plan
     from slsam_peft.integrations.compare.store import RowStore
 
 NAME = "compare"
@@ -105,8 +105,9 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
     done = 0
     with console.status("") as status:
 
-        def tell(label: str, step: int, steps: int) -> None:
-            status.update(f"{label}: update {step} of {steps}")
+        def tell(job: "Job", step: int, steps: int) -> None:
+            name = run_name(plan, job.task, job.method, job.settings)
+            status.update(f"{name}: update {step} of {steps}")
 
         while limit is None or done < limit:
             finished, total = plan.counts(store.read())
@@ -159,8 +160,8 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
         console.print(table)
     console.print(f"Rows: {store.path}", highlight=False)
     if args.table is not None:
-        compare_report.write_markdown(lines, args.metric, plan.settings, args.table)
+        write_output(args.table, compare_report.markdown(lines, args.metric, plan.settings))
         console.print(f"Table: {args.table}", highlight=False)
     if args.plot is not None:
-        compare_report.draw(lines, args.metric, plan.settings, args.plot)
+        write_figure(args.plot, compare_report.draw(lines, args.metric, plan.settings))
         console.print(f"Plot: {args.plot}", highlight=False)

@@ -1,10 +1,8 @@
 """The result of a comparison as tables and as a plot."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -44,14 +42,14 @@ def tables(lines: Sequence[Line], metric: str, settings: CompareSettings) -> lis
     return result
 
 
-def write_markdown(lines: Sequence[Line], metric: str, settings: CompareSettings, path: Path) -> None:
-    """Write the tables to a Markdown file."""
+def markdown(lines: Sequence[Line], metric: str, settings: CompareSettings) -> str:
+    """Return the tables as Markdown."""
     text = []
     for title, group in _groups(lines, settings):
         text += [f"### {title}: {HEADINGS[metric]}", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
         text += [_row(_cells(line, metric)) for line in group] + [""]
     text.append(_notes(settings))
-    _replace(path, lambda scratch: scratch.write_text("\n".join(text) + "\n", encoding="utf-8"))
+    return "\n".join(text) + "\n"
 
 
 def _groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[str, list[Line]]]:
@@ -103,14 +101,16 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def draw(lines: Sequence[Line], metric: str, settings: CompareSettings, path: Path) -> None:
+def draw(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Any:
     """Draw the paired differences: a panel for each task and match, a row for each method.
 
     Args:
         lines (`Sequence[Line]`): From `build_report`.
         metric (`str`): What is compared.
         settings (`CompareSettings`): The comparison.
-        path (`Path`): PNG or SVG file.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture.
     """
     from matplotlib.figure import Figure
 
@@ -131,7 +131,7 @@ def draw(lines: Sequence[Line], metric: str, settings: CompareSettings, path: Pa
         "grey: one seed each; diamond and bar: mean and 95 % interval\nin brackets: cost per update x updates",
         fontsize="medium",
     )
-    _replace(path, lambda scratch: figure.savefig(scratch, dpi=150, format=path.suffix[1:]))
+    return figure
 
 
 def _panel(axis: Any, lines: Sequence[Line], metric: str) -> None:
@@ -152,13 +152,3 @@ def _panel(axis: Any, lines: Sequence[Line], metric: str) -> None:
     axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -1,7 +1,5 @@
 """Pictures of a loss around an adapter: along a line, and on a plane."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 _STYLES = {"training": ("black", "-", "o"), "held-out": ("0.55", "--", "s")}
@@ -11,13 +9,15 @@ _UNIT = "nats per answer token"
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
 
 
-def draw(result: dict[str, Any], adapter: str, path: Path) -> None:
+def draw(result: dict[str, Any], adapter: str) -> Any:
     """Draw the slices: a row for each space, a line to the left and a plane to the right of it.
 
     Args:
         result (`dict`): From `measure_flatness`.
         adapter (`str`): The adapter's name.
-        path (`Path`): PNG or SVG file, replaced whole or not at all.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture.
     """
     from matplotlib.figure import Figure
 
@@ -33,12 +33,7 @@ def draw(result: dict[str, Any], adapter: str, path: Path) -> None:
             else:
                 _plane(figure, axis, space["plane"], title)
     figure.suptitle(f"Loss around {adapter}", fontsize="x-large")
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(scratch, dpi=150, format=path.suffix[1:])
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    return figure
 
 
 def _line(axis: Any, line: dict[str, Any], title: str) -> None:

@@ -1,13 +1,16 @@
 """Files a subcommand writes at its end: checked before its work, written whole or not at all."""
 
+import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.extras import require
 
 PLOT_SUFFIXES = (".png", ".svg")
+DPI = 150
 
 
 def check_outputs(paths: Sequence[Path | None], force: bool, plot: Path | None = None) -> None:
@@ -63,7 +66,7 @@ def _check_folder(path: Path) -> None:
         raise _unwritable(path, error) from error
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """Write a file; an earlier one is replaced whole, or stays as it was.
 
     Raises:
@@ -72,9 +75,20 @@ def write_output(path: Path, text: str) -> None:
     from slsam_peft.integrations.atomic import write_atomically
 
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure as PNG or SVG, as `write_output` writes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI, format=path.suffix[1:])
+    write_output(path, content.getvalue())
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.outputs import check_outputs, write_output
+from slsam_peft.cli.outputs import check_outputs, write_figure, write_output
 from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         from slsam_peft.cli.landscape import draw
 
-        draw(result, args.adapter.name, args.plot)
+        write_figure(args.plot, draw(result, args.adapter.name))
         console.print(f"Plot: {args.plot}", markup=False)
     return 0
 

@@ -223,20 +223,20 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def draw(measured: Sequence[Measured], path: str) -> None:
+def draw(measured: Sequence[Measured]) -> Any:
     """Draw measured beside predicted ratios.
 
     Args:
         measured (`Sequence[Measured]`): What `run_bench` returned.
-        path (`str`): PNG or SVG file.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Returns:
+        `matplotlib.figure.Figure`: The picture.
+    """
+    from matplotlib.figure import Figure
 
     names = [m.mode for m in measured]
-    figure, axes = plt.subplots(figsize=(8, 0.6 * len(names) + 1.4), layout="constrained")
+    figure = Figure(figsize=(8, 0.6 * len(names) + 1.4), layout="constrained")
+    axes = figure.subplots()
     rows = range(len(names))
     summaries = [m.summary() for m in measured]
     axes.barh(rows, [s["ratio"] for s in summaries], color="#4c72b0", height=0.55, label="measured, median of rounds")
@@ -249,5 +249,4 @@ def draw(measured: Sequence[Measured], path: str) -> None:
     axes.set_xlabel("time of an update / plain LoRA's (same round)")
     axes.set_title("Cost of an update")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure

@@ -5,6 +5,7 @@ import math
 import torch
 
 from slsam_peft import SLSAMConfig
+from slsam_peft.cli.outputs import write_figure
 from slsam_peft.integrations.bench import REFERENCE, draw, run_bench
 from tests.tiny import llama, tokenizer
 
@@ -35,5 +36,5 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     picture = tmp_path / "bench.png"
-    draw(measured, str(picture))
+    write_figure(picture, draw(measured))
     assert picture.read_bytes().startswith(b"\x89PNG")

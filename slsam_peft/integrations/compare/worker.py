@@ -10,7 +10,7 @@ from slsam_peft.integrations.compare.store import Row, RowStore
 WAIT = 10.0  # seconds, while other workers hold all jobs that can run
 
 Run = Callable[[Mapping[str, Any], Callable[[int, int], None]], dict[str, Any]]
-Tell = Callable[[str, int, int], None]
+Tell = Callable[[Job, int, int], None]
 
 
 def next_row(plan: Plan, store: RowStore, tell: Tell, run: Run | None = None, wait: float = WAIT) -> Row | None:
@@ -21,7 +21,7 @@ def next_row(plan: Plan, store: RowStore, tell: Tell, run: Run | None = None, wa
     Args:
         plan (`Plan`): The comparison.
         store (`RowStore`): Where its rows are.
-        tell (`Tell`): Told the job's name, updates done and updates in all.
+        tell (`Tell`): Told the job, updates done and updates in all.
         run (callable, *optional*): Runs a job's settings. Defaults to `slsam_peft.integrations.compare.runs.run`.
         wait (`float`, *optional*): Seconds between looks at what others hold.
 
@@ -42,8 +42,7 @@ def next_row(plan: Plan, store: RowStore, tell: Tell, run: Run | None = None, wa
 
 
 def _do(job: Job, store: RowStore, tell: Tell, run: Run) -> Row:
-    label = f"{job.task}, {job.method}, seed {job.settings['seed']}"
-    result = run(job.settings, lambda step, steps: tell(label, step, steps))
+    result = run(job.settings, lambda step, steps: tell(job, step, steps))
     row = {"key": job.key, "task": job.task, "method": job.method, "settings": dict(job.settings), **result}
     store.append(row)
     return row
