@@ -60,11 +60,14 @@ def _groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[
 def _notes(settings: CompareSettings) -> str:
     tried = len(next(iter(settings.methods.values())).candidates)
     seeds = ", ".join(map(str, settings.seeds))
+    where = f" of {settings.tuning_task}" if settings.tuning_task else ""
+    chosen = (
+        f"Each method tried {tried} learning rates (or pairs of one and rho), chosen by the validation loss of seed "
+    )
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
-        "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. Each "
-        f"method tried {tried} learning rate{'s' * (tried > 1)} (or pairs of one and rho), chosen by the validation "
-        f"loss of seed {settings.tuning_seed}{f' of {settings.tuning_task}' if settings.tuning_task else ''}."
+        "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. "
+        + (f"{chosen}{settings.tuning_seed}{where}." if tried > 1 else "Learning rates were given, none was tuned.")
     )
 
 

@@ -41,9 +41,10 @@ def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     task = next(iter(settings.tasks))
-    for name in settings.methods:
+    for name, method in settings.methods.items():
         try:
-            _check_arguments(plan.tuning(task, name, settings.match[0])[0].settings)
+            job = plan.job(task, name, settings.match[0], method.candidates[0], settings.tuning_seed)
+            _check_arguments(job.settings)
         except (ValueError, TypeError) as error:  # what transformers raises for arguments and schedules
             raise UserError(f"methods.{name} or training: {' '.join(str(error).split())[:400]}") from error
 

@@ -78,18 +78,22 @@ class Plan:
         return Job(task, method, values)
 
     def tuning(self, task: str, method: str, match: str) -> list[Job]:
-        """Return the runs that choose a method's learning rate, and its radius where several are tried."""
+        """Return the runs that choose a method's learning rate, and its radius where several are tried; none for one."""
         task, tried = self.settings.tuning_task or task, self.settings.methods[method].candidates
+        if len(tried) == 1:
+            return []
         return [self.job(task, method, match, candidate, self.settings.tuning_seed) for candidate in tried]
 
     def best(self, rows: Rows, task: str, method: str, match: str) -> Candidate | None:
         """Return the settings of the lowest validation loss; `None` while one is missing, or where all failed."""
-        jobs = self.tuning(task, method, match)
+        jobs, candidates = self.tuning(task, method, match), self.settings.methods[method].candidates
+        if len(candidates) == 1:
+            return candidates[0]
         if any(job.key not in rows for job in jobs):
             return None
         losses = [_loss(rows[job.key]) for job in jobs]
         best = min(range(len(jobs)), key=losses.__getitem__)
-        return self.settings.methods[method].candidates[best] if math.isfinite(losses[best]) else None
+        return candidates[best] if math.isfinite(losses[best]) else None
 
     def reported(self, rows: Rows, task: str, method: str, match: str) -> list[Job]:
         """Return the runs of the reported seeds; none while the learning rate is open."""
