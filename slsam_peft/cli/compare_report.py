@@ -61,13 +61,15 @@ def _notes(settings: CompareSettings) -> str:
     tried = len(next(iter(settings.methods.values())).candidates)
     seeds = ", ".join(map(str, settings.seeds))
     where = f" of {settings.tuning_task}" if settings.tuning_task else ""
-    chosen = (
-        f"Each method tried {tried} learning rates (or pairs of one and rho), chosen by the validation loss of seed "
-    )
+    chosen = f"Each method tried {tried} learning rates (or pairs of one and rho), chosen by the validation loss of "
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
         "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. "
-        + (f"{chosen}{settings.tuning_seed}{where}." if tried > 1 else "Learning rates were given, none was tuned.")
+        + (
+            f"{chosen}seed {settings.tuning_seed}{where}."
+            if tried > 1
+            else "Learning rates were given, none was tuned."
+        )
     )
 
 

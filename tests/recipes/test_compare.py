@@ -31,10 +31,10 @@ def comparison(model: Path, data: Path, **changes: object) -> dict:
         "training": {"updates": 3, "batch_size": 2, "max_length": 48, "lora_r": 2},
         "tasks": {"sums": {"source": "jsonl", "file": str(data), "rows": 6, "validation_rows": 2, "test_rows": 4}},
         "methods": {
-            "plain": {"learning_rates": [1e-2]},
-            "sam": {"learning_rates": [1e-2], "slsam": {"rho": 0.05, "active_fraction": 1.0}},
-            "depth": {"learning_rates": [1e-2], "slsam": {"rho": 0.05, "design": "depth", "cost_budget": 1.0}},
-            "random": {"learning_rates": [1e-2], "random_rho": 0.05},
+            "plain": {"learning_rates": [1e-2, 2e-2]},
+            "sam": {"learning_rates": [1e-2, 2e-2], "slsam": {"rho": 0.05, "active_fraction": 1.0}},
+            "depth": {"learning_rates": [1e-2, 2e-2], "slsam": {"rho": 0.05, "design": "depth", "cost_budget": 1.0}},
+            "random": {"learning_rates": [1e-2, 2e-2], "random_rho": 0.05},
         },
         "seeds": [0, 1],
         "tuning_seed": 7,
@@ -73,7 +73,7 @@ def test_each_run_has_one_row(done: Path) -> None:
     rows = rows_of(done)
     assert len({row["key"] for row in rows}) == len(rows)
     # Dense SAM costs two updates and is the only method that gets another number of them at equal cost.
-    assert sorted(row["method"] for row in rows) == sorted(["plain", "depth", "random"] * 3 + ["sam"] * 6)
+    assert sorted(row["method"] for row in rows) == sorted(["plain", "depth", "random"] * 4 + ["sam"] * 8)
     assert {row["settings"]["updates"] for row in rows if row["method"] == "sam"} == {3, 1}
 
 

@@ -228,16 +228,34 @@ def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> Non
 
 def test_runs_are_called_by_what_was_tried() -> None:
     methods = {
-        "plain": {"learning_rates": [1e-4]},
-        "sam": {"learning_rates": [1e-3], "rhos": [0.1], "slsam": {"active_fraction": 1.0}},
-        "random": {"learning_rates": [1e-3], "rhos": [0.5], "random_rho": 0.2},
+        "plain": {"learning_rates": [1e-4, 2e-4]},
+        "sam": {"learning_rates": [1e-3], "rhos": [0.1, 0.5], "slsam": {"active_fraction": 1.0}},
+        "random": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "random_rho": 0.2},
     }
     plan = Plan(settings(methods=methods, match=["updates"]), dict.fromkeys(methods, 1.0))
     assert [run_name(plan, job.task, job.method, job.settings) for job in plan.pending({})] == [
         "docs, plain, learning rate 0.0001, seed 9",
+        "docs, plain, learning rate 0.0002, seed 9",
         "docs, sam, learning rate 0.001, rho 0.1, seed 9",
+        "docs, sam, learning rate 0.001, rho 0.5, seed 9",
         "docs, random, learning rate 0.001, rho 0.5, seed 9",
+        "docs, random, learning rate 0.001, rho 0.1, seed 9",
     ]
+
+
+def test_a_single_candidate_needs_no_tuning_run() -> None:
+    methods = {
+        "plain": {"learning_rates": [1e-4]},
+        "sam": {"learning_rates": [1e-3], "rhos": [0.1], "slsam": {"active_fraction": 1.0}},
+    }
+    plan = Plan(settings(methods=methods, match=["updates"]), dict.fromkeys(methods, 1.0))
+    jobs = list(plan.pending({}))
+    assert {(job.settings["seed"], job.settings["split"]) for job in jobs} == {
+        (s, "test") for s in plan.settings.seeds
+    }
+    assert plan.best({}, "docs", "sam", "updates") == Candidate(1e-3, 0.1)
+    assert plan.counts({}) == (0, len(jobs)) == (0, 2 * len(plan.settings.seeds))
+    assert "none was tuned" in markdown(build_report(plan, {}), "loss", plan.settings)
 
 
 def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:

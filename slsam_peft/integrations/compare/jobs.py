@@ -78,7 +78,7 @@ class Plan:
         return Job(task, method, values)
 
     def tuning(self, task: str, method: str, match: str) -> list[Job]:
-        """Return the runs that choose a method's learning rate, and its radius where several are tried; none for one."""
+        """Return the runs that choose a method's learning rate and radius; none where there is nothing to choose."""
         task, tried = self.settings.tuning_task or task, self.settings.methods[method].candidates
         if len(tried) == 1:
             return []
