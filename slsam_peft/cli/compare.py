@@ -147,7 +147,7 @@ def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
         name = run_name(plan, job.task, job.method, job.settings)
         console.print(f"{name}, {job.settings['updates']} updates", markup=False, highlight=False)
     done, total = plan.counts(rows)
-    console.print(f"{done} of {total} runs are done; reported seeds are listed once the learning rate is chosen.")
+    console.print(f"{done} of {total} runs are done; seeds whose learning rate is still to be chosen are not listed.")
     return 0
 
 

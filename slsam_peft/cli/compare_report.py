@@ -61,15 +61,13 @@ def _notes(settings: CompareSettings) -> str:
     tried = len(next(iter(settings.methods.values())).candidates)
     seeds = ", ".join(map(str, settings.seeds))
     where = f" of {settings.tuning_task}" if settings.tuning_task else ""
-    chosen = f"Each method tried {tried} learning rates (or pairs of one and rho), chosen by the validation loss of "
+    tuned = "Learning rates and radii were given; none was tuned."
+    if tried > 1:
+        tuned = f"Each method tried {tried} learning rates (or pairs of one and rho), chosen by the validation loss "
+        tuned += f"of seed {settings.tuning_seed}{where}."
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
-        "ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. "
-        + (
-            f"{chosen}seed {settings.tuning_seed}{where}."
-            if tried > 1
-            else "Learning rates were given, none was tuned."
-        )
+        f"ones of the mean, p-values those of the paired t-test. Cost is in plain LoRA updates. {tuned}"
     )
 
 

@@ -255,7 +255,7 @@ def test_a_single_candidate_needs_no_tuning_run() -> None:
     }
     assert plan.best({}, "docs", "sam", "updates") == Candidate(1e-3, 0.1)
     assert plan.counts({}) == (0, len(jobs)) == (0, 2 * len(plan.settings.seeds))
-    assert "none was tuned" in markdown(build_report(plan, {}), "loss", plan.settings)
+    assert "none was tuned." in markdown(build_report(plan, {}), "loss", plan.settings)
 
 
 def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:

@@ -86,9 +86,10 @@ class Plan:
 
     def best(self, rows: Rows, task: str, method: str, match: str) -> Candidate | None:
         """Return the settings of the lowest validation loss; `None` while one is missing, or where all failed."""
-        jobs, candidates = self.tuning(task, method, match), self.settings.methods[method].candidates
+        candidates = self.settings.methods[method].candidates
         if len(candidates) == 1:
             return candidates[0]
+        jobs = self.tuning(task, method, match)
         if any(job.key not in rows for job in jobs):
             return None
         losses = [_loss(rows[job.key]) for job in jobs]

@@ -124,8 +124,8 @@ class MethodSettings:
     """One method.
 
     Args:
-        learning_rates (`list[float]`): Tried on the tuning seed; the best one is used on all others. One alone is not
-            tried.
+        learning_rates (`list[float]`): Tried on the tuning seed; the best one is used on all others. A single
+            candidate (one rate, at most one radius) is not tried.
         slsam (`dict`, *optional*): Settings of SL-SAM. Missing: plain LoRA.
         random_rho (`float`, *optional*): A control: a random perturbation of this L2 norm in place of an ascent.
         batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; an update costs in proportion.
