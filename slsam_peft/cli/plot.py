@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
+from slsam_peft.cli.outputs import PLOT_SUFFIXES, write_output
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.extras import require
 
 NAME = "plot"
 HELP = "Draw a training: probabilities and activity of the arms, loss, sharpness, cost; or follow one live"
-SUFFIXES = (".png", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     if args.live:
         return _follow(args)
     target = args.out or Path("slsam-plot.png")
-    if target.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out={target}: the name must end in {' or '.join(SUFFIXES)}.")
+    if target.suffix.lower() not in PLOT_SUFFIXES:
+        raise UserError(f"--out={target}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise UserError(f"--out={target}: name a file in a folder that exists.")
     if target.exists() and not args.force:
@@ -39,16 +39,12 @@ def run(args: argparse.Namespace) -> int:
     require("plot without --live", "plot", "matplotlib")
     from rich.console import Console
 
-    from slsam_peft.integrations.atomic import write_atomically
     from slsam_peft.integrations.trace_data import read_runs
 
     traces = read_runs(args.runs)
     from slsam_peft.integrations.trace_plot import draw
 
-    try:
-        write_atomically(target, draw(traces, target.suffix.lower()))
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
+    write_output(target, draw(traces, target.suffix.lower()))
     Console(highlight=False, soft_wrap=True).print(f"Written: {target}", markup=False)
     return 0
 
