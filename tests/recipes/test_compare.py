@@ -16,7 +16,13 @@ from slsam_peft.integrations.compare.checks import _check_rows
 from slsam_peft.integrations.compare.jobs import Plan
 from slsam_peft.integrations.compare.runs import build_trainer, expected_costs, load_model, row_order
 from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
-from slsam_peft.integrations.compare.settings import Candidate, TrainingSettings, parse_settings, read_settings
+from slsam_peft.integrations.compare.settings import (
+    QUANTISATIONS,
+    Candidate,
+    TrainingSettings,
+    parse_settings,
+    read_settings,
+)
 from slsam_peft.integrations.compare.store import RowStore
 from slsam_peft.integrations.compare.tasks import TaskData, load_task
 from slsam_peft.integrations.compare.worker import next_row
@@ -83,8 +89,13 @@ def test_costs_are_counted(done: Path) -> None:
     assert costs["sam"] == pytest.approx(2.0, rel=0.1)  # its branch comes on top, on a thin model not a little
 
 
-def test_methods_start_from_the_same_adapter_and_batches(tmp_path: Path, tiny_model: Path, chats: Path) -> None:
-    settings = parse_settings(comparison(tiny_model, chats))
+@pytest.mark.parametrize("quantise", QUANTISATIONS)
+def test_methods_start_from_the_same_adapter_and_batches(
+    quantise: str, tmp_path: Path, tiny_model: Path, chats: Path
+) -> None:
+    values = comparison(tiny_model, chats)
+    values["training"]["quantise"] = quantise
+    settings = parse_settings(values)
     plan = Plan(settings, dict.fromkeys(settings.methods, 1.0))
     seen = []
     for method in settings.methods:
@@ -97,6 +108,7 @@ def test_methods_start_from_the_same_adapter_and_batches(tmp_path: Path, tiny_mo
         batches = [{k: v.clone() for k, v in batch.items()} for batch in trainer.get_train_dataloader()]
         seen.append((adapter, batches))
     adapter, batches = seen[0]
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
     assert len(batches) == 3
     assert [b["input_ids"][0, :4].tolist() for b in batches] == [rows[i].ids[:4] for i in (0, 2, 4)]
     for other_adapter, other_batches in seen[1:]:

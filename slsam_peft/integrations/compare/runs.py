@@ -26,6 +26,7 @@ from slsam_peft.integrations.compare.control import RandomPerturbationTrainer
 from slsam_peft.integrations.compare.scoring import Tokens, answered, score
 from slsam_peft.integrations.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 from slsam_peft.integrations.compare.tasks import load_task
+from slsam_peft.integrations.peft import restore_float32
 from slsam_peft.integrations.quickstart import load_nf4
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
@@ -231,7 +232,7 @@ def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
 def build_trainer(
     model: Any, tokenizer: Any, train: Sequence[Tokens], settings: Mapping[str, Any], scratch: str, report: Report
 ) -> SFTTrainer:
-    """Return the trainer of a run: the same initial adapter and batches for every method of a seed.
+    """Return the trainer of a run: the same initial adapter, its dtype and batches for every method of a seed.
 
     Args:
         model (`PreTrainedModel`): Base model, from `load_model`.
@@ -257,5 +258,7 @@ def build_trainer(
         trainer = RandomPerturbationTrainer(model, random_rho=settings["random_rho"], **common)
     else:
         trainer = SFTTrainer(model, **common)
+    if settings["slsam"] is None:  # SLSAMTrainer does the same, as its adapter_dtype says
+        restore_float32(trainer.model, {})
     trainer.remove_callback(PrinterCallback)
     return trainer
