@@ -423,9 +423,23 @@ def test_puzzles_are_split_and_reproducible() -> None:
     questions = [pair[0][0]["content"] for pair in data.train + data.validation + data.test]
     assert len(set(questions)) == len(questions) == 56
     assert all(answer.lstrip("-").isdigit() for _, answer in data.test)
-    missing = settings(tasks={"d": {**options, "puzzle": "chain_summ"}}).tasks["d"]
-    with pytest.raises(UserError, match="chain_summ"):
-        load_task(missing, 0)
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "options", "message"),
+    [
+        ("chain_summ", {}, "chain_sum"),
+        ("chain_sum", {"min_terms": 0}, "min_terms"),
+        ("chain_sum", {"no_such_option": 1}, "no_such_option"),
+        ("simple_equations", {"operators": ["+", "-"]}, "number of weights"),  # found out by the first puzzle only
+        ("coin_flip", {"min_trials": 1, "max_trials": 1}, "different questions"),
+    ],
+)
+def test_puzzles_that_cannot_be_made_are_named(puzzle: str, options: dict[str, Any], message: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    values = {"source": "reasoning_gym", "puzzle": puzzle, "puzzle_options": options, "rows": 32}
+    with pytest.raises(UserError, match=f"{puzzle}.*{message}"):
+        load_task(settings(tasks={"d": values}).tasks["d"], 0)
 
 
 @given(st.integers(2, 40), st.integers(0, 5))
