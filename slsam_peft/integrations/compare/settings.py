@@ -76,7 +76,7 @@ class TrainingSettings:
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapters' input, in [0, 1).
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether activations are computed again.
         dtype (`str`, *optional*, defaults to `"float32"`): What the model computes in: `"float32"` or `"bfloat16"`.
-        quantise (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base; adapters are in float32 on it too.
+        quantise (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base, adapters in float32.
         prompt_format (`str`, *optional*): What stands in place of the chat template around a single user message, with
             `{}` where it goes; the answer follows. Unset: the tokenizer's own template.
     """

@@ -72,8 +72,8 @@ def reasoning_gym_task(task: TaskSettings, seed: int) -> TaskData:
         pairs: list[Pair] = []
         spare = 4 * count + 64  # some are repeated
         try:
-            # A list: some options are only looked at while puzzles are made.
-            puzzles = list(reasoning_gym.create_dataset(str(task.puzzle), size=spare, seed=seed, **task.puzzle_options))
+            made = reasoning_gym.create_dataset(str(task.puzzle), size=spare, seed=seed, **task.puzzle_options)
+            puzzles = list(made)  # some options are only looked at here
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"puzzle={task.puzzle!r} with {dict(task.puzzle_options)}: {error}") from error
         for puzzle in puzzles:
