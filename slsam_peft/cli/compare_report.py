@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from slsam_peft.integrations.compare.report import Line
 from slsam_peft.integrations.compare.settings import CompareSettings
@@ -25,21 +26,38 @@ COLUMNS = (
     "p",
     "p (Holm)",
 )
+NARROW = (
+    "method",
+    "updates\nx cost",
+    "mean",
+    "difference\n95 % interval",
+    "p (Holm)",
+)  # two lines a row: 80 characters
 
 
 def tables(lines: Sequence[Line], metric: str, settings: CompareSettings) -> list[Table]:
-    """Return one table for each task and match."""
+    """Return one table for each task and match, for terminals of 80 characters or more."""
     result = []
     for title, group in _groups(lines, settings):
         table = Table(title=f"{title}: {HEADINGS[metric]}", title_justify="left", caption_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column == "method" else "right")
+        for column in NARROW:
+            left = column == "method"
+            table.add_column(column, justify="left" if left else "right", no_wrap=not left)
         for line in group:
-            table.add_row(*_cells(line, metric))
+            table.add_row(*_narrow_cells(line, metric, len(settings.seeds)))
         result.append(table)
     if result:
         result[-1].caption = _notes(settings)
     return result
+
+
+def _narrow_cells(line: Line, metric: str, seeds: int) -> list[Text]:
+    method, chosen, _, updates, _, done, mean, difference, interval, _, corrected = _cells(line, metric)
+    below = f"lr {chosen}" + (f"\n{done} of {seeds} seeds" if done != str(seeds) else "")
+    cells = [method, f"{updates}\nx {_number(line.cost, '.2f')}", mean, f"{difference}\n{interval}", corrected]
+    if line.differences.get(metric) is None:
+        cells[3] = "-"
+    return [Text(cells[0]).append(f"\n{below}", "dim"), *map(Text, cells[1:])]
 
 
 def markdown(lines: Sequence[Line], metric: str, settings: CompareSettings) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
@@ -378,6 +380,24 @@ def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
     assert sam.differences["loss"].high < 0
     assert not lines["plain", "cost"].differences
     assert sam.corrected["loss"] >= sam.differences["loss"].p
+
+
+def test_report_is_whole_on_80_columns(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    rows = finished(plan, tmp_path).read()
+    lines = [replace(line, method="[a] method " + "with a long name " * 3) for line in build_report(plan, rows)]
+    lines[1] = replace(lines[1], scores={metric: {1: 0.5} for metric in lines[1].scores})
+    console = Console(width=80, record=True)
+    for table in tables(lines, "loss", plan.settings):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("[a] method") == len(lines)
+    sam = next(line for line in lines if line.differences)
+    interval = f"[{sam.differences['loss'].low:+.4f}, {sam.differences['loss'].high:+.4f}]"
+    for part in (f"lr {sam.chosen.rate:g}", interval, f"1 of {len(plan.settings.seeds)} seeds"):
+        assert part in text, part
 
 
 def test_report_of_unfinished_rows_has_gaps() -> None:
