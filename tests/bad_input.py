@@ -222,8 +222,8 @@ BENCH: list[tuple[list[str], str]] = [
     (["--output", "gone/b.json"], "the folder of gone/b.json does not exist. Make it first, or name another file."),
     (["--output", "/proc/b.json"], "/proc/b.json cannot be written: "),
     (["--plot", "b.pdf"], "--plot b.pdf: the name must end in .png or .svg."),
-    (["--model", "./gone", "--output", "b.json"], "--model ./gone could not be loaded: "),
-    (["--model", "nobody/nothing", "--output", "b.json"], "--model nobody/nothing could not be loaded: "),
+    (["--model", "./gone", "--output", "b.json"], "model ./gone could not be loaded: "),
+    (["--model", "nobody/nothing", "--output", "b.json"], "model nobody/nothing could not be loaded: "),
 ]
 ADAPTERS: list[tuple[list[str], str]] = [
     (["check"], "required: ADAPTER"),

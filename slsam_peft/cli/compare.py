@@ -157,11 +157,11 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
 
     lines = build_report(plan, store.read())
     for table in compare_report.tables(lines, args.metric, plan.settings):
-        console.print(table)
-    console.print(f"Rows: {store.path}", highlight=False)
+        console.print(table, width=max(compare_report.WIDTH, console.width), crop=False)
+    console.print(f"Rows: {store.path}", markup=False, highlight=False)
     if args.table is not None:
         write_output(args.table, compare_report.markdown(lines, args.metric, plan.settings))
-        console.print(f"Table: {args.table}", highlight=False)
+        console.print(f"Table: {args.table}", markup=False, highlight=False)
     if args.plot is not None:
         write_figure(args.plot, compare_report.draw(lines, args.metric, plan.settings))
-        console.print(f"Plot: {args.plot}", highlight=False)
+        console.print(f"Plot: {args.plot}", markup=False, highlight=False)

@@ -26,38 +26,37 @@ COLUMNS = (
     "p",
     "p (Holm)",
 )
-NARROW = (
-    "method",
-    "updates\nx cost",
-    "mean",
-    "difference\n95 % interval",
-    "p (Holm)",
-)  # two lines a row: 80 characters
+NARROW = ("method", "updates\nx cost", "mean", "difference\n95 % interval", "p (Holm)")  # of tables for terminals
+WIDTH = 80  # characters that those tables need
 
 
 def tables(lines: Sequence[Line], metric: str, settings: CompareSettings) -> list[Table]:
-    """Return one table for each task and match, for terminals of 80 characters or more."""
+    """Return one table for each task and match; each fits into `WIDTH` characters."""
     result = []
     for title, group in _groups(lines, settings):
-        table = Table(title=f"{title}: {HEADINGS[metric]}", title_justify="left", caption_justify="left")
+        name = Text(f"{title}: {HEADINGS[metric]}", "table.title")
+        table = Table(title=name, title_justify="left", caption_justify="left")
         for column in NARROW:
             left = column == "method"
-            table.add_column(column, justify="left" if left else "right", no_wrap=not left)
+            table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
         for line in group:
             table.add_row(*_narrow_cells(line, metric, len(settings.seeds)))
         result.append(table)
     if result:
-        result[-1].caption = _notes(settings)
+        result[-1].caption = Text(_notes(settings), "table.caption")
     return result
 
 
 def _narrow_cells(line: Line, metric: str, seeds: int) -> list[Text]:
-    method, chosen, _, updates, _, done, mean, difference, interval, _, corrected = _cells(line, metric)
-    below = f"lr {chosen}" + (f"\n{done} of {seeds} seeds" if done != str(seeds) else "")
-    cells = [method, f"{updates}\nx {_number(line.cost, '.2f')}", mean, f"{difference}\n{interval}", corrected]
-    if line.differences.get(metric) is None:
-        cells[3] = "-"
-    return [Text(cells[0]).append(f"\n{below}", "dim"), *map(Text, cells[1:])]
+    done, below = len(line.scores[metric]), [f"lr {_chosen(line)}"]
+    if done < seeds:
+        below.append(f"{done} of {seeds} seeds")
+    if line.failed:
+        below.append(f"{line.failed} failed")
+    updates = str(line.updates) + (f"\nx {line.cost:.2f}" if line.cost is not None else "")
+    difference, interval, _, corrected = _differences(line, metric)
+    cells = [updates, _number(line.mean(metric), ".4f"), f"{difference}\n{interval}".removesuffix("\n-"), corrected]
+    return [Text(line.method).append("".join(f"\n{text}" for text in below), "dim"), *map(Text, cells)]
 
 
 def markdown(lines: Sequence[Line], metric: str, settings: CompareSettings) -> str:
@@ -94,9 +93,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _cells(line: Line, metric: str) -> list[str]:
-    difference = line.differences.get(metric)
     seeds = str(len(line.scores[metric])) + (f" ({line.failed} failed)" if line.failed else "")
-    cells = [
+    return [
         line.method,
         _chosen(line),
         _number(line.cost, ".3f"),
@@ -104,12 +102,18 @@ def _cells(line: Line, metric: str) -> list[str]:
         _number(line.total_cost, ".1f"),
         seeds,
         _number(line.mean(metric), ".4f"),
+        *_differences(line, metric),
     ]
+
+
+def _differences(line: Line, metric: str) -> list[str]:
+    """Return difference, interval, p and p after Holm's correction."""
+    difference = line.differences.get(metric)
     if difference is None:
-        return cells + ["-"] * 4
+        return ["-"] * 4
     interval = "-" if math.isnan(difference.low) else f"[{difference.low:+.4f}, {difference.high:+.4f}]"
     p_values = [_number(p, ".2g") for p in (difference.p, line.corrected[metric])]
-    return [*cells, f"{difference.mean:+.4f}", interval, *p_values]
+    return [f"{difference.mean:+.4f}", interval, *p_values]
 
 
 def _chosen(line: Line) -> str:

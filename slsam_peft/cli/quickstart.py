@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     with screen.working("Loading libraries"):
         # torch, transformers and trl: seconds, so not at the top.
         from slsam_peft.integrations import quickstart as parts
+        from slsam_peft.integrations.models import compute_dtype
         from slsam_peft.integrations.stdlib_docs import stdlib_docs
 
         try:
@@ -79,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error)) from error
     name = args.model or _fetch(screen)
-    dtype = parts.compute_dtype(args.dtype)
+    dtype = compute_dtype(args.dtype)
     with screen.working(f"Loading {Path(name).name} in NF4"):
-        model, tokenizer = parts.load_nf4(name, dtype)
+        model, tokenizer = parts.load_chat_model(name, dtype)
     settings = parts.QuickstartSettings(
         max_steps=args.max_steps,
         batch_size=args.batch_size,

@@ -17,8 +17,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.integrations.models import compute_dtype
 from slsam_peft.integrations.peft import restore_float32
-from slsam_peft.integrations.quickstart import compute_dtype
 from slsam_peft.integrations.trainer import SLSAMTrainer
 
 SAMPLE_SECONDS = 0.02  # between two looks at the process's memory

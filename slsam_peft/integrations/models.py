@@ -1,13 +1,14 @@
 """Base models for the commands that need one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.quickstart import compute_dtype, load_nf4
+from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 
 
@@ -23,13 +24,64 @@ def load_base(name: str | None, in_4bit: bool, tell: Callable[[str], None] = lam
         UserError: it cannot be fetched, found or read.
     """
     source = name or str(fetch_smollm2(tell))
-    dtype = compute_dtype("auto")
-    if in_4bit:
-        return load_nf4(source, dtype)
+    return (load_nf4 if in_4bit else load_unquantised)(source, compute_dtype("auto"))
+
+
+def load_nf4(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load a model with its linear layers in 4-bit NF4, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read. The message holds the loader's own words.
+    """
+    tokenizer = load_tokenizer(source)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    place = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = _load_model(source, dtype, quantization_config=quantised, device_map={"": place})
+    keep_trainable(model)  # it may be evaluated before it is trained
+    return model, tokenizer
+
+
+def load_unquantised(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load a model as it is, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read. The message holds the loader's own words.
+    """
+    tokenizer = load_tokenizer(source)
+    return _load_model(source, dtype).to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load a tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read. The message holds the loader's own words.
+    """
+    with _named(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def _load_model(source: str, dtype: torch.dtype, **more: Any) -> Any:
+    with _named(source):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **more)
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        yield
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
-        said = " ".join(str(error).split())
-        raise UserError(f"--model {source} could not be loaded: {said[:400]}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """Return the dtype the model computes in: the named one, or for `"auto"` the fast one on this machine.
+
+    bfloat16 pays where the processor multiplies in it; elsewhere it is emulated, and float32 is faster and exact.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
+from slsam_peft.integrations.models import load_nf4, load_tokenizer
 from slsam_peft.integrations.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.integrations.trace_data import FILE_NAME
 from slsam_peft.integrations.trainer import SLSAMTrainer
@@ -51,39 +51,15 @@ class QuickstartSettings:
     slsam: SLSAMConfig
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    """Return the dtype the model computes in: the named one, or for `"auto"` the fast one on this machine.
-
-    bfloat16 pays where the processor multiplies in it; elsewhere it is emulated, and float32 is faster and exact.
-    """
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
-
-
-def load_nf4(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_chat_model(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a chat model with its linear layers in 4-bit NF4, and its tokenizer.
 
     Raises:
-        UserError: it cannot be found or read, or it has no chat template. The message holds the loader's own words.
+        UserError: it cannot be found or read, or it has no chat template.
     """
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    place = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        if not tokenizer.chat_template:
-            raise UserError(f"{name_or_path} has no chat template; name an instruct or chat model with --model.")
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, quantization_config=quantised, dtype=dtype, device_map=place, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
-        said = " ".join(str(error).split())
-        raise UserError(f"--model {name_or_path} could not be loaded: {said[:400]}") from error
-    keep_trainable(model)  # it is evaluated before it is trained
-    return model, tokenizer
+    if not load_tokenizer(name_or_path).chat_template:  # before any weights
+        raise UserError(f"{name_or_path} has no chat template; name an instruct or chat model with --model.")
+    return load_nf4(name_or_path, dtype)
 
 
 class _Report(TrainerCallback):
@@ -108,8 +84,8 @@ def build_trainer(
     """Return an `SLSAMTrainer` for `model` that reports every update.
 
     Args:
-        model (`PreTrainedModel`): From `load_nf4`.
-        tokenizer (`PreTrainedTokenizerBase`): From `load_nf4`.
+        model (`PreTrainedModel`): From `load_chat_model`.
+        tokenizer (`PreTrainedTokenizerBase`): From `load_chat_model`.
         data (`datasets.DatasetDict`): Splits `"train"` and `"test"`, as `stdlib_docs` builds them.
         settings (`QuickstartSettings`): What to train with.
         scratch (`str`): Folder for whatever the trainer writes.

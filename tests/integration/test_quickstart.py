@@ -13,7 +13,8 @@ from rich.console import Console
 from slsam_peft.cli.screen import Screen
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
-from slsam_peft.integrations import quickstart
+from slsam_peft.integrations import models, quickstart
+from tests.tiny import tokenizer
 
 
 @pytest.mark.parametrize(
@@ -30,16 +31,24 @@ def test_auto_dtype_is_bfloat16_only_where_the_processor_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    assert quickstart.compute_dtype("auto") == getattr(torch, expected)
-    assert quickstart.compute_dtype("float32") == torch.float32
-    assert quickstart.compute_dtype("bfloat16") == torch.bfloat16
+    assert models.compute_dtype("auto") == getattr(torch, expected)
+    assert models.compute_dtype("float32") == torch.float32
+    assert models.compute_dtype("bfloat16") == torch.bfloat16
 
 
 @pytest.mark.parametrize("config", ["{}", '{"model_type": "unheard_of"}', "not json"])
 def test_a_folder_without_a_usable_model_is_a_user_error(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UserError, match=f"--model {tmp_path} could not be loaded: "):
-        quickstart.load_nf4(str(tmp_path), torch.float32)
+    with pytest.raises(UserError, match=f"model {tmp_path} could not be loaded: "):
+        models.load_nf4(str(tmp_path), torch.float32)
+
+
+def test_a_model_without_a_chat_template_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    plain = tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} has no chat template; name an instruct or chat model"):
+        quickstart.load_chat_model(str(tmp_path), torch.float32)
 
 
 class _FakeTrainer:

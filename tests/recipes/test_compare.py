@@ -260,7 +260,9 @@ def test_committed_rows_belong_to_their_recipe(path: Path) -> None:
     """Every row is a run of the YAML file above it: its key is the one that file gives."""
     settings = read_settings(path)
     plan = Plan(settings, dict.fromkeys(settings.methods, 1.0))
-    for row in RowStore(path.parent / "rows" / f"{path.stem}.jsonl").read().values():
+    rows = RowStore(path.parent / "rows" / f"{path.stem}.jsonl").read()
+    assert rows
+    for row in rows.values():
         run = row["settings"]
         tried = settings.methods[row["method"]].rhos
         rho = (run["slsam"] or {}).get("rho", run["random_rho"]) if tried else None

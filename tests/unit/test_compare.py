@@ -382,22 +382,27 @@ def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
     assert sam.corrected["loss"] >= sam.differences["loss"].p
 
 
-def test_report_is_whole_on_80_columns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["[/a] method " + "with a long name " * 3, "a_method_of_one_word_" * 3])
+def test_report_is_whole_on_80_columns(name: str, tmp_path: Path) -> None:
     plan = Plan(settings(), COSTS)
     rows = finished(plan, tmp_path).read()
-    lines = [replace(line, method="[a] method " + "with a long name " * 3) for line in build_report(plan, rows)]
-    lines[1] = replace(lines[1], scores={metric: {1: 0.5} for metric in lines[1].scores})
+    lines = [replace(line, method=name, task="[/sums] [b]") for line in build_report(plan, rows)]
+    lines[1] = replace(lines[1], scores={metric: {1: 0.5} for metric in lines[1].scores}, failed=1)
+    lines[2] = replace(lines[2], chosen=None, cost=None, scores={metric: {} for metric in lines[2].scores})
+    sam = next(line for line in lines[3:] if line.differences)
     console = Console(width=80, record=True)
-    for table in tables(lines, "loss", plan.settings):
+    for table in tables(lines, "loss", replace(plan.settings, tuning_task="docs")):
         console.print(table)
     text = console.export_text()
     assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 80
-    assert text.count("[a] method") == len(lines)
-    sam = next(line for line in lines if line.differences)
+    squeezed = "".join(line.split("│")[1].replace(" ", "") for line in text.splitlines() if "│" in line)
+    assert squeezed.count(name.replace(" ", "")) == len(lines)
     interval = f"[{sam.differences['loss'].low:+.4f}, {sam.differences['loss'].high:+.4f}]"
-    for part in (f"lr {sam.chosen.rate:g}", interval, f"1 of {len(plan.settings.seeds)} seeds"):
+    count = len(plan.settings.seeds)
+    for part in (f"lr {sam.chosen.rate:g}", "lr open", interval, f"1 of {count} seeds", f"0 of {count}", "1 failed"):
         assert part in text, part
+    assert "[/sums] [b], equal" in text
+    assert "x -" not in text
 
 
 def test_report_of_unfinished_rows_has_gaps() -> None:

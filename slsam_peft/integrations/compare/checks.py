@@ -11,10 +11,11 @@ from transformers import SchedulerType, get_scheduler
 from slsam_peft.config import check_name
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan
-from slsam_peft.integrations.compare.runs import arguments_of, load_tokenizer
+from slsam_peft.integrations.compare.runs import arguments_of, model_folder
 from slsam_peft.integrations.compare.scoring import answered
 from slsam_peft.integrations.compare.settings import TrainingSettings
 from slsam_peft.integrations.compare.tasks import Pair, TaskData, load_task
+from slsam_peft.integrations.models import load_tokenizer
 
 
 def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
@@ -29,7 +30,7 @@ def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
             message names the task or the method.
     """
     settings = plan.settings
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(model_folder(settings.model))
     for name in tasks:
         try:
             _check_rows(load_task(settings.tasks[name], settings.tuning_seed), tokenizer, settings.training)

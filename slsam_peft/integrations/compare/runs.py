@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -26,8 +26,8 @@ from slsam_peft.integrations.compare.control import RandomPerturbationTrainer
 from slsam_peft.integrations.compare.scoring import Tokens, answered, score
 from slsam_peft.integrations.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 from slsam_peft.integrations.compare.tasks import load_task
+from slsam_peft.integrations.models import load_nf4, load_unquantised
 from slsam_peft.integrations.peft import restore_float32
-from slsam_peft.integrations.quickstart import load_nf4
 from slsam_peft.integrations.smollm2 import fetch_smollm2
 from slsam_peft.integrations.trainer import SLSAMTrainer
 from slsam_peft.planning import ExpectedCost
@@ -151,26 +151,8 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
     Raises:
         UserError: it cannot be found or read.
     """
-    source, dtype = model_folder(name), getattr(torch, training.dtype)
-    if training.quantise == "nf4":
-        return load_nf4(source, dtype)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
-        raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(name)
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load the base model's tokenizer.
-
-    Raises:
-        UserError: it cannot be found or read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model={name} has no tokenizer: {' '.join(str(error).split())[:400]}") from error
+    load = load_nf4 if training.quantise == "nf4" else load_unquantised
+    return load(model_folder(name), getattr(torch, training.dtype))
 
 
 def row_order(rows: int, wanted: int, seed: int) -> list[int]:
@@ -232,7 +214,9 @@ def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
 def build_trainer(
     model: Any, tokenizer: Any, train: Sequence[Tokens], settings: Mapping[str, Any], scratch: str, report: Report
 ) -> SFTTrainer:
-    """Return the trainer of a run: the same initial adapter, its dtype and batches for every method of a seed.
+    """Return the trainer of a run.
+
+    For every method of a seed the initial adapter, its dtype and the batches are the same.
 
     Args:
         model (`PreTrainedModel`): Base model, from `load_model`.
@@ -258,7 +242,7 @@ def build_trainer(
         trainer = RandomPerturbationTrainer(model, random_rho=settings["random_rho"], **common)
     else:
         trainer = SFTTrainer(model, **common)
-    if settings["slsam"] is None:  # SLSAMTrainer does the same, as its adapter_dtype says
-        restore_float32(trainer.model, {})
+    trained: Any = trainer.model
+    restore_float32(trained, {})  # after TRL's cast on a quantised base; SLSAMTrainer has done it already
     trainer.remove_callback(PrinterCallback)
     return trainer

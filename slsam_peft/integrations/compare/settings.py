@@ -76,7 +76,7 @@ class TrainingSettings:
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapters' input, in [0, 1).
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether activations are computed again.
         dtype (`str`, *optional*, defaults to `"float32"`): What the model computes in: `"float32"` or `"bfloat16"`.
-        quantise (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base, adapters in float32.
+        quantise (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base; adapters stay in float32.
         prompt_format (`str`, *optional*): What stands in place of the chat template around a single user message, with
             `{}` where it goes; the answer follows. Unset: the tokenizer's own template.
     """
@@ -165,6 +165,8 @@ class MethodSettings:
         if self.slsam is not None:
             if "seed" in self.slsam:
                 raise ValueError("slsam.seed is the run's own seed; leave it out.")
+            if "adapter_dtype" in self.slsam:
+                raise ValueError("slsam.adapter_dtype: the adapters of all methods are in float32; leave it out.")
             SLSAMConfig.from_dict(self.slsam)
 
 

@@ -73,16 +73,15 @@ def reasoning_gym_task(task: TaskSettings, seed: int) -> TaskData:
         spare = 4 * count + 64  # some are repeated
         try:
             made = reasoning_gym.create_dataset(str(task.puzzle), size=spare, seed=seed, **task.puzzle_options)
-            puzzles = list(made)  # some options are only looked at here
+            for puzzle in made:  # some options are only looked at here
+                question = puzzle["question"].strip()
+                if question not in known and puzzle["answer"] is not None:
+                    known.add(question)
+                    pairs.append(([{"role": "user", "content": question}], str(puzzle["answer"])))
+                    if len(pairs) == count:
+                        return pairs
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"puzzle={task.puzzle!r} with {dict(task.puzzle_options)}: {error}") from error
-        for puzzle in puzzles:
-            question = puzzle["question"].strip()
-            if question not in known and puzzle["answer"] is not None:
-                known.add(question)
-                pairs.append(([{"role": "user", "content": question}], str(puzzle["answer"])))
-                if len(pairs) == count:
-                    return pairs
         raise UserError(f"puzzle={task.puzzle!r} gives {len(pairs)} different questions of {count} asked for.")
 
     known: set[str] = set()
