@@ -152,7 +152,7 @@ COMPARISONS: dict[str, tuple[str, str, str]] = {
     "radii no list": ("slsam: {rho: 0.1,", "rhos: 0, slsam: {", "rhos=0 must be a list of one or more numbers."),
     "dropout no share": ("updates: 2", "updates: 2, lora_dropout: 1.5", "training.lora_dropout=1.5 is not allowed"),
     "no YAML": ("seeds: [0]", "seeds: [0", "is not valid YAML"),
-    "seed no number": ("seeds: [0]", "seeds: [one]", "'one' is not allowed; a seed is an integer >= 0."),
+    "seed no number": ("seeds: [0]", "seeds: [one]", "'one' is not allowed; a seed is an integer >= 0"),
     "decay no number": ("updates: 2", "updates: 2, weight_decay: no", "weight_decay=False is not allowed"),
     "partial ascent of one": (
         "slsam: {rho: 0.1, active_fraction: 1.0}",

@@ -100,6 +100,8 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
         console (`rich.console.Console`): Where progress is shown.
         limit (`int`, *optional*): Most runs to do.
     """
+    from rich.text import Text
+
     from slsam_peft.integrations.compare.worker import next_row
 
     done = 0
@@ -107,7 +109,7 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
 
         def tell(job: "Job", step: int, steps: int) -> None:
             name = run_name(plan, job.task, job.method, job.settings)
-            status.update(f"{name}: update {step} of {steps}")
+            status.update(Text(f"{name}: update {step} of {steps}"))
 
         while limit is None or done < limit:
             finished, total = plan.counts(store.read())

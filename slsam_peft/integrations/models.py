@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from slsam_peft.errors import UserError
@@ -70,7 +71,7 @@ def _load_model(source: str, dtype: torch.dtype, **more: Any) -> Any:
 def _named(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures
+    except (OSError, ValueError, SafetensorError) as error:  # for names, files and architectures
         raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error
 
 

@@ -1,13 +1,14 @@
 """`slsam-peft compare` on a tiny model: every method runs, a second start repeats nothing, the results are written."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import GPT2Config, TrainerCallback
 
 from slsam_peft.cli.compare import add_arguments, run
 from slsam_peft.cli.parsing import Parser
@@ -30,6 +31,9 @@ from slsam_peft.integrations.compare.worker import next_row
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 
 
+RANDOM = "[/random] $x_{"  # a name that rich and matplotlib would take for markup
+
+
 def comparison(model: Path, data: Path, **changes: object) -> dict:
     """A comparison of four methods on a file."""
     return {
@@ -40,7 +44,7 @@ def comparison(model: Path, data: Path, **changes: object) -> dict:
             "plain": {"learning_rates": [1e-2, 2e-2]},
             "sam": {"learning_rates": [1e-2, 2e-2], "slsam": {"rho": 0.05, "active_fraction": 1.0}},
             "depth": {"learning_rates": [1e-2, 2e-2], "slsam": {"rho": 0.05, "design": "depth", "cost_budget": 1.0}},
-            "random": {"learning_rates": [1e-2, 2e-2], "random_rho": 0.05},
+            RANDOM: {"learning_rates": [1e-2, 2e-2], "random_rho": 0.05},
         },
         "seeds": [0, 1],
         "tuning_seed": 7,
@@ -79,13 +83,13 @@ def test_each_run_has_one_row(done: Path) -> None:
     rows = rows_of(done)
     assert len({row["key"] for row in rows}) == len(rows)
     # Dense SAM costs two updates and is the only method that gets another number of them at equal cost.
-    assert sorted(row["method"] for row in rows) == sorted(["plain", "depth", "random"] * 4 + ["sam"] * 8)
+    assert sorted(row["method"] for row in rows) == sorted(["plain", "depth", RANDOM] * 4 + ["sam"] * 8)
     assert {row["settings"]["updates"] for row in rows if row["method"] == "sam"} == {3, 1}
 
 
 def test_costs_are_counted(done: Path) -> None:
     costs = {row["method"]: row["cost"] for row in rows_of(done)}
-    assert costs["plain"] == costs["random"] == 1.0
+    assert costs["plain"] == costs[RANDOM] == 1.0
     assert costs["sam"] == pytest.approx(2.0, rel=0.1)  # its branch comes on top, on a thin model not a little
 
 
@@ -146,7 +150,7 @@ def test_cut_answers_keep_the_prompt_apart(tiny_model: Path) -> None:
 
 def test_random_perturbation_has_its_norm_and_leaves_weights(tmp_path: Path, tiny_model: Path, chats: Path) -> None:
     settings = parse_settings(comparison(tiny_model, chats))
-    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", "random", "updates", Candidate(1e-2), 3)
+    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", RANDOM, "updates", Candidate(1e-2), 3)
     model, tokenizer = load_model(settings.model, settings.training)
     rows = [tokenise(tokenizer, pair, 48) for pair in load_task(settings.tasks["sums"], 3).train]
     trainer = build_trainer(model, tokenizer, rows, job.settings, str(tmp_path), lambda *_: None)
@@ -162,7 +166,7 @@ def test_random_perturbation_has_its_norm_and_leaves_weights(tmp_path: Path, tin
     trainer.model.register_forward_pre_hook(lambda *_: inside.append([p.detach().clone() for p in trained]))
     trainer.train()
     norm = sum(float((s - b).square().sum()) for s, b in zip(inside[0], before, strict=True)) ** 0.5
-    assert norm == pytest.approx(settings.methods["random"].random_rho, rel=1e-4)
+    assert norm == pytest.approx(settings.methods[RANDOM].random_rho, rel=1e-4)
     torch.testing.assert_close(after[0], before, rtol=0, atol=0)
 
 
@@ -196,6 +200,26 @@ def test_too_few_rows_are_refused(tmp_path: Path, tiny_model: Path, chats: Path)
     values["tasks"]["sums"]["rows"] = 100
     with pytest.raises(UserError, match="6 training rows, and 100 are asked for"):
         compare(tmp_path, values)
+
+
+def test_models_that_cannot_be_used_are_named(tmp_path: Path, tiny_model: Path, chats: Path) -> None:
+    """Weights cut short, and a structure whose cost cannot be counted."""
+    broken, odd = tmp_path / "broken", tmp_path / "odd"
+    shutil.copytree(tiny_model, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="broken could not be loaded"):
+        compare(tmp_path, comparison(broken, chats))
+    GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=64, architectures=["GPT2LMHeadModel"]).save_pretrained(odd)
+    values = comparison(odd, chats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slsam_peft.cost.decoder_of", _no_decoder)
+        with pytest.raises(UserError, match="odd: what its updates cost cannot be counted: no stack"):
+            compare(tmp_path, values)
+
+
+def _no_decoder(*_: object) -> None:
+    raise ValueError("no stack")
 
 
 def test_only_tasks_with_runs_to_do_are_looked_at(

@@ -54,7 +54,7 @@ def _check_rows(data: TaskData, tokenizer: Any, training: TrainingSettings) -> N
     for split, pairs in vars(data).items():
         try:
             rows = answered(tokenizer, pairs, training.max_length, training.prompt_format)
-        except (ValueError, TemplateError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             raise UserError(
                 f"the model's tokenizer takes no conversation: {' '.join(str(error).split())[:300]}\nName an instruct "
                 f"or chat model, or {_without_template(pairs, training)}."

@@ -50,7 +50,10 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
             this model.
     """
     training, model = settings.training, _skeleton(settings)
-    costs = CostModel.from_model(model, training.gradient_checkpointing)
+    try:
+        costs = CostModel.from_model(model, training.gradient_checkpointing)
+    except ValueError as error:
+        raise UserError(f"model={settings.model}: what its updates cost cannot be counted: {error}") from error
     expected = {}
     for name, method in settings.methods.items():
         if method.slsam is None:

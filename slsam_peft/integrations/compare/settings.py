@@ -1,10 +1,12 @@
 """What a comparison consists of, read from a YAML file and checked before anything is trained. Imports no torch."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 
@@ -15,6 +17,7 @@ SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl")
 DTYPES = ("float32", "bfloat16")
 QUANTISATIONS = ("none", "nf4")
 MATCHES = ("updates", "cost")
+_KINDS = {str: "a text", bool: "true or false", Mapping: "a mapping of names to values"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,9 @@ class TaskSettings:
             if (getattr(self, name) is not None) != (self.source == source):
                 verb = "is needed for" if self.source == source else "belongs to"
                 raise ValueError(f"{name}={getattr(self, name)!r}: it {verb} source='{source}'.")
+        for source, name in (("reasoning_gym", "puzzle_options"), ("jsonl", "test_file")):
+            if getattr(self, name) and self.source != source:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it belongs to source='{source}'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +135,8 @@ class MethodSettings:
         slsam (`dict`, *optional*): Settings of SL-SAM. Missing: plain LoRA.
         random_rho (`float`, *optional*): A control: a random perturbation of this L2 norm in place of an ascent.
         batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; an update costs in proportion.
-        updates_share (`float`, *optional*, defaults to `1.0`): Share of the updates that it gets, for controls that
-            stop early.
+        updates_share (`float`, *optional*, defaults to `1.0`): Share of the updates that it gets, in (0, 1], for
+            controls that stop early.
         rhos (`list[float]`, *optional*): Radii tried with each learning rate, in place of `slsam.rho`, which is left
             out, or `random_rho`.
     """
@@ -152,6 +158,8 @@ class MethodSettings:
         if self.batch_size is not None:
             _at_least_one("batch_size", self.batch_size)
         object.__setattr__(self, "updates_share", _positive("updates_share", self.updates_share))
+        if self.updates_share > 1:
+            raise ValueError(f"updates_share={self.updates_share!r} is not allowed; it is a share in (0, 1].")
         if self.random_rho is not None:
             object.__setattr__(self, "random_rho", _positive("random_rho", self.random_rho))
             if self.slsam is not None:
@@ -207,6 +215,8 @@ class CompareSettings:
             check_name("tuning_task", self.tuning_task, tuple(self.tasks))
         for name in self.match:
             check_name("match", name, MATCHES)
+        if not self.match or len(set(self.match)) < len(self.match):
+            raise ValueError(f"match={list(self.match)} must be one or more different names.")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} is not allowed; name a folder, a hub name, or smollm2.")
         for name, method in self.methods.items():
@@ -216,8 +226,10 @@ class CompareSettings:
                     f"{self.batch_size(name)} has one; use a larger batch_size, or ascent='two_pass'."
                 )
         for seed in (*self.seeds, self.tuning_seed):
-            if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-                raise ValueError(f"seeds and tuning_seed: {seed!r} is not allowed; a seed is an integer >= 0.")
+            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+                raise ValueError(
+                    f"seeds and tuning_seed: {seed!r} is not allowed; a seed is an integer >= 0 and < 2**32."
+                )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} must be one or more different integers.")
         if self.tuning_seed in self.seeds:
@@ -255,11 +267,14 @@ def read_settings(path: Path) -> CompareSettings:
 def parse_settings(values: Any) -> CompareSettings:
     """Build a comparison from plain values; see `read_settings`."""
     top = dict(_mapping("the file", values))
+    json.dumps(values, default=_refused)  # rows are JSON
     for name, cls in (("tasks", TaskSettings), ("methods", MethodSettings)):
         if name in top:
             entries = _mapping(name, top[name])
             if not entries:
                 raise UserError(f"{name} is empty; it needs at least one entry.")
+            if len(set(map(str, entries))) < len(entries):
+                raise UserError(f"{name}: two entries have the same name; they are {', '.join(map(repr, entries))}.")
             top[name] = {str(key): _build(cls, f"{name}.{key}", value) for key, value in entries.items()}
     if "training" in top:
         top["training"] = _build(TrainingSettings, "training", top["training"])
@@ -290,10 +305,26 @@ def _build(cls: type, where: str, values: Any) -> Any:
     missing = [name for name in needed if name not in values]
     if missing:
         raise UserError(f"{prefix}{missing[0]} is missing.")
+    for setting in fields(cls):
+        if setting.name in values:
+            _check_kind(f"{prefix}{setting.name}", values[setting.name], setting.type)
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{prefix}{error}") from error
+
+
+def _check_kind(where: str, value: Any, declared: Any) -> None:
+    """Refuse what is no text, switch or mapping where the annotation asks for one; numbers are checked elsewhere."""
+    kinds = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+    kinds = tuple(get_origin(kind) or kind for kind in kinds)
+    for kind, name in _KINDS.items():
+        if kind in kinds and not isinstance(value, kinds):
+            raise UserError(f"{where}={value!r} is not allowed; it must be {name}.")
+
+
+def _refused(value: Any) -> Any:
+    raise UserError(f"{value!r} is not allowed; values are texts (quote dates), numbers, true, false or lists.")
 
 
 def _mapping(where: str, value: Any) -> Mapping[str, Any]:
@@ -310,12 +341,15 @@ def _at_least_one(name: str, value: Any) -> None:
 def _all_positive(name: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not values:
         raise ValueError(f"{name}={values!r} must be a list of one or more numbers.")
-    return tuple(_positive(name, value) for value in values)
+    numbers = tuple(_positive(name, value) for value in values)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name}={list(values)!r} has a number twice; each is one try.")
+    return numbers
 
 
 def _positive(name: str, value: Any) -> float:
     try:
-        number = float(value)  # YAML takes 1e-3 for a text: it wants 1.0e-3
+        number = math.nan if isinstance(value, bool) else float(value)  # YAML takes 1e-3 for a text, not 1.0e-3
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or number <= 0:

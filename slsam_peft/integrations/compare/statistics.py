@@ -11,7 +11,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
-LEAST_FOR_INTERVAL = 3  # seeds
+LEAST_FOR_STATISTICS = 3  # seeds
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class Difference:
         values (`dict[int, float]`): Score of the method minus that of the reference, by seed.
         mean (`float`): Their mean.
         low, high (`float`): Ends of the 95 % bootstrap interval of the mean (bias-corrected and accelerated); NaN for
-            fewer than 3 seeds.
-        p (`float`): Two-sided p-value of the paired t-test; NaN for fewer than 2 seeds.
+            fewer than 3 seeds. Of few values it is too narrow: of five normal ones it holds the true mean in about
+            83 % of cases, of three in about 70 % (simulated).
+        p (`float`): Two-sided p-value of the paired t-test; NaN for fewer than 3 seeds, and where all differences are
+            the same number other than 0, which says nothing of how they scatter.
     """
 
     values: Mapping[int, float]
@@ -50,7 +52,7 @@ def paired_difference(method: Mapping[int, float], reference: Mapping[int, float
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    if len(values) < LEAST_FOR_INTERVAL:
+    if len(values) < LEAST_FOR_STATISTICS:
         return math.nan, math.nan
     if np.ptp(values) == 0:  # every resample has this mean
         return float(values[0]), float(values[0])
@@ -59,10 +61,10 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _p_value(values: np.ndarray) -> float:
-    if len(values) < 2:
+    if len(values) < LEAST_FOR_STATISTICS:
         return math.nan
     if np.ptp(values) == 0:
-        return 0.0 if values[0] else 1.0
+        return math.nan if values[0] else 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal values: the p-value is tiny, not wrong
         result: Any = stats.ttest_1samp(values, 0.0)

@@ -44,9 +44,9 @@ class RowStore:
         for line in text.splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 continue
-            if isinstance(row, dict) and "key" in row:
+            if isinstance(row, dict) and isinstance(row.get("key"), str):
                 rows[row["key"]] = row
         return rows
 
@@ -80,5 +80,5 @@ class RowStore:
         try:
             yield key not in self.read()
         finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # before the release: nobody can lock a file that is gone
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)  # whoever held the old file looks for the row again
