@@ -23,14 +23,30 @@ from slsam_peft.integrations.trainer import SLSAMTrainer
 
 SAMPLE_SECONDS = 0.02  # between two looks at the process's memory
 
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to train.
+
+    Args:
+        config (`SLSAMConfig`, *optional*): Settings of SL-SAM; plain `SFTTrainer` without.
+        fewer (`int`, *optional*, defaults to `0`): Sequences that each micro-batch has less than the reference's.
+    """
+
+    config: SLSAMConfig | None = None
+    fewer: int = 0
+
+
 # Reference, the method everybody knows, and what is proposed instead. The radius does not change the cost.
-MODES: dict[str, SLSAMConfig | None] = {
-    "plain LoRA": None,
-    "LoRA-SAM": SLSAMConfig(active_fraction=1.0),
-    "paper's sampling": SLSAMConfig(bandit="paper", design="bernoulli", active_fraction=0.2),
-    "two_pass, depth, budget 1.0": SLSAMConfig(design="depth", cost_budget=1.0),
-    "partial 1/4, depth, budget 0.75": SLSAMConfig(ascent="partial", design="depth", cost_budget=0.75),
-    "remembered, depth, budget 0.65": SLSAMConfig(ascent="remembered", design="depth", cost_budget=0.65),
+MODES = {
+    "plain LoRA": Mode(),
+    "LoRA-SAM": Mode(SLSAMConfig(active_fraction=1.0)),
+    "paper's sampling": Mode(SLSAMConfig(bandit="paper", design="bernoulli", active_fraction=0.2)),
+    "two_pass, depth, budget 1.0": Mode(SLSAMConfig(design="depth", cost_budget=1.0)),
+    "partial 1/4, depth, budget 0.75": Mode(SLSAMConfig(ascent="partial", design="depth", cost_budget=0.75)),
+    "remembered, depth, budget 0.65": Mode(SLSAMConfig(ascent="remembered", design="depth", cost_budget=0.65)),
+    # The least fraction: one sequence. It runs where two are left, and without accumulation: see `_possible`.
+    "partial of one, a row fewer": Mode(SLSAMConfig(ascent="partial", ascent_fraction=0.01, active_fraction=1.0), 1),
 }
 REFERENCE = "plain LoRA"
 
@@ -68,8 +84,9 @@ class Measured:
 class _Clock(TrainerCallback):
     """Time from the start to the end of each update, and the cost it was predicted to have."""
 
-    def __init__(self, trainer: SFTTrainer) -> None:
+    def __init__(self, trainer: SFTTrainer, share: float) -> None:
         self.trainer = trainer
+        self.share = share
         self.seconds: list[float] = []
         self.predicted: list[float] = []
 
@@ -82,7 +99,7 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
         slsam = getattr(self.trainer, "slsam", None)
         if slsam is not None and "cost" in slsam.metrics:
-            self.predicted.append(slsam.metrics["cost"])
+            self.predicted.append(slsam.metrics["cost"] * self.share)
 
 
 def run_bench(
@@ -95,7 +112,7 @@ def run_bench(
     accumulation: int = 1,
     updates: int = 16,
     rounds: int = 3,
-    modes: dict[str, SLSAMConfig | None] | None = None,
+    modes: dict[str, Mode] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Measured]:
     """Measure the modes in alternation.
@@ -109,28 +126,35 @@ def run_bench(
         accumulation (`int`, *optional*, defaults to `1`): Micro-batches an update.
         updates (`int`, *optional*, defaults to `16`): Updates of each mode a round; the first is not timed.
         rounds (`int`, *optional*, defaults to `3`): Rounds.
-        modes (`dict`, *optional*): Name -> settings, `None` for plain `SFTTrainer`. Defaults to `MODES`.
+        modes (`dict[str, Mode]`, *optional*): By name. Defaults to those of `MODES` that `batch` has sequences for.
         tell (`Callable[[str], None]`, *optional*): Told what runs.
 
     Returns:
         `list[Measured]`: One a mode, in order.
     """
-    modes = modes or MODES
+    modes = modes or {name: mode for name, mode in MODES.items() if _possible(mode, batch, accumulation)}
     peft_model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
     rows = _random_rows(tokenizer, batch * accumulation * (updates + 1), length)
     with tempfile.TemporaryDirectory() as folder:
-        args = _arguments(folder, batch, accumulation, updates)
-        trainers = {name: _trainer(peft_model, tokenizer, args, rows, config) for name, config in modes.items()}
+        trainers = {}
+        for name, mode in modes.items():
+            args = _arguments(folder, batch - mode.fewer, accumulation, updates)
+            trainers[name] = _trainer(peft_model, tokenizer, args, rows, mode.config)
         if _emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
             restore_float32(peft_model, {})
         measured = {name: Measured(name) for name in modes}
         for number in range(rounds):
             for name, trainer in trainers.items():
                 tell(f"round {number + 1} of {rounds}: {name}")
-                _round(trainer, number, measured[name])
+                _round(trainer, number, measured[name], 1 - modes[name].fewer / batch)
             for name in modes:
                 measured[name].ratios.append(measured[name].seconds[-1] / measured[REFERENCE].seconds[-1])
     return list(measured.values())
+
+
+def _possible(mode: Mode, batch: int, accumulation: int) -> bool:
+    """Whether a mode with smaller batches is left with two sequences, of which the ascent takes one."""
+    return mode.fewer == 0 or (batch - mode.fewer >= 2 and accumulation == 1)
 
 
 def _arguments(folder: str, batch: int, accumulation: int, updates: int) -> SFTConfig:
@@ -166,11 +190,18 @@ def _emulates_bfloat16() -> bool:
     return compute_dtype("auto") == torch.float32
 
 
-def _round(trainer: SFTTrainer, number: int, measured: Measured) -> None:
-    """Train one round; the first update, which warms up and checks prefix reuse, is not timed."""
+def _round(trainer: SFTTrainer, number: int, measured: Measured, share: float) -> None:
+    """Train one round; the first update, which warms up and checks prefix reuse, is not timed.
+
+    Args:
+        trainer (`SFTTrainer`): Of the mode.
+        number (`int`): Of the round.
+        measured (`Measured`): Gets what the round cost.
+        share (`float`): Batch size as a share of the reference's.
+    """
     if isinstance(trainer, SLSAMTrainer):  # other floors in every round
         trainer.slsam_config = replace(trainer.slsam_config, seed=number)
-    clock = _Clock(trainer)
+    clock = _Clock(trainer, share)
     trainer.add_callback(clock)
     with PeakMemory() as peak:
         trainer.train()

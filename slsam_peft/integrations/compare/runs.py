@@ -161,7 +161,7 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
 def row_order(rows: int, wanted: int, seed: int) -> list[int]:
     """Return `wanted` row numbers: shuffled passes over all rows, one after the other.
 
-    Two runs of the same seed and different lengths see the same batches as far as the shorter one goes.
+    Two runs of the same seed and different lengths see the same rows in the same order as far as the shorter one goes.
     """
     shuffler = random.Random(seed)
     order: list[int] = []
@@ -219,7 +219,7 @@ def build_trainer(
 ) -> SFTTrainer:
     """Return the trainer of a run.
 
-    For every method of a seed the initial adapter, its dtype and the batches are the same.
+    For every method of a seed the initial adapter, its dtype and the order of the rows are the same.
 
     Args:
         model (`PreTrainedModel`): Base model, from `load_model`.
