@@ -181,5 +181,6 @@ def _panel(axis: Any, lines: Sequence[Line], metric: str) -> None:
         axis.plot(difference.mean, row, "D", color="black", markersize=5, zorder=4)
     axis.set_yticks(range(len(lines)), labels, fontsize="small")
     axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.locator_params(axis="x", nbins=6)  # as many labels as fit without touching
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
