@@ -12,7 +12,7 @@ from typing import Any
 
 BANDITS = ("paper", "scale_free", "uniform")
 DESIGNS = ("bernoulli", "fixed_size", "window", "depth")
-ASCENTS = ("two_pass", "partial", "remembered")
+ASCENTS = ("two_pass", "partial", "remembered", "ahead")
 DESCENTS = ("active", "all")
 GRANULARITIES = ("block", "module", "tensor")
 ADAPTER_DTYPES = ("float32", "keep")
@@ -115,14 +115,16 @@ class SLSAMConfig:
         default="two_pass",
         metadata=_help(
             "Where the ascent direction comes from: 'two_pass' (the update's whole batch, exact SAM), 'partial' (a "
-            "part of it, see ascent_fraction), 'remembered' (the last descent gradient of the same arm; one pass)."
+            "part of it, see ascent_fraction), 'remembered' (the last descent gradient of the same arm; one pass), "
+            "'ahead' (as 'partial', but made one update early, by sequences of the next batch in this one's pass; one "
+            "pass of so many sequences more; active_fraction=1, SFT without gradient accumulation)."
         ),
     )
     ascent_fraction: float = field(
         default=0.25,
         metadata=_help(
-            "Share of the update's sequences that ascent='partial' uses, in (0, 1]; whole micro-batches under "
-            "gradient accumulation; at least one. Default 0.25: Bahri et al., ACL 2022."
+            "Share of the update's sequences that ascent='partial' and 'ahead' use, in (0, 1]; whole micro-batches "
+            "under gradient accumulation; at least one. Default 0.25: Bahri et al., ACL 2022."
         ),
     )
     descent: str = field(
@@ -222,6 +224,11 @@ class SLSAMConfig:
         if self.descent == "all" and self.ascent == "remembered":
             raise ValueError(
                 "descent='all' needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass'."
+            )
+        if self.ascent == "ahead" and self.active_fraction != 1:
+            raise ValueError(
+                f"ascent='ahead' perturbs and trains every arm in every update, and active_fraction="
+                f"{self.active_fraction} asks for some; set active_fraction=1, and leave cost_budget unset."
             )
 
     @property

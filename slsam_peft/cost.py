@@ -38,8 +38,9 @@ class Rule:
     """How an update runs; names and meanings as in `SLSAMConfig`.
 
     Args:
-        ascent (`str`, *optional*, defaults to `"two_pass"`): `"two_pass"`, `"partial"` or `"remembered"`.
-        ascent_fraction (`float`, *optional*, defaults to `0.25`): Share of the update's sequences in a partial ascent.
+        ascent (`str`, *optional*, defaults to `"two_pass"`): `"two_pass"`, `"partial"`, `"remembered"` or `"ahead"`.
+        ascent_fraction (`float`, *optional*, defaults to `0.25`): Share of the update's sequences in a partial ascent,
+            and of the next one's in an ascent that runs ahead.
         descent (`str`, *optional*, defaults to `"active"`): `"active"` or `"all"`.
         perturbed (`bool`, *optional*, defaults to `True`): `False` where `rho` is 0: one pass and no branch.
         reused (`int`, *optional*): Most micro-batches whose second pass starts at the floor; 0 where prefix reuse is
@@ -52,9 +53,14 @@ class Rule:
     perturbed: bool = True
     reused: int | None = None
 
+    @property
+    def branched(self) -> bool:
+        """Whether w + e is reached by a branch; an ascent that runs ahead takes w + e as it is."""
+        return self.perturbed and self.ascent != "ahead"
+
     def ascents(self, count: int) -> int:
         """Return how many of `count` micro-batches have an ascent pass."""
-        if not self.perturbed or self.ascent == "remembered":
+        if not self.perturbed or self.ascent in ("remembered", "ahead"):
             return 0
         return count if self.ascent == "two_pass" else ascent_share(self.ascent_fraction, count)
 
@@ -64,8 +70,15 @@ class Rule:
             return 0  # the hidden states of a part of the batch fit no other pass
         return self.ascents(count) if self.reused is None else min(self.ascents(count), self.reused)
 
+    def run_on(self, shapes: Shapes) -> Shapes:
+        """Return the micro-batches with the sequences of the next update that run ahead in them."""
+        if not self.perturbed or self.ascent != "ahead":
+            return shapes
+        return [(batch + ascent_share(self.ascent_fraction, batch), length) for batch, length in shapes]
+
     def parts(self, shapes: Shapes) -> _Parts:
         """Split micro-batches of `(batch, length)` over the passes."""
+        shapes = self.run_on(shapes)
         first = list(shapes[: self.ascents(len(shapes))])
         if first and self.ascent == "partial" and len(shapes) == 1:
             first = [(ascent_share(self.ascent_fraction, shapes[0][0]), shapes[0][1])]
@@ -241,7 +254,7 @@ class CostModel:
         branches: frozenset[str] | None = None,
     ) -> float:
         """Cost that block `index` adds when it lies at or above the floor, `names` being what is active in it."""
-        branches = (names if branches is None else branches) if rule.perturbed else NONE
+        branches = (names if branches is None else branches) if rule.branched else NONE
         dense = rule.descent == "all"
         trained = self.decoder.blocks[index].trainable if dense else names
         at_floor = not is_floor or self.reentrant or (dense and index == 0 and self._uncut)

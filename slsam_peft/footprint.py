@@ -95,6 +95,9 @@ def memory_of(
         settings (`MemorySettings`): The rest.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    shapes = rule.run_on(shapes)
+    remembered = rule.perturbed and rule.ascent == "remembered"
+    ahead = rule.perturbed and rule.ascent == "ahead"
     adapters = float(sum(p.numel() * p.element_size() for p in trained))
     largest = max(shapes, key=lambda shape: shape[0] * shape[1])
     block = block_activations(model, cost.decoder.block_names[0], largest, settings.compute_dtype)
@@ -104,8 +107,8 @@ def memory_of(
         "weights": weights,
         "adapters": adapters,
         "gradients": adapters,
-        "perturbation": adapters if rule.perturbed else 0.0,
-        "remembered": 2.0 * sum(p.numel() for p in trained) if rule.perturbed and rule.ascent == "remembered" else 0.0,
+        "perturbation": adapters * (rule.perturbed + ahead),  # w + e, and the gradient of the next ascent
+        "remembered": 2.0 * sum(p.numel() for p in trained) if ahead or remembered else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, hidden, rule),
         "block": (block.saved if cost.checkpointing else 0.0) + 2 * block.largest + unpacked,

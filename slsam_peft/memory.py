@@ -1,13 +1,16 @@
-"""Descent gradients remembered for the next update: the ascent of S2-SAM (NeurIPS 2024), without a second pass."""
+"""Gradients remembered for the next update, whose ascent needs no second pass then.
 
-from collections.abc import Sequence
+Descent gradients, as in S2-SAM (NeurIPS 2024), or ascent gradients that ran ahead.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 
 class GradientMemory:
-    """The last descent gradient of each parameter, in bfloat16 and without the loss scale.
+    """The last gradient of each parameter, in bfloat16 and without the loss scale.
 
     Args:
         parameters (`Sequence[nn.Parameter]`): Every arm's parameters.
@@ -17,21 +20,19 @@ class GradientMemory:
         self.parameters = parameters
         self.gradients: dict[int, torch.Tensor] = {}
 
-    def store(self, members: Sequence[int], scale: torch.Tensor | None = None) -> None:
-        """Keep the present gradients of the parameters at the given positions; all of them or, on an error, none.
+    def store(self, gradients: Mapping[int, torch.Tensor], scale: torch.Tensor | None = None) -> None:
+        """Keep gradients beside those of other parameters; all of them or, on an error, none.
 
         Args:
-            members (`Sequence[int]`): The positions.
+            gradients (`Mapping[int, torch.Tensor]`): By the position of their parameter.
             scale (`torch.Tensor`, *optional*): Factor on the loss, one element, not read by the host; it is divided
                 out, since gradients of updates with different factors make one e.
         """
-        gradients = [(i, g) for i in members if (g := self.parameters[i].grad) is not None]
-        if scale is not None:
-            scale = scale.reshape(())
-            gradients = [
-                (i, g.to(torch.promote_types(g.dtype, torch.float32)) / scale.to(g.device)) for i, g in gradients
-            ]
-        self.gradients |= {i: g.to(torch.bfloat16, copy=True) for i, g in gradients}
+        self.gradients = self.gradients | _kept(gradients, scale)
+
+    def replace(self, gradients: Mapping[int, torch.Tensor], scale: torch.Tensor | None = None) -> None:
+        """Keep gradients, as `store` does, and forget all others."""
+        self.gradients = _kept(gradients, scale)
 
     def recall(self, members: Sequence[int]) -> tuple[list[int], list[torch.Tensor], torch.Tensor | None]:
         """Return which of the given positions are remembered, their gradients, and the joint norm, shape `()`."""
@@ -64,3 +65,12 @@ class GradientMemory:
                     f"the remembered gradient of {name!r}, shape {tuple(gradient.shape)}, fits no parameter."
                 )
         self.gradients = {positions[n]: g.to(self.parameters[positions[n]].device) for n, g in state.items()}
+
+
+def _kept(gradients: Mapping[int, torch.Tensor], scale: torch.Tensor | None) -> dict[int, torch.Tensor]:
+    if scale is not None:
+        scale = scale.reshape(())
+        gradients = {
+            i: g.to(torch.promote_types(g.dtype, torch.float32)) / scale.to(g.device) for i, g in gradients.items()
+        }
+    return {i: g.to(torch.bfloat16, copy=True) for i, g in gradients.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from slsam_peft import rng
 from slsam_peft.horizon import Horizon, Prefix
 from slsam_peft.leaks import LeakyStackError
-from slsam_peft.perturbation import Firings, Shift, ascent_offsets, perturbed
+from slsam_peft.perturbation import Firings, Shift, ascent_offsets, perturbed, split
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,15 @@ class Passes:
         part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; silent.
         probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked
             with it once; without one, second passes run whole.
+        rows (`tuple[int, int]`, *optional*): For `ascent="ahead"`: how many sequences of the micro-batch are of this
+            update, and how many, behind them, of the next one.
     """
 
     counted: Closure
     silent: Closure
     part: Closure | None = None
     probe: Closure | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(eq=False)
@@ -64,6 +67,8 @@ class Update:
     pending: list[Pending] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
     squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
+    moved: list[torch.Tensor] = field(default_factory=list)  # w + e of each parameter, where sequences are told apart
+    ahead: dict[int, torch.Tensor] = field(default_factory=dict)  # the next update's ascent gradient, by position
     ascent_loss: torch.Tensor | None = None
     descent_loss: torch.Tensor | None = None
 
@@ -222,11 +227,35 @@ class PassRunner:
             context = horizon.resumed(update.floor, update.lowest, pending.prefixes)
         else:
             context = horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
-        with perturbed(update.shifts), context:
-            loss = _loss(closure())
+        if pending.passes.rows is None:
+            with perturbed(update.shifts), context:
+                loss = _loss(closure())
+        else:
+            with context:
+                loss = self._run_split(update, pending.passes.rows, closure)
         pending.prefixes.clear()
         self.clear(~update.trained)
         update.descent_loss = loss if update.descent_loss is None else update.descent_loss + loss
+        return loss
+
+    def _run_split(self, update: Update, rows: tuple[int, int], closure: Closure) -> torch.Tensor:
+        """Run a pass at w + e on the sequences of this update and, for the next one's ascent, at w on the others."""
+        if not update.moved:
+            offsets = {shift.parameter: shift.offset for shift in update.shifts}
+            update.moved = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
+            update.shifts.clear()  # e is not needed beside w + e
+        first, last = ([w.detach().requires_grad_() for w in weights] for weights in (update.moved, self.parameters))
+        with split([linear for linear in self.linears if linear is not None], first, last, rows):
+            loss = _loss(closure())
+        for i, (parameter, *halves) in enumerate(zip(self.parameters, first, last, strict=True)):
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"an adapter weight of shape {tuple(parameter.shape)} was used outside its module, where "
+                    "sequences cannot be told apart: ascent='ahead' does not work here, use ascent='partial'."
+                )
+            parameter.grad, ahead = (half.grad for half in halves)
+            if rows[1] and ahead is not None:
+                update.ahead[i] = ahead
         return loss
 
     def _horizon(self, update: Update) -> Horizon | None:

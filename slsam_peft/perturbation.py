@@ -1,12 +1,14 @@
 r"""The perturbation $e(w) = \rho\, g / (\|g\|_2 + 10^{-12})$ and how it is put on a model.
 
 A linear module's weight gets an additive branch: $W x$ becomes $W x + e x$, so no weight is modified and autograd
-returns the gradient at $W + e$. Any other parameter is moved in place and put back bit for bit from a copy.
+returns the gradient at $W + e$. Any other parameter is moved in place and put back bit for bit from a copy. Where the
+last sequences of a batch are to see w instead, linear modules take W + e and W: each sequence has its own rows there.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -95,6 +97,46 @@ def perturbed(shifts: Sequence[Shift]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def split(
+    linears: Sequence[nn.Module], first: Sequence[torch.Tensor], last: Sequence[torch.Tensor], rows: tuple[int, int]
+) -> Iterator[None]:
+    """Run linear modules on the first sequences of a batch with some weights, and on the last ones with others.
+
+    Together they cost what one weight costs on all of them. As with `perturbed`, the context must outlive the backward
+    pass, and no weight is modified.
+
+    Args:
+        linears (`Sequence[nn.Module]`): The modules; their own weights are not used and get no gradient.
+        first (`Sequence[torch.Tensor]`): Weights for the first sequences.
+        last (`Sequence[torch.Tensor]`): Weights for the last sequences.
+        rows (`tuple[int, int]`): How many sequences come first and last; they are the modules' first dimension.
+
+    Raises:
+        ValueError: a module runs on something else than these sequences; raised by the forward pass.
+    """
+    try:
+        for linear, *weights in zip(linears, first, last, strict=True):
+            linear.forward = partial(_split_forward, linear, weights, rows)
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+def _split_forward(
+    linear: nn.Module, weights: Sequence[torch.Tensor], rows: tuple[int, int], x: torch.Tensor
+) -> torch.Tensor:
+    if x.shape[0] != sum(rows):
+        raise ValueError(
+            f"an adapter ran on a tensor of shape {tuple(x.shape)} instead of the batch's {sum(rows)} sequences "
+            "(experts do, and models that flatten their batch), so that sequences cannot be told apart: "
+            "ascent='ahead' does not work here, use ascent='partial'."
+        )
+    parts = zip(x.split(rows), weights, strict=True)
+    return torch.cat([F.linear(part, weight, linear.bias) for part, weight in parts])
 
 
 def _branch(offset: torch.Tensor):

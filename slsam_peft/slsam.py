@@ -57,7 +57,8 @@ class SLSAM:
 
     Raises:
         ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm (except for
-            `bandit="paper"`); a design that needs a depth order on arms without one; `cost_budget` without `fraction`.
+            `bandit="paper"`); a design that needs a depth order on arms without one; `cost_budget` without `fraction`;
+            `ascent="ahead"` with a parameter that is not the weight of a linear module.
 
     Example:
 
@@ -100,6 +101,7 @@ class SLSAM:
         self.bandit = Bandit(len(arms), len(arms) * self._fraction(fraction), config)
         self.design = build_design(config, depths)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self._check_ahead()
         blocks = getattr(arms, "blocks", ())
         limit, above = config.prefix_limit_mib * 2**20, getattr(arms, "above", ())
         self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
@@ -143,13 +145,28 @@ class SLSAM:
             )
         return config.active_fraction
 
+    def _check_ahead(self) -> None:
+        if self.config.ascent != "ahead":
+            return
+        for arm in self.arms:
+            for name, linear in zip(arm.parameter_names, arm.linears, strict=True):
+                if linear is None:
+                    raise ValueError(
+                        "ascent='ahead' runs sequences at w and at w + e in one pass, which only linear modules can, "
+                        f"and {name} is no weight of one; use ascent='partial', or train LoRA factors only."
+                    )
+
     @property
     def probabilities(self) -> torch.Tensor:
         """Inclusion probabilities for the next draw, float64 on the CPU, shape `(L,)`."""
         return self.bandit.probabilities
 
     def update(
-        self, closure: Closure, ascent_closure: Closure | None = None, probe: Closure | None = None
+        self,
+        closure: Closure,
+        ascent_closure: Closure | None = None,
+        probe: Closure | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Make the gradients of one update from one batch.
 
@@ -158,17 +175,20 @@ class SLSAM:
             ascent_closure (`Closure`, *optional*): The same on a part of the batch, for `ascent="partial"`.
             probe (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With it the
                 second pass starts at the floor block; it is called once, to check that the model allows that.
+            rows (`tuple[int, int]`, *optional*): For `ascent="ahead"`, whose `closure` runs on sequences of this batch
+                and, behind them, some of the next one: how many of each. Their losses are to be added, each scaled as
+                this batch's sequences are without the others; `(n, 0)` where there is no next batch.
 
         Returns:
             `torch.Tensor`: The loss at w; at w + e where it is never computed at w on the whole batch (`ascent` other
             than `"two_pass"`).
 
         Raises:
-            ValueError: `ascent="partial"` without `ascent_closure`.
+            ValueError: `ascent="partial"` without `ascent_closure`, `ascent="ahead"` without `rows`.
             DivergedError: more than `max_skipped_updates` updates in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
-        return self.accumulate(Passes(closure, closure, ascent_closure, probe))
+        return self.accumulate(Passes(closure, closure, ascent_closure, probe, rows))
 
     def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
         """Take in micro-batch `index` of the `count` of an update; the last one completes it.
@@ -216,6 +236,11 @@ class SLSAM:
             raise ValueError(
                 "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or several "
                 "micro-batches, or use ascent='two_pass'."
+            )
+        if config.ascent == "ahead" and config.rho > 0 and (count > 1 or passes.rows is None):
+            raise ValueError(
+                "ascent='ahead' needs an update of one micro-batch and its rows=(sequences of this update, of the "
+                "next); with several micro-batches use ascent='partial', one of them then makes the ascent."
             )
         mask = self.design(self.probabilities, self.generator)
         if self.bandit.mean == 1.0:
@@ -276,7 +301,7 @@ class SLSAM:
         self.runner.clear()
 
     def _recalled(self, mask: torch.Tensor) -> list[Shift]:
-        """e from the remembered descent gradients of the active arms (S2-SAM)."""
+        """e from the remembered gradients of the active arms: the last descent's (S2-SAM), or those that ran ahead."""
         members, gradients, norm = self.memory.recall(self.runner.members(mask))
         return [] if norm is None else self.runner.shifts(members, gradients, norm, self.config.rho)
 
@@ -308,7 +333,7 @@ class SLSAM:
                 parameter.grad = gradient
         squared = self._norms.squared(gradients, self._device(gradients))
         ascent_squared = squared if update.squared is None else update.squared
-        numbers = [ascent_squared, squared.sum()[None], losses]
+        numbers = [ascent_squared, squared.sum()[None] + self._ahead_or_nan(update).to(squared), losses]
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
         values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
@@ -325,8 +350,7 @@ class SLSAM:
         self.metrics = update_metrics(self, update, norms, float(values[-2]), float(values[-3]), finite)
         if finite:
             self.skipped_in_a_row = 0
-            if self.config.ascent == "remembered":
-                self.memory.store(self.runner.members(update.trained), scale)
+        self._remember(update, finite, scale)
         if "ascent_gain" in self.metrics:
             self._watch.see(self.metrics["ascent_gain"])
         self.active = update.mask
@@ -352,6 +376,24 @@ class SLSAM:
                 f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
                 f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
             )
+
+    def _ahead_or_nan(self, update: Update) -> torch.Tensor:
+        """Average what ran ahead over ranks; return 0, or NaN where it is not finite, which voids the update."""
+        ahead = list(update.ahead.values())
+        if not ahead:
+            return torch.zeros(())
+        if self.reduce is not None:
+            self.reduce(ahead)
+        norms = torch._foreach_norm(ahead)
+        return 0 * torch.stack([n.to(norms[0].device) for n in norms]).sum()
+
+    def _remember(self, update: Update, finite: bool, scale: torch.Tensor | None) -> None:
+        """Keep what the next update's ascent is made of."""
+        if self.config.ascent == "ahead":  # of that update's own sequences, or of none
+            self.memory.replace(update.ahead if finite else {}, scale)
+        elif finite and self.config.ascent == "remembered":
+            trained = self.runner.members(update.trained)
+            self.memory.store({i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}, scale)
 
     def _abort(self) -> None:
         """Go back to before the update."""

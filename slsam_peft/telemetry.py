@@ -41,7 +41,7 @@ def update_metrics(
     }
     if slsam.horizon is not None:
         metrics["prefix_mib"] = slsam.horizon.kept_bytes / 2**20
-    if slsam.config.ascent == "remembered":
+    if slsam.config.ascent in ("remembered", "ahead"):
         metrics["remembered_mib"] = slsam.memory.bytes / 2**20
     if slsam.cost is not None:
         metrics["cost"] = slsam.cost(update)

@@ -117,6 +117,8 @@ PLAN_FLAGS: list[tuple[list[str], str]] = [
     ([*PLAN, "--active_fraction", "1.5"], "active_fraction=1.5"),
     ([*PLAN, "--ascent", "partial", "--batch_size", "1"], "and there is one"),
     ([*PLAN, "--ascent", "remembered", "--descent", "all"], "has none"),
+    ([*PLAN, "--ascent", "ahead"], "set active_fraction=1"),
+    ([*PLAN, "--ascent", "ahead", "--active_fraction", "1", "--gradient_accumulation", "2"], "of one micro-batch"),
     ([*PLAN, "--lora_target_modules", "no_such"], "no_such"),
     ([*PLAN, "--seq_len", "1"], "--seq_len=1"),
     ([*PLAN, "--gpu_gib", "0"], "--gpu_gib"),

@@ -8,6 +8,7 @@ PEAK_MEMORY = 0.06  # an estimate with every arm perturbed; measured up to 0.05 
 SUM = 1e-9  # sums of probabilities, as promised by the projections
 BANDIT_SCALE = 1e-6  # a factor that is no power of two rounds each norm; 300 updates carry that on
 FUSED_HEAD = 1e-6  # TRL's fused head keeps float32 statistics even in float64
+REMEMBERED = 1e-5  # a gradient that the fused head's statistics move may round to the next bfloat16
 TRAJECTORY = 1e-11  # eight updates carry on what each rounds, float64
 LOSS_SCALE = 1e-9  # the 1e-12 that keeps e finite is not scaled with the loss
 MERGED_LOGITS = 1e-5  # float32: (W + BA) x against W x + B A x, logits of about 1

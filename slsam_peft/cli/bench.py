@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from slsam_peft.cli.outputs import check_outputs, write_figure, write_output
+from slsam_peft.cli.quiet import loading
 
 NAME = "bench"
 HELP = "Time of an update by the clock: plain LoRA, LoRA-SAM and SL-SAM's modes in alternation"
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_accumulation_steps", type=_positive, default=1, help="micro-batches an update (default: 1)")
     add("--updates", type=_positive, default=16, help="updates of each mode a round (default: 16)")
     add("--rounds", type=_positive, default=3, help="rounds, of which the median is reported (default: 3)")
+    add("--modes", nargs="+", metavar="MODE", help="modes to time beside plain LoRA, by their names in the table")
     add("--output", type=Path, default=Path("slsam-bench.json"), help="JSON file (default: slsam-bench.json)")
     add("--plot", type=Path, help="PNG or SVG file")
     add("--force", action="store_true", help="overwrite the files if they exist")
@@ -36,13 +38,12 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files."""
     check_outputs([args.output], args.force, args.plot)
-    from rich.console import Console
+    with loading(args.debug) as (console, status):
+        from slsam_peft.integrations.bench import draw, run_bench, select_modes
+        from slsam_peft.integrations.models import load_base
 
-    from slsam_peft.integrations.bench import draw, run_bench
-    from slsam_peft.integrations.models import load_base
-
-    console = Console()
-    with console.status("Loading the model") as status:
+        modes = select_modes(args.modes, args.batch_size, args.gradient_accumulation_steps)
+        status.update("Loading the model")
         model, tokenizer = load_base(args.model, args.load_in_4bit, tell=status.update)
         measured = run_bench(
             model,
@@ -53,10 +54,11 @@ def run(args: argparse.Namespace) -> int:
             accumulation=args.gradient_accumulation_steps,
             updates=args.updates,
             rounds=args.rounds,
+            modes=modes,
             tell=status.update,
         )
     console.print(_table(measured))
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, int | str | bool | type(None))}
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, int | str | bool | list | type(None))}
     text = json.dumps({"settings": settings, "modes": [m.summary() for m in measured]}, indent=1)
     write_output(args.output, text + "\n")
     if args.plot is not None:

@@ -109,6 +109,11 @@ def _check(args: argparse.Namespace) -> None:
             "--ascent partial takes a part of the update's sequences, and there is one; use a larger --batch_size or "
             "--gradient_accumulation, or --ascent two_pass."
         )
+    if args.ascent == "ahead" and args.gradient_accumulation > 1:
+        raise UserError(
+            f"--ascent ahead needs updates of one micro-batch, and --gradient_accumulation is "
+            f"{args.gradient_accumulation}; use --ascent partial, where a micro-batch makes the ascent."
+        )
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:

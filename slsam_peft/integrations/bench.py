@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.config import SLSAMConfig, hint_at
+from slsam_peft.errors import UserError
 from slsam_peft.integrations.models import compute_dtype
 from slsam_peft.integrations.peft import restore_float32
 from slsam_peft.integrations.trainer import SLSAMTrainer
@@ -30,7 +31,8 @@ class Mode:
 
     Args:
         config (`SLSAMConfig`, *optional*): Settings of SL-SAM; plain `SFTTrainer` without.
-        fewer (`int`, *optional*, defaults to `0`): Sequences that each micro-batch has less than the reference's.
+        fewer (`int`, *optional*, defaults to `0`): Parts that an update has less than the reference's: micro-batches
+            under gradient accumulation, else sequences.
     """
 
     config: SLSAMConfig | None = None
@@ -45,8 +47,9 @@ MODES = {
     "two_pass, depth, budget 1.0": Mode(SLSAMConfig(design="depth", cost_budget=1.0)),
     "partial 1/4, depth, budget 0.75": Mode(SLSAMConfig(ascent="partial", design="depth", cost_budget=0.75)),
     "remembered, depth, budget 0.65": Mode(SLSAMConfig(ascent="remembered", design="depth", cost_budget=0.65)),
-    # The least fraction: one sequence. It runs where two are left, and without accumulation: see `_possible`.
-    "partial of one, a row fewer": Mode(SLSAMConfig(ascent="partial", ascent_fraction=0.01, active_fraction=1.0), 1),
+    # The least fraction: one sequence, or one micro-batch.
+    "partial of one, one fewer": Mode(SLSAMConfig(ascent="partial", ascent_fraction=0.01, active_fraction=1.0), 1),
+    "ahead by one, one fewer": Mode(SLSAMConfig(ascent="ahead", ascent_fraction=0.01, active_fraction=1.0), 1),
 }
 REFERENCE = "plain LoRA"
 
@@ -126,35 +129,69 @@ def run_bench(
         accumulation (`int`, *optional*, defaults to `1`): Micro-batches an update.
         updates (`int`, *optional*, defaults to `16`): Updates of each mode a round; the first is not timed.
         rounds (`int`, *optional*, defaults to `3`): Rounds.
-        modes (`dict[str, Mode]`, *optional*): By name. Defaults to those of `MODES` that `batch` has sequences for.
+        modes (`dict[str, Mode]`, *optional*): By name, `REFERENCE` first. Defaults to those of `MODES` that an update
+            has parts for.
         tell (`Callable[[str], None]`, *optional*): Told what runs.
 
     Returns:
         `list[Measured]`: One a mode, in order.
     """
-    modes = modes or {name: mode for name, mode in MODES.items() if _possible(mode, batch, accumulation)}
+    modes = modes or select_modes(None, batch, accumulation)
+    parts = _parts(batch, accumulation)
     peft_model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
     rows = _random_rows(tokenizer, batch * accumulation * (updates + 1), length)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {}
         for name, mode in modes.items():
-            args = _arguments(folder, batch - mode.fewer, accumulation, updates)
-            trainers[name] = _trainer(peft_model, tokenizer, args, rows, mode.config)
+            sizes = (batch, parts - mode.fewer) if accumulation > 1 else (parts - mode.fewer, 1)
+            trainers[name] = _trainer(peft_model, tokenizer, _arguments(folder, *sizes, updates), rows, mode.config)
         if _emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
             restore_float32(peft_model, {})
         measured = {name: Measured(name) for name in modes}
         for number in range(rounds):
             for name, trainer in trainers.items():
                 tell(f"round {number + 1} of {rounds}: {name}")
-                _round(trainer, number, measured[name], 1 - modes[name].fewer / batch)
+                _round(trainer, number, measured[name], 1 - modes[name].fewer / parts)
             for name in modes:
                 measured[name].ratios.append(measured[name].seconds[-1] / measured[REFERENCE].seconds[-1])
     return list(measured.values())
 
 
-def _possible(mode: Mode, batch: int, accumulation: int) -> bool:
-    """Whether a mode with smaller batches is left with two sequences, of which the ascent takes one."""
-    return mode.fewer == 0 or (batch - mode.fewer >= 2 and accumulation == 1)
+def select_modes(names: Sequence[str] | None, batch: int, accumulation: int) -> dict[str, Mode]:
+    """Return plain LoRA and the modes of the given names, or all modes that are possible.
+
+    Args:
+        names (`Sequence[str]` or `None`): Keys of `MODES`; `None` for all that an update has parts for.
+        batch (`int`): Sequences a micro-batch.
+        accumulation (`int`): Micro-batches an update.
+
+    Raises:
+        UserError: a name is unknown, or its mode needs more sequences or micro-batches.
+    """
+    missing = {name: _missing(mode, batch, accumulation) for name, mode in MODES.items()}
+    if names is None:
+        return {name: mode for name, mode in MODES.items() if missing[name] is None}
+    for name in names:
+        if name not in MODES:
+            allowed = "".join(f"\n  {known}" for known in MODES)
+            raise UserError(f"--modes: {name!r} is not known.{hint_at(name, MODES)} The modes are:{allowed}")
+        if missing[name] is not None:
+            raise UserError(f"--modes: {name!r} needs {missing[name]}.")
+    return {name: mode for name, mode in MODES.items() if name == REFERENCE or name in names}
+
+
+def _parts(batch: int, accumulation: int) -> int:
+    """Return what an update consists of: its micro-batches, or the sequences of its only one."""
+    return accumulation if accumulation > 1 else batch
+
+
+def _missing(mode: Mode, batch: int, accumulation: int) -> str | None:
+    """Return what an update needs for a mode with fewer parts, where it does not have it."""
+    if mode.config is not None and mode.config.ascent == "ahead":
+        enough = accumulation == 1 and batch - mode.fewer >= 1
+        return None if enough else "--gradient_accumulation_steps 1 and --batch_size 2 or more"
+    enough = mode.fewer == 0 or _parts(batch, accumulation) - mode.fewer >= 2  # of which the ascent takes one
+    return None if enough else "--batch_size 3 or more, or --gradient_accumulation_steps 3 or more"
 
 
 def _arguments(folder: str, batch: int, accumulation: int, updates: int) -> SFTConfig:
@@ -197,7 +234,7 @@ def _round(trainer: SFTTrainer, number: int, measured: Measured, share: float) -
         trainer (`SFTTrainer`): Of the mode.
         number (`int`): Of the round.
         measured (`Measured`): Gets what the round cost.
-        share (`float`): Batch size as a share of the reference's.
+        share (`float`): Sequences an update as a share of the reference's.
     """
     if isinstance(trainer, SLSAMTrainer):  # other floors in every round
         trainer.slsam_config = replace(trainer.slsam_config, seed=number)

@@ -24,6 +24,6 @@ def tags_of(method: Mapping[str, Any]) -> list[str]:
     if method.get("cost_budget") is None:
         fraction = method.get("active_fraction")
         tags.append(f"sl-sam:active_fraction={PAPER_FRACTION if fraction is None else fraction}")
-    if method.get("ascent") == "partial" and "ascent_fraction" in method:
+    if method.get("ascent") in ("partial", "ahead") and "ascent_fraction" in method:
         tags.append(f"sl-sam:ascent_fraction={method['ascent_fraction']}")
     return tags

@@ -1,5 +1,6 @@
 """The price of a trainer's updates in plain LoRA updates: predicted for the log, solved for where it is budgeted."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trl import SFTTrainer
@@ -34,7 +35,10 @@ class UpdateCost:
 
     def __call__(self, update: Update) -> float:
         """Return the cost in plain LoRA updates; the one-off check of prefix reuse is not in it."""
-        return self.model.ratio(active_names(self.arms, update.mask), self.shapes, rule_of(self.config, update.kept))
+        rule = rule_of(self.config, update.kept)
+        if rule.ascent == "ahead" and not update.ahead:  # the last update of an epoch: a plain pass, at w + e
+            rule = replace(rule, perturbed=False)
+        return self.model.ratio(active_names(self.arms, update.mask), self.shapes, rule)
 
 
 def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:

@@ -1,6 +1,7 @@
 """`SLSAMTrainer`: TRL's `SFTTrainer` with one argument more."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trl import SFTTrainer
 
 from slsam_peft.arms import arms_of
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.integrations.ahead import Lookahead, check_ahead, joined, scored_tokens
 from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
@@ -61,10 +63,11 @@ class SLSAMMixin(_Base):
     """Sparse-layer sharpness-aware minimisation (arXiv 2602.09395) for a TRL or transformers trainer.
 
     Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
-    overrides is `training_step`; `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state
-    in checkpoints; `_load_from_checkpoint` and `_load_best_model` keep the adapter's precision, and the best model's
-    sampler comes with it; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes
-    on from whole ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
+    overrides is `training_step`; `get_batch_samples` looks a batch ahead for `ascent="ahead"`;
+    `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state in checkpoints;
+    `_load_from_checkpoint` and `_load_best_model` keep the adapter's precision, and the best model's sampler comes
+    with it; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from whole
+    ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
     `slsam_peft.integrations.record`.
 
     Args:
@@ -87,6 +90,9 @@ class SLSAMMixin(_Base):
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
+        if self._runs_ahead:
+            check_ahead(self)
+        self._slsam_batches: Lookahead | None = None
         keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
@@ -151,6 +157,18 @@ class SLSAMMixin(_Base):
             return None
         return getattr(scaler, "_scale", None)  # the tensor: `get_scale()` would wait for the device
 
+    @property
+    def _runs_ahead(self) -> bool:
+        return self.slsam_config.ascent == "ahead" and self.slsam_config.rho > 0
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
+        """Take an update's batches from the epoch, as the trainer does; with `ascent="ahead"` see the next one."""
+        if not self._runs_ahead:
+            return super().get_batch_samples(epoch_iterator, *args, **kwargs)
+        if self._slsam_batches is None or self._slsam_batches.batches is not epoch_iterator:
+            self._slsam_batches = Lookahead(epoch_iterator)
+        return super().get_batch_samples(self._slsam_batches, *args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -158,7 +176,8 @@ class SLSAMMixin(_Base):
 
         The only change to the trainer's `training_step` is how often, on what and at which weights it runs. Its
         arguments and result are unchanged; the result is the loss at w, and at w + e for `ascent="partial"` and
-        `"remembered"`, which never compute it at w.
+        `"remembered"`, which never compute it at w. For `"ahead"` it is the mean over this batch's tokens at w + e and
+        those of the next one's sequences that run ahead, at w.
         """
         index, count = self._slsam_index, self.current_gradient_accumulation_steps
         self._slsam_index = (index + 1) % count
@@ -194,7 +213,24 @@ class SLSAMMixin(_Base):
                 rows, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_an_example(self))
                 return step(model, rows, None if num_items is None else num_items * share)
 
-        return Passes(counted, silent, part, probe)
+        if not self._runs_ahead:
+            return Passes(counted, silent, part, probe)
+        coming = None if self._slsam_batches is None else self._slsam_batches.coming
+        both, rows = joined(inputs, coming, self.slsam_config.ascent_fraction)
+
+        def ahead() -> torch.Tensor:
+            loss = step(model, dict(both), num_items)
+            if not rows[1]:
+                return loss
+            self._uncount(both["attention_mask"][rows[0] :])
+            return loss * (scored_tokens(both["labels"][: rows[0]]) / scored_tokens(both["labels"]))
+
+        return Passes(ahead, ahead, rows=rows)
+
+    def _uncount(self, mask: torch.Tensor) -> None:
+        """Take tokens off TRL's count of those trained on: their batch is still to come."""
+        self._total_train_tokens -= int(mask.sum())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def _see_shape(self, inputs: dict[str, Any], index: int, count: int) -> None:
         if self._slsam_cost is None:

@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
 import torch
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.outputs import write_figure
+from slsam_peft.errors import UserError
 from slsam_peft.integrations.bench import MODES as ALL
-from slsam_peft.integrations.bench import REFERENCE, Mode, _possible, draw, run_bench
+from slsam_peft.integrations.bench import REFERENCE, Mode, draw, run_bench, select_modes
 from tests.tiny import llama, tokenizer
 
 MODES = {
@@ -15,6 +17,7 @@ MODES = {
     "dense": Mode(SLSAMConfig(active_fraction=1.0)),
     "half": Mode(SLSAMConfig(design="depth", active_fraction=0.5)),
     "fewer": Mode(SLSAMConfig(ascent="partial", ascent_fraction=0.01, active_fraction=1.0), fewer=1),
+    "ahead": Mode(SLSAMConfig(ascent="ahead", ascent_fraction=0.01, active_fraction=1.0), fewer=1),
 }
 
 
@@ -31,11 +34,12 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
         assert len(m.seconds) == len(m.ratios) == len(m.peak_bytes) == 2
         assert all(s > 0 for s in m.seconds)
         assert m.summary()["peak_bytes"] > 0
-    plain, dense, half, fewer = (m.summary() for m in measured)
+    plain, dense, half, fewer, ahead = (m.summary() for m in measured)
     assert plain["ratio"] == plain["predicted"] == 1.0
     assert math.isclose(dense["predicted"], 2.0, rel_tol=0.1)
     assert half["predicted"] < dense["predicted"]
     assert math.isclose(fewer["predicted"], 1.0, rel_tol=0.1)  # three of four rows, and one of them for the ascent
+    assert math.isclose(ahead["predicted"], 1.0, rel_tol=0.1)  # three rows and one of the next update
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     picture = tmp_path / "bench.png"
@@ -43,9 +47,36 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_mode_with_fewer_rows_needs_two():
-    fewer = [name for name, mode in ALL.items() if mode.fewer]
-    assert fewer
-    assert [name for name, mode in ALL.items() if not _possible(mode, 2, 1)] == fewer
-    assert [name for name, mode in ALL.items() if not _possible(mode, 3, 2)] == fewer
-    assert all(_possible(mode, 3, 1) for mode in ALL.values())
+def test_under_accumulation_a_micro_batch_pays_for_the_ascent():
+    modes = {name: MODES[name] for name in (REFERENCE, "fewer")}
+    plain, fewer = run_bench(
+        llama(), tokenizer(), lora_r=4, batch=1, length=16, accumulation=4, updates=2, rounds=1, modes=modes
+    )
+    assert math.isclose(fewer.summary()["predicted"], 1.0, rel_tol=0.1)  # four passes of one row, as plain LoRA's
+    assert plain.summary()["predicted"] == 1.0
+
+
+def test_a_mode_with_fewer_parts_needs_two():
+    partial, ahead = (name for name, mode in ALL.items() if mode.fewer)
+    assert list(select_modes(None, 3, 1)) == list(ALL)
+    for (batch, accumulation), lacking in {
+        (2, 1): {partial},
+        (1, 3): {ahead},
+        (2, 4): {ahead},
+        (8, 2): {partial, ahead},
+        (1, 1): {partial, ahead},
+    }.items():
+        assert set(ALL) - set(select_modes(None, batch, accumulation)) == lacking
+        for name in (partial, ahead):
+            if name not in lacking:
+                assert list(select_modes([name], batch, accumulation)) == [REFERENCE, name]
+                continue
+            with pytest.raises(UserError, match=r"needs --(batch_size 3|gradient_accumulation_steps 1 and --batch)"):
+                select_modes([name], batch, accumulation)
+
+
+def test_a_misspelt_mode_is_answered_with_the_nearest():
+    with pytest.raises(
+        UserError, match=r"'LoRA-SAN' is not known\. Did you mean 'LoRA-SAM'\? The modes are:\n  plain LoRA"
+    ):
+        select_modes(["LoRA-SAN"], 2, 1)

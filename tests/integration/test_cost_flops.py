@@ -20,7 +20,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from slsam_peft.cost import CostModel
+from slsam_peft.cost import CostModel, Rule
 from slsam_peft.planning import active_names, rule_of
 from tests.tolerances import COUNTED_FLOPS
 
@@ -143,6 +143,7 @@ MODES = {
     "window": {"design": "window", "active_fraction": 0.5},
     "partial": {"design": "depth", "active_fraction": 0.5, "ascent": "partial"},
     "remembered": {"design": "depth", "active_fraction": 0.5, "ascent": "remembered"},
+    "ahead": {"ascent": "ahead", "active_fraction": 1.0},
     "dense_descent": {"design": "depth", "active_fraction": 0.5, "descent": "all"},
     "dense_descent_bernoulli": {"active_fraction": 0.25, "descent": "all"},
     "without_ascent": {"design": "depth", "active_fraction": 0.5, "rho": 0.0},
@@ -162,8 +163,10 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
     cost, arms = CostModel.from_model(trainer.model, checkpointing), trainer.slsam.arms
     shapes, rule = [(batch, LENGTH)] * micro_batches, rule_of(config)
     known, predicted = set(), 0.0
-    for mask in masks.seen:
+    for update, mask in enumerate(masks.seen, 1):
         names = active_names(arms, mask)
+        if config.ascent == "ahead" and update == len(masks.seen):  # no batch is left to run ahead of
+            rule = Rule(perturbed=False)
         # Nothing is remembered of an arm before its first update, so it has no branch then.
         predicted += cost.update(names, shapes, rule, known if config.ascent == "remembered" else None)
         known |= names

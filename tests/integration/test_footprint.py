@@ -66,6 +66,9 @@ CASES = {
     "remembered": (
         {"design": "depth", "active_fraction": 1.0, "ascent": "remembered"}, Rule(ascent="remembered"), 1, True,
     ),
+    "ahead": (
+        {"active_fraction": 1.0, "ascent": "ahead"}, Rule(ascent="ahead"), 1, True,
+    ),
     "dense_descent": (
         {"design": "depth", "active_fraction": 0.2, "descent": "all"}, Rule(descent="all"), 3, True,
     ),

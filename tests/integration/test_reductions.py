@@ -35,6 +35,15 @@ def test_no_radius_and_all_arms_is_plain_training_bitwise(checkpointing, accumul
     assert ours.slsam.steps == 3
 
 
+def test_no_radius_and_nothing_runs_ahead(tmp_path):
+    plain = build(SFTTrainer, tmp_path / "plain")
+    ours = build(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.0, ascent="ahead", active_fraction=1.0))
+    plain.train()
+    ours.train()
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+    assert logs(plain) == logs(ours)
+
+
 def test_short_last_groups_and_epochs_are_those_of_plain_training(tmp_path):
     """Eleven rows are six micro-batches of up to two; an update of four is followed by one of two, in each epoch."""
     settings = {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 2, "data": texts(11)}
@@ -80,3 +89,15 @@ def test_four_micro_batches_of_two_are_one_of_eight(settings, tmp_path):
     for p, q in zip(split.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=FUSED_HEAD, atol=FUSED_HEAD)
     torch.testing.assert_close(split.slsam.probabilities, whole.slsam.probabilities, rtol=FUSED_HEAD, atol=FUSED_HEAD)
+
+
+def test_an_ascent_on_a_row_is_one_on_a_micro_batch(tmp_path):
+    """Paid for by a row or by a micro-batch, it is the same training: its first row makes the ascent."""
+    config = SLSAMConfig(rho=0.5, ascent="partial", ascent_fraction=0.34, active_fraction=1.0)
+    common = {"double": True, "dropout": 0.0, "optim": "sgd"}
+    rows = train(SLSAMTrainer, tmp_path / "a", config, per_device_train_batch_size=3, **common)
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    micro_batches = train(SLSAMTrainer, tmp_path / "b", config, **parts, **common)
+    for p, q in zip(rows.model.parameters(), micro_batches.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=FUSED_HEAD, atol=FUSED_HEAD)
+    torch.testing.assert_close(rows.slsam.norms, micro_batches.slsam.norms, rtol=FUSED_HEAD, atol=FUSED_HEAD)

@@ -34,6 +34,8 @@ BAD = [
     ({"descent": "al"}, "descent='al'", "Did you mean 'all'?"),
     ({"adapter_dtype": "float23"}, "adapter_dtype='float23'", "Did you mean 'float32'?"),
     ({"descent": "all", "ascent": "remembered"}, "descent='all'", "two_pass"),
+    ({"ascent": "ahead"}, "active_fraction=None", "set active_fraction=1"),
+    ({"ascent": "ahead", "cost_budget": 1.0}, "active_fraction=None", "leave cost_budget unset"),
 ]
 
 

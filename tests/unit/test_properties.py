@@ -171,6 +171,8 @@ SETTINGS = {
 
 def allowed(values):
     both = values.get("cost_budget") is not None and values.get("active_fraction") is not None
+    if values.get("ascent") == "ahead" and values.get("active_fraction") != 1:
+        return False
     return not both and (values.get("descent"), values.get("ascent")) != ("all", "remembered")
 
 

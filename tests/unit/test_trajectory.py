@@ -173,6 +173,61 @@ def test_partial_ascent_on_part_of_a_lone_batch(design, descent):
         assert_partial_update(slsam, got, losses, two_passes(slsam, part, whole.counted), share=1)
 
 
+def summed_loss(model, ids, tokens):
+    """Run forward and backward on the summed loss of the sequences over `tokens`, in float64 throughout."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / tokens
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "checkpointed"])
+def test_ascent_ahead_follows_its_definition(checkpointing):
+    """e_t from the gradient, one update earlier, of a sequence of batch t; one pass, whose other rows make g'."""
+    config = SLSAMConfig(rho=RHO, active_fraction=1.0, ascent="ahead")
+    models = [decoder("llama", checkpointing, dropout=0.0) for _ in range(2)]
+    slsam = SLSAM(arms_of(models[0]), config)
+    bases, memory = [optimizer(m) for m in models], {}
+    members = [p for arm in arms_of(models[1]) for p in arm.parameters]
+    batches = [(batch(2, 9)["input_ids"] + 7 * update) % 61 + 3 for update in range(UPDATES)]
+    for update, own in enumerate(batches):
+        coming = batches[update + 1][:1] if update + 1 < UPDATES else own[:0]
+        both = torch.cat([own, coming])
+        before = [p.detach().clone() for p in models[0].parameters()]
+        tokens = own[:, 1:].numel()
+        loss = slsam.update(
+            lambda both=both, tokens=tokens: summed_loss(models[0], both, tokens), rows=(len(own), len(coming))
+        )
+        assert all(torch.equal(p, w) for p, w in zip(models[0].parameters(), before, strict=True))
+        bases[0].step()
+
+        ascent = {}
+        expected = 0.0
+        if len(coming):
+            expected = float(summed_loss(models[1], coming, tokens))
+            ascent = {p: p.grad.bfloat16().double() for p in members}
+            models[1].zero_grad()
+        norm = torch.stack([torch.zeros((), dtype=torch.float64), *(g.norm() for g in memory.values())]).norm()
+        saved = [p.detach().clone() for p in members]
+        with torch.no_grad():
+            for p, g in memory.items():
+                p.add_(RHO * g / (norm + 1e-12))
+        expected += float(summed_loss(models[1], own, tokens))
+        with torch.no_grad():
+            for p, w in zip(members, saved, strict=True):
+                p.copy_(w)
+        memory = ascent
+        assert float(loss) == pytest.approx(expected, rel=TRAJECTORY)
+        got = [p.grad for arm in slsam.arms for p in arm.parameters]
+        for p, g in zip(members, got, strict=True):
+            torch.testing.assert_close(g, p.grad, rtol=TRAJECTORY, atol=TRAJECTORY)
+        bases[1].step()
+        bases[1].zero_grad()
+    assert slsam.memory.gradients == {}, "nothing ran ahead of the last update"
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=TRAJECTORY, atol=TRAJECTORY)
+
+
 def test_remembered_ascent_follows_its_definition():
     """e_t from the last descent gradient of each active arm, in bfloat16; an arm not seen before is not perturbed."""
     config = SLSAMConfig(rho=RHO, active_fraction=0.4, ascent="remembered", design="fixed_size")
