@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a setting or a file that is not allowed, before anything is trained.
     """
-    from slsam_peft.integrations.compare.settings import read_settings
+    from slsam_peft.integrations.compare.reading import read_settings
     from slsam_peft.integrations.extras import require
 
     if args.limit is not None and args.limit < 0:

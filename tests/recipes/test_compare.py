@@ -15,15 +15,10 @@ from slsam_peft.cli.parsing import Parser
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.checks import _check_rows
 from slsam_peft.integrations.compare.jobs import Plan
+from slsam_peft.integrations.compare.reading import parse_settings, read_settings
 from slsam_peft.integrations.compare.runs import build_trainer, expected_costs, load_model, row_order
 from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
-from slsam_peft.integrations.compare.settings import (
-    QUANTISATIONS,
-    Candidate,
-    TrainingSettings,
-    parse_settings,
-    read_settings,
-)
+from slsam_peft.integrations.compare.settings import QUANTISATIONS, Candidate, TrainingSettings
 from slsam_peft.integrations.compare.store import RowStore
 from slsam_peft.integrations.compare.tasks import TaskData, load_task
 from slsam_peft.integrations.compare.worker import next_row

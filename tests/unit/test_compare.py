@@ -18,8 +18,9 @@ from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
 from slsam_peft.errors import UserError
 from slsam_peft.integrations.compare.jobs import Plan
+from slsam_peft.integrations.compare.reading import parse_settings, read_settings
 from slsam_peft.integrations.compare.report import build_report
-from slsam_peft.integrations.compare.settings import Candidate, CompareSettings, parse_settings, read_settings
+from slsam_peft.integrations.compare.settings import Candidate, CompareSettings
 from slsam_peft.integrations.compare.statistics import holm, paired_difference
 from slsam_peft.integrations.compare.store import RowStore
 from slsam_peft.integrations.compare.tasks import load_task, swap_answers
@@ -143,6 +144,9 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"bad\.yaml is not valid YAML"):
         read_settings(tmp_path / "bad.yaml")
+    (tmp_path / "loop.yaml").write_text("tasks: &loop\n  again: *loop\n")
+    with pytest.raises(UserError, match=r"loop\.yaml: a value contains itself; an alias"):
+        read_settings(tmp_path / "loop.yaml")
 
 
 # Jobs
