@@ -301,15 +301,20 @@ def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:
 # Rows on disk
 
 
+WHOLE = {"loss": 1.0, "accuracy": 0.5, "exact": 0.0, "cost": 1.0, "data": "d"}
+
+
 def test_rows_survive_a_writer_that_was_killed(tmp_path: Path) -> None:
     store = RowStore(tmp_path / "deep" / "rows.jsonl")
-    store.append({"key": "a", "loss": 1.0})
+    store.append({"key": "a", **WHOLE})
     with store.path.open("a") as file:
         file.write('{"key": "b", "lo')
     assert list(store.read()) == ["a"]
-    store.append({"key": "c", "loss": 2.0})
+    store.append({"key": "c", "error": "it diverged"})
     with store.path.open("a") as file:
         file.write('{"key": ["d"]}\n7\n' + "[" * 100_000 + "\n")
+    for broken in ({"loss": "low"}, {"cost": None}, {"data": 7}):
+        store.append({"key": "e", **WHOLE, **broken})
     assert list(store.read()) == ["a", "c"]
 
 
@@ -319,7 +324,7 @@ def test_claims_exclude_each_other_and_what_is_done(tmp_path: Path) -> None:
         assert (ours, theirs, free) == (True, False, True)
     with other.claim("a") as ours:
         assert ours
-    store.append({"key": "a"})
+    store.append({"key": "a", **WHOLE})
     with other.claim("a") as ours:
         assert not ours
 

@@ -13,6 +13,8 @@ from slsam_peft.errors import UserError
 
 Row = dict[str, Any]
 
+_NUMBERS = ("loss", "accuracy", "exact", "cost")
+
 
 class RowStore:
     """A file of rows, one JSON object a line, each under its `"key"`.
@@ -28,7 +30,9 @@ class RowStore:
         self._locks = path.parent / f".{path.name}.locks"
 
     def read(self) -> dict[str, Row]:
-        """Return the rows by key, the last one of each; a line that a killed process left unfinished is left out.
+        """Return the rows by key, the last one of each.
+
+        A line that is no whole row, as a killed process leaves them, is left out, and its job is to be done again.
 
         Raises:
             UserError: the file cannot be read.
@@ -46,7 +50,7 @@ class RowStore:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("key"), str):
+            if _is_whole(row):
                 rows[row["key"]] = row
         return rows
 
@@ -82,3 +86,10 @@ class RowStore:
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)  # before the release: nobody can lock a file that is gone
             lock.release()
+
+
+def _is_whole(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        return False
+    numbers = all(isinstance(row.get(name), int | float) for name in _NUMBERS)
+    return "error" in row or (numbers and isinstance(row.get("data"), str))
