@@ -116,8 +116,9 @@ class SLSAMConfig:
         metadata=_help(
             "Where the ascent direction comes from: 'two_pass' (the update's whole batch, exact SAM), 'partial' (a "
             "part of it, see ascent_fraction), 'remembered' (the last descent gradient of the same arm; one pass), "
-            "'ahead' (as 'partial', but made one update early, by sequences of the next batch in this one's pass; one "
-            "pass of so many sequences more; active_fraction=1, SFT without gradient accumulation)."
+            "'ahead' (as 'partial', but made one update early, by sequences of the next batch in this one's pass: one "
+            "pass of so many sequences more; an epoch's first update has none; active_fraction=1, SFT without "
+            "gradient accumulation)."
         ),
     )
     ascent_fraction: float = field(
@@ -227,8 +228,9 @@ class SLSAMConfig:
             )
         if self.ascent == "ahead" and self.active_fraction != 1:
             raise ValueError(
-                f"ascent='ahead' perturbs and trains every arm in every update, and active_fraction="
-                f"{self.active_fraction} asks for some; set active_fraction=1, and leave cost_budget unset."
+                "ascent='ahead' perturbs and trains every arm in every update, and active_fraction="
+                f"{self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) asks for some of them; set "
+                "active_fraction=1, and leave cost_budget unset."
             )
 
     @property

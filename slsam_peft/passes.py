@@ -242,7 +242,8 @@ class PassRunner:
         """Run a pass at w + e on the sequences of this update and, for the next one's ascent, at w on the others."""
         if not update.moved:
             offsets = {shift.parameter: shift.offset for shift in update.shifts}
-            update.moved = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
+            with torch.no_grad():
+                update.moved = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
             update.shifts.clear()  # e is not needed beside w + e
         first, last = ([w.detach().requires_grad_() for w in weights] for weights in (update.moved, self.parameters))
         with split([linear for linear in self.linears if linear is not None], first, last, rows):

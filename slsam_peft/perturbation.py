@@ -119,7 +119,7 @@ def split(
     """
     try:
         for linear, *weights in zip(linears, first, last, strict=True):
-            linear.forward = partial(_split_forward, linear, weights, rows)
+            linear.forward = partial(_split_forward, linear, weights, rows)  # not a hook: W x itself is not wanted
         yield
     finally:
         for linear in linears:
@@ -127,15 +127,15 @@ def split(
 
 
 def _split_forward(
-    linear: nn.Module, weights: Sequence[torch.Tensor], rows: tuple[int, int], x: torch.Tensor
+    linear: nn.Module, weights: Sequence[torch.Tensor], rows: tuple[int, int], input: torch.Tensor
 ) -> torch.Tensor:
-    if x.shape[0] != sum(rows):
+    if input.shape[0] != sum(rows):
         raise ValueError(
-            f"an adapter ran on a tensor of shape {tuple(x.shape)} instead of the batch's {sum(rows)} sequences "
-            "(experts do, and models that flatten their batch), so that sequences cannot be told apart: "
-            "ascent='ahead' does not work here, use ascent='partial'."
+            f"an adapter ran on a tensor of shape {tuple(input.shape)} where rows={rows} are {sum(rows)} sequences. "
+            "Experts do, and models that flatten their batch; sequences cannot be told apart there, so use "
+            "ascent='partial'."
         )
-    parts = zip(x.split(rows), weights, strict=True)
+    parts = zip(input.split(rows), weights, strict=True)
     return torch.cat([F.linear(part, weight, linear.bias) for part, weight in parts])
 
 

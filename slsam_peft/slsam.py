@@ -146,14 +146,15 @@ class SLSAM:
         return config.active_fraction
 
     def _check_ahead(self) -> None:
-        if self.config.ascent != "ahead":
+        if self.config.ascent != "ahead" or self.config.rho == 0:
             return
         for arm in self.arms:
             for name, linear in zip(arm.parameter_names, arm.linears, strict=True):
-                if linear is None:
+                if linear is None or "forward" in vars(linear):  # accelerate's hooks, for one, replace it
                     raise ValueError(
                         "ascent='ahead' runs sequences at w and at w + e in one pass, which only linear modules can, "
-                        f"and {name} is no weight of one; use ascent='partial', or train LoRA factors only."
+                        f"and {name} is no weight of one, or its forward has been replaced (as accelerate's hooks "
+                        "do); use ascent='partial', or train LoRA factors only."
                     )
 
     @property
@@ -237,11 +238,14 @@ class SLSAM:
                 "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or several "
                 "micro-batches, or use ascent='two_pass'."
             )
-        if config.ascent == "ahead" and config.rho > 0 and (count > 1 or passes.rows is None):
+        ahead = config.ascent == "ahead" and config.rho > 0
+        if ahead and (count > 1 or passes.rows is None or self.reduce is not None):
             raise ValueError(
-                "ascent='ahead' needs an update of one micro-batch and its rows=(sequences of this update, of the "
-                "next); with several micro-batches use ascent='partial', one of them then makes the ascent."
+                "ascent='ahead' needs an update of one micro-batch on one rank, and its rows=(sequences of this "
+                "update, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
             )
+        if passes.rows is not None and not ahead:
+            raise ValueError(f"rows={passes.rows} belong to ascent='ahead' with rho > 0; leave them out.")
         mask = self.design(self.probabilities, self.generator)
         if self.bandit.mean == 1.0:
             mask = torch.ones_like(mask)
@@ -333,11 +337,11 @@ class SLSAM:
                 parameter.grad = gradient
         squared = self._norms.squared(gradients, self._device(gradients))
         ascent_squared = squared if update.squared is None else update.squared
-        numbers = [ascent_squared, squared.sum()[None] + self._ahead_or_nan(update).to(squared), losses]
+        numbers = [ascent_squared, self._ahead_norm(update), squared.sum()[None], losses]
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
         values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
-        norms, descent, scale_value = values[:-4].sqrt(), values[-4], float(values[-1])
+        norms, descent, scale_value = values[:-5].sqrt(), values[-4], float(values[-1])
         finite = bool(torch.isfinite(values).all())
         seen = update.mask if update.squared is not None else update.trained & update.mask
         norms = norms / scale_value
@@ -377,15 +381,10 @@ class SLSAM:
                 f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
             )
 
-    def _ahead_or_nan(self, update: Update) -> torch.Tensor:
-        """Average what ran ahead over ranks; return 0, or NaN where it is not finite, which voids the update."""
-        ahead = list(update.ahead.values())
-        if not ahead:
-            return torch.zeros(())
-        if self.reduce is not None:
-            self.reduce(ahead)
-        norms = torch._foreach_norm(ahead)
-        return 0 * torch.stack([n.to(norms[0].device) for n in norms]).sum()
+    def _ahead_norm(self, update: Update) -> torch.Tensor:
+        """Return the norm of the ascent gradient that ran ahead, shape `(1,)`; 0 where there is none."""
+        norms = torch._foreach_norm(list(update.ahead.values())) if update.ahead else [torch.zeros(())]
+        return torch.stack([n.to(norms[0].device) for n in norms]).norm()[None]
 
     def _remember(self, update: Update, finite: bool, scale: torch.Tensor | None) -> None:
         """Keep what the next update's ascent is made of."""

@@ -1,7 +1,7 @@
 """`ascent="ahead"` in a trainer: sequences of the next batch come along in the pass over this one."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -10,6 +10,8 @@ from trl import SFTTrainer
 from slsam_peft.cost import ascent_share
 
 IGNORED = -100  # label of a position that is not scored
+FILLERS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "position_ids": 0, "token_type_ids": 0}
+NEEDED = ("input_ids", "attention_mask", "labels")
 
 
 class Lookahead(Iterator):
@@ -38,7 +40,8 @@ def check_ahead(trainer: Any) -> None:
 
     Raises:
         ValueError: no `SFTTrainer`, several ranks, gradient accumulation, packed or padding-free batches, or a loss
-            that is not normalised by the number of tokens given to it. The message says what to use instead.
+            that is no sum over tokens divided by the number that the trainer gives it. The message says what to use
+            instead.
     """
     args: Any = trainer.args
     instead = "use ascent='partial'"
@@ -52,51 +55,72 @@ def check_ahead(trainer: Any) -> None:
     elif args.packing or args.padding_free:
         reason = "needs a row a sequence, and packing or padding_free puts several into one"
         instead += " with gradient accumulation"
-    elif not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
-        reason = f"needs a loss that takes num_items_in_batch, and {type(trainer.model).__name__} has none"
+    elif trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
+        reason = "needs TRL's own loss, normalised by num_items_in_batch, and here is another one"
+    elif trainer.aux_loss_enabled:
+        reason = "keeps sequences apart, and the router's auxiliary loss of a mixture of experts is over all of them"
     else:
         return
     raise ValueError(f"ascent='ahead' {reason}; {instead}.")
 
 
-def joined(
-    inputs: Mapping[str, Any], coming: Mapping[str, Any] | None, fraction: float
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Put the first sequences of the next batch behind those of this one.
+class Joined(NamedTuple):
+    """A batch with the first sequences of the next one behind its own.
 
     Args:
-        inputs (`Mapping`): This batch: tensors of shape `(batch, length)`, padded at their end.
+        inputs (`dict`): The joined batch.
+        rows (`tuple[int, int]`): How many sequences come from each.
+        tokens (`int`): Tokens of the next batch's sequences, padding not counted.
+    """
+
+    inputs: dict[str, Any]
+    rows: tuple[int, int]
+    tokens: int
+
+    @property
+    def own_share(self) -> torch.Tensor:
+        """Share of the scored positions that is this batch's own, shape `()`, not read by the host."""
+        scored = self.inputs["labels"][:, 1:] != IGNORED
+        return scored[: self.rows[0]].sum() / scored.sum().clamp(min=1)
+
+
+def join(inputs: Mapping[str, Any], coming: Mapping[str, Any] | None, fraction: float) -> Joined:
+    """Put the first sequences of the next batch behind those of this one.
+
+    The host reads two numbers of the next batch, which has been on its device for an update.
+
+    Args:
+        inputs (`Mapping`): This batch: tensors of shape `(batch, length)`.
         coming (`Mapping` or `None`): The next batch, on the same device; `None` where there is none.
         fraction (`float`): Share of its sequences, in (0, 1]; rounded, at least one.
 
-    Returns:
-        `tuple[dict, tuple[int, int]]`: The joined batch, and how many sequences of it come from each.
-
     Raises:
-        ValueError: the batch holds something else than such tensors.
+        ValueError: a batch holds something else than such tensors.
     """
     own = len(inputs["input_ids"])
     if coming is None:
-        return dict(inputs), (own, 0)
+        return Joined(dict(inputs), (own, 0), 0)
+    for batch in (inputs, coming):
+        _check_batch(batch)
     taken = ascent_share(fraction, len(coming["input_ids"]))
-    for name, value in inputs.items():
-        if not (isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == own and name in coming):
-            raise ValueError(
-                f"ascent='ahead' joins batches of texts, and {name!r} is no tensor with a row for each of their "
-                f"{own} sequences; use ascent='partial'."
-            )
     mask = coming["attention_mask"][:taken]
-    # Padding that these sequences do not need is cut off; on an accelerator that would have to wait for it.
-    length = mask.shape[1] if mask.device.type != "cpu" else int(mask.sum(1).max())
-    rows = {name: (value, coming[name][:taken, :length]) for name, value in inputs.items()}
-    return {name: _stacked(pair, IGNORED if name == "labels" else 0) for name, pair in rows.items()}, (own, taken)
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    length, tokens = torch.stack([(columns * mask.any(0)).max(), mask.sum()]).tolist()
+    pairs = {name: (value, coming[name][:taken, : max(1, length)]) for name, value in inputs.items()}
+    return Joined({name: _stacked(pair, FILLERS[name]) for name, pair in pairs.items()}, (own, taken), tokens)
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
+    shape = batch["input_ids"].shape
+    wrong = [name for name in NEEDED if name not in batch]
+    wrong += [k for k, v in batch.items() if k not in FILLERS or getattr(v, "shape", None) != shape]
+    if wrong:
+        raise ValueError(
+            f"ascent='ahead' joins batches of {', '.join(FILLERS)}, each of shape (batch, length); {wrong[0]!r} is "
+            "missing or something else. Use ascent='partial'."
+        )
 
 
 def _stacked(pair: tuple[torch.Tensor, torch.Tensor], filler: int) -> torch.Tensor:
     length = max(x.shape[1] for x in pair)
     return torch.cat([F.pad(x, (0, length - x.shape[1]), value=filler) for x in pair])
-
-
-def scored_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Return how many positions of `labels`, shape `(batch, length)`, are scored; shape `()`, not read by the host."""
-    return (labels[:, 1:] != IGNORED).sum()

@@ -190,8 +190,10 @@ def _missing(mode: Mode, batch: int, accumulation: int) -> str | None:
     if mode.config is not None and mode.config.ascent == "ahead":
         enough = accumulation == 1 and batch - mode.fewer >= 1
         return None if enough else "--gradient_accumulation_steps 1 and --batch_size 2 or more"
-    enough = mode.fewer == 0 or _parts(batch, accumulation) - mode.fewer >= 2  # of which the ascent takes one
-    return None if enough else "--batch_size 3 or more, or --gradient_accumulation_steps 3 or more"
+    partial = mode.config is not None and mode.config.ascent == "partial"
+    least = 2 + mode.fewer if partial else 1  # of two the ascent takes one
+    enough = _parts(batch, accumulation) >= least
+    return None if enough else f"--batch_size {least} or more, or --gradient_accumulation_steps {least} or more"
 
 
 def _arguments(folder: str, batch: int, accumulation: int, updates: int) -> SFTConfig:
@@ -243,6 +245,8 @@ def _round(trainer: SFTTrainer, number: int, measured: Measured, share: float) -
     with PeakMemory() as peak:
         trainer.train()
     trainer.remove_callback(clock)
+    if isinstance(trainer, SLSAMTrainer):  # or the modes after it pay for what it remembers
+        trainer.slsam.memory.replace({})
     measured.seconds.append(statistics.mean(clock.seconds[1:]))
     measured.peak_bytes.append(peak.bytes)
     if clock.predicted:

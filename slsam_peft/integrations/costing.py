@@ -1,13 +1,12 @@
 """The price of a trainer's updates in plain LoRA updates: predicted for the log, solved for where it is budgeted."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trl import SFTTrainer
 
 from slsam_peft.arms import Arms
 from slsam_peft.config import SLSAMConfig
-from slsam_peft.cost import CostModel
+from slsam_peft.cost import CostModel, Rule
 from slsam_peft.passes import Update
 from slsam_peft.planning import active_names, rule_of
 
@@ -25,6 +24,7 @@ class UpdateCost:
 
     Attributes:
         shapes (`list[tuple[int, int]]`): Micro-batches of the update in progress; the caller fills it.
+        joined (`tuple[int, int]` or `None`): Its only one with the sequences of the next update that run ahead in it.
     """
 
     def __init__(self, model: CostModel, arms: Arms, config: SLSAMConfig) -> None:
@@ -32,13 +32,14 @@ class UpdateCost:
         self.arms = arms
         self.config = config
         self.shapes: list[tuple[int, int]] = []
+        self.joined: tuple[int, int] | None = None
 
     def __call__(self, update: Update) -> float:
         """Return the cost in plain LoRA updates; the one-off check of prefix reuse is not in it."""
-        rule = rule_of(self.config, update.kept)
-        if rule.ascent == "ahead" and not update.ahead:  # the last update of an epoch: a plain pass, at w + e
-            rule = replace(rule, perturbed=False)
-        return self.model.ratio(active_names(self.arms, update.mask), self.shapes, rule)
+        names, rule = active_names(self.arms, update.mask), rule_of(self.config, update.kept)
+        if self.joined is None:
+            return self.model.ratio(names, self.shapes, rule)
+        return self.model.update(names, [self.joined], Rule(perturbed=False)) / self.model.plain(self.shapes)
 
 
 def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:

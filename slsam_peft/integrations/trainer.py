@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from slsam_peft.arms import arms_of
 from slsam_peft.config import SLSAMConfig
-from slsam_peft.integrations.ahead import Lookahead, check_ahead, joined, scored_tokens
+from slsam_peft.integrations.ahead import Joined, Lookahead, check_ahead, join
 from slsam_peft.integrations.bnb_cpu import keep_trainable
 from slsam_peft.integrations.card import describe
 from slsam_peft.integrations.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
@@ -93,6 +93,7 @@ class SLSAMMixin(_Base):
         if self._runs_ahead:
             check_ahead(self)
         self._slsam_batches: Lookahead | None = None
+        self._slsam_goes_on = False
         keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
@@ -137,6 +138,7 @@ class SLSAMMixin(_Base):
             self._slsam = self._build_slsam()
         # A budget is solved for the batches that really come, and stays as solved when training is resumed.
         self._slsam_unsolved = self.slsam_config.cost_budget is not None and not self._slsam_restored
+        self._slsam_goes_on = self._slsam_restored and not self.args.ignore_data_skip
         self._slsam_restored = False
         self._slsam_index = 0
         check_optimizer(self.optimizer, self.slsam.arms)
@@ -165,8 +167,11 @@ class SLSAMMixin(_Base):
         """Take an update's batches from the epoch, as the trainer does; with `ascent="ahead"` see the next one."""
         if not self._runs_ahead:
             return super().get_batch_samples(epoch_iterator, *args, **kwargs)
-        if self._slsam_batches is None or self._slsam_batches.batches is not epoch_iterator:
+        if self._slsam_batches is None:
             self._slsam_batches = Lookahead(epoch_iterator)
+            if not self._slsam_goes_on:  # what is remembered is of a batch that does not come
+                self.slsam.memory.replace({})
+            self._slsam_goes_on = False
         return super().get_batch_samples(self._slsam_batches, *args, **kwargs)
 
     def training_step(
@@ -216,20 +221,24 @@ class SLSAMMixin(_Base):
         if not self._runs_ahead:
             return Passes(counted, silent, part, probe)
         coming = None if self._slsam_batches is None else self._slsam_batches.coming
-        both, rows = joined(inputs, coming, self.slsam_config.ascent_fraction)
+        joined = join(inputs, coming, self.slsam_config.ascent_fraction)
+        if self._slsam_cost is not None:
+            self._slsam_cost.joined = shape_of(joined.inputs)
+        if coming is None and self.state.global_step == 0:
+            logger.warning(
+                "an epoch is a single batch: nothing runs ahead, and ascent='ahead' trains as plain LoRA does."
+            )
 
-        def ahead() -> torch.Tensor:
-            loss = step(model, dict(both), num_items)
-            if not rows[1]:
-                return loss
-            self._uncount(both["attention_mask"][rows[0] :])
-            return loss * (scored_tokens(both["labels"][: rows[0]]) / scored_tokens(both["labels"]))
+        def both() -> torch.Tensor:
+            loss = step(model, dict(joined.inputs), num_items)
+            self._uncount(joined)
+            return loss * joined.own_share if joined.rows[1] else loss
 
-        return Passes(ahead, ahead, rows=rows)
+        return Passes(both, both, rows=joined.rows)
 
-    def _uncount(self, mask: torch.Tensor) -> None:
+    def _uncount(self, joined: Joined) -> None:
         """Take tokens off TRL's count of those trained on: their batch is still to come."""
-        self._total_train_tokens -= int(mask.sum())
+        self._total_train_tokens -= joined.tokens
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def _see_shape(self, inputs: dict[str, Any], index: int, count: int) -> None:
@@ -274,7 +283,10 @@ class SLSAMMixin(_Base):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)
+            try:
+                super()._run_epoch(*args, **kwargs)
+            finally:
+                self._slsam_batches = None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # `trainer_state.json` is written last and vouches for the rest; an earlier run's must not.

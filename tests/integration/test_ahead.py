@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from trl import SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, arms_of
+from slsam_peft.integrations.ahead import join
 from tests.integration import test_preference_trainers as other_trainers
 from tests.integration.test_accumulation import summed_loss
 from tests.sft import llama, train
@@ -195,9 +197,73 @@ def test_what_it_cannot_do_is_refused_before_training(case, tmp_path):
         build(SLSAMTrainer, tmp_path, CONFIG, **settings)
 
 
+@pytest.mark.filterwarnings("ignore:.compute_loss_func. is deprecated:FutureWarning")
+def test_a_loss_of_ones_own_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs TRL's own loss"):
+        build(SLSAMTrainer, tmp_path, CONFIG, parts={"compute_loss_func": lambda *args, **kwargs: None})
+
+
+def test_padding_before_the_text_is_kept_and_needless_padding_cut():
+    own = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    own["labels"] = torch.where(own["attention_mask"] == 1, own["input_ids"], -100)
+    coming = {"input_ids": torch.tensor([[0, 0, 7, 8, 0], [1, 2, 3, 4, 5]])}
+    coming["attention_mask"] = torch.tensor([[0, 0, 1, 1, 0], [1] * 5])
+    coming["labels"] = torch.where(coming["attention_mask"] == 1, coming["input_ids"], -100)
+    joined = join(own, coming, 0.5)
+    assert joined.rows == (1, 1)
+    assert joined.tokens == 2
+    assert joined.inputs["input_ids"].tolist() == [[0, 5, 6, 0], [0, 0, 7, 8]]
+    assert joined.inputs["attention_mask"].tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert joined.inputs["labels"].tolist() == [[-100, 5, 6, -100], [-100, -100, 7, 8]]
+    assert float(joined.own_share) == 0.5
+    nothing = {**joined.inputs, "labels": torch.full((2, 4), -100)}
+    assert float(joined._replace(inputs=nothing).own_share) == 0, "not 0 / 0"
+
+
+@pytest.mark.parametrize("change", [{"shift_labels": torch.zeros(1, 3)}, {"labels": None}, {"labels": torch.zeros(1)}])
+def test_batches_of_something_else_are_refused_by_name(change):
+    batch = {name: torch.ones(1, 3, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    strange = {name: value for name, value in {**batch, **change}.items() if value is not None}
+    for pair in ((strange, batch), (batch, strange)):
+        with pytest.raises(
+            ValueError, match=rf"joins batches of .*'{next(iter(change))}' is missing or something else"
+        ):
+            join(*pair, 0.5)
+
+
+def test_an_epoch_of_one_batch_is_told(tmp_path, caplog):
+    trainer = build(SLSAMTrainer, tmp_path, CONFIG, per_device_train_batch_size=4, max_steps=3, data=texts(4))
+    trainer.train()
+    assert sum("nothing runs ahead" in record.message for record in caplog.records) == 1
+    assert trainer._slsam_batches is None, "no batch and no worker process outlives the epoch"
+
+
+def test_what_ran_ahead_of_another_batch_is_not_used(tmp_path):
+    """A checkpoint's ascent belongs to the batch that would have come; `ignore_data_skip` starts with another."""
+    settings = {"per_device_train_batch_size": 3, "max_steps": 4, "data": texts(12), "save_strategy": "steps"}
+    build(SLSAMTrainer, tmp_path / "whole", CONFIG, save_steps=2, **settings).train()
+
+    class Watching(SLSAMTrainer):
+        known = None
+
+        def training_step(self, *args, **kwargs):
+            if self.known is None:
+                self.known = len(self.slsam.memory.gradients)
+            return super().training_step(*args, **kwargs)
+
+    for skip, expected in ((False, True), (True, False)):
+        trainer = build(Watching, tmp_path / str(skip), CONFIG, ignore_data_skip=skip, **settings)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        assert bool(trainer.known) is expected
+
+
 def test_other_trainers_and_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"joins batches of texts, and SLSAMDPOTrainer makes others; use"):
         other_trainers.build(other_trainers.OTHERS["DPO"], tmp_path, CONFIG)
     trainer = build(SLSAMTrainer, tmp_path, CONFIG, peft_config=lora(use_dora=True))
     with pytest.raises(ValueError, match=r"only linear modules can, and .*lora_.* is no weight of one"):
+        trainer.train()
+    trainer = build(SLSAMTrainer, tmp_path, CONFIG)
+    add_hook_to_module(trainer.slsam_arms[0].linears[0], ModelHook())
+    with pytest.raises(ValueError, match="its forward has been replaced"):
         trainer.train()

@@ -64,7 +64,7 @@ def test_a_mode_with_fewer_parts_needs_two():
         (1, 3): {ahead},
         (2, 4): {ahead},
         (8, 2): {partial, ahead},
-        (1, 1): {partial, ahead},
+        (1, 1): {partial, ahead, "partial 1/4, depth, budget 0.75"},
     }.items():
         assert set(ALL) - set(select_modes(None, batch, accumulation)) == lacking
         for name in (partial, ahead):

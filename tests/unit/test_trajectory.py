@@ -228,6 +228,45 @@ def test_ascent_ahead_follows_its_definition(checkpointing):
         torch.testing.assert_close(p, q, rtol=TRAJECTORY, atol=TRAJECTORY)
 
 
+def test_an_overflow_in_what_runs_ahead_voids_the_step_for_a_gradient_scaler():
+    """The descent gradient is finite: a scaler would step on it and not lower its scale."""
+    model = decoder("llama", dropout=0.0)
+    slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=1.0, ascent="ahead"))
+    slsam.loss_scale = lambda: torch.tensor(1024.0)
+    ids = batch(3, 9)["input_ids"]
+
+    def overflowing():
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.register_hook(lambda g: torch.cat([g[:2], g[2:] * torch.inf]))
+        loss = logits.square().mean()
+        loss.backward()
+        return loss.detach()
+
+    slsam.update(overflowing, rows=(2, 1))
+    assert slsam.skipped == 1
+    assert slsam.memory.gradients == {}
+    assert any(p.grad.isnan().any() for p in slsam.runner.parameters)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ascent": "partial"}, {"ascent": "ahead", "rho": 0.0}])
+def test_rows_belong_to_an_ascent_that_runs_ahead(settings):
+    model = decoder("llama", dropout=0.0)
+    slsam = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0, **settings))
+    ids = batch(3, 9)["input_ids"]
+
+    def closure():
+        return summed_loss(model, ids, 16)
+
+    with pytest.raises(ValueError, match=r"rows=\(2, 1\) belong to ascent='ahead'"):
+        slsam.update(closure, closure, rows=(2, 1))
+    ahead = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0, ascent="ahead"))
+    with pytest.raises(ValueError, match=r"needs .* its rows="):
+        ahead.update(closure)
+    with pytest.raises(ValueError, match=r"where rows=\(3, 1\) are 4 sequences"):
+        ahead.update(closure, rows=(3, 1))
+    assert not any("forward" in vars(linear) for linear in ahead.runner.linears)
+
+
 def test_remembered_ascent_follows_its_definition():
     """e_t from the last descent gradient of each active arm, in bfloat16; an arm not seen before is not perturbed."""
     config = SLSAMConfig(rho=RHO, active_fraction=0.4, ascent="remembered", design="fixed_size")
