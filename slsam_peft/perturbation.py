@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -127,7 +128,7 @@ def split(
 
 
 def _split_forward(
-    linear: nn.Module, weights: Sequence[torch.Tensor], rows: tuple[int, int], input: torch.Tensor
+    linear: Any, weights: Sequence[torch.Tensor], rows: tuple[int, int], input: torch.Tensor
 ) -> torch.Tensor:
     if input.shape[0] != sum(rows):
         raise ValueError(
