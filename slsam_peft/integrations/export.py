@@ -68,6 +68,8 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
             new = Path(scratch) / "new"
             new.mkdir()
             yield new
+            for file in new.iterdir():  # safetensors writes files that nobody but their owner reads
+                file.chmod(new.stat().st_mode & 0o666)
             if out.exists():
                 os.replace(out, Path(scratch) / "old")
             os.replace(new, out)

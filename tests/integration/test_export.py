@@ -107,6 +107,8 @@ def test_a_merged_model_is_complete(folders):
     assert merged.dtype == torch.bfloat16
     assert merged.generation_config.max_new_tokens == 7
     assert AutoTokenizer.from_pretrained(folder / "out").chat_template
+    modes = {file.stat().st_mode for file in (folder / "out").iterdir()}
+    assert modes == {(folder / "base/config.json").stat().st_mode}, "a server of another user can read all of it"
     card = (folder / "out/README.md").read_text()
     assert "A LORA adapter merged into its base, in bfloat16." in card
     assert "library_name: transformers" in card
