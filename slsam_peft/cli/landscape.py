@@ -1,5 +1,7 @@
 """Pictures of a loss around an adapter: along a line, and on a plane."""
 
+import math
+from itertools import pairwise
 from typing import Any
 
 _STYLES = {"training": ("black", "-", "o"), "held-out": ("0.55", "--", "s")}
@@ -52,7 +54,7 @@ def _plane(figure: Any, axis: Any, plane: dict[str, Any], title: str) -> None:
     losses = [list(column) for column in zip(*plane["loss"], strict=True)]  # rows of the picture: second direction
     filled = axis.contourf(places, places, losses, levels=14, cmap="Greys")
     lines = axis.contour(places, places, losses, levels=filled.levels[::2], colors="black", linewidths=0.7)
-    for label in axis.clabel(lines, fontsize="small", fmt="%.3g"):
+    for label in axis.clabel(lines, fontsize="small", fmt=f"%.{_decimals(lines.levels)}f"):
         label.set_bbox(_LABEL)
     axis.plot(0, 0, "P", color="white", markeredgecolor="black", markersize=9)
     axis.annotate("adapter", (0, 0), (7, 5), textcoords="offset points", bbox=_LABEL)
@@ -60,6 +62,12 @@ def _plane(figure: Any, axis: Any, plane: dict[str, Any], title: str) -> None:
     axis.locator_params(nbins=5)
     axis.set_aspect("equal")
     figure.colorbar(filled, ax=axis, label=f"loss on {plane['data']} data ({_UNIT})")
+
+
+def _decimals(levels: Any) -> int:
+    """Return how many decimals tell neighbouring levels apart."""
+    step = float(min((b - a for a, b in pairwise(levels)), default=1.0))
+    return max(0, math.ceil(-math.log10(step))) if step > 0 else 3
 
 
 def _count(number: int) -> str:

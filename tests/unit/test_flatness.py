@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, hessian
 
+from slsam_peft.cli.landscape import _decimals
 from slsam_peft.curvature import CENTRAL, DOUBLE_BACKWARD, HessianVector, lanczos
 from slsam_peft.flatness import (
     SMALLEST_SCALE,
@@ -265,3 +266,10 @@ def test_parameters_are_put_back_bit_for_bit_whatever_happens():
     with pytest.raises(RuntimeError, match="out of memory"):
         average_rise(Objective([failing], [1.0]), space, 0.3, draws=2, generator=generator())
     assert all(torch.equal(p, old) for p, old in zip(case.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("levels", "decimals"), [([4.125, 4.13, 4.135], 3), ([1.0, 2.0], 0), ([0.5, 0.75], 1), ([2.0, 2.0], 3), ([7.0], 0)]
+)
+def test_contour_labels_tell_neighbouring_levels_apart(levels, decimals):
+    assert _decimals(levels) == decimals
