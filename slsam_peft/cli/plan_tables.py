@@ -13,7 +13,7 @@ _PARTS = {
     "weights": "frozen weights",
     "adapters": "adapters",
     "gradients": "their gradients",
-    "perturbation": "perturbation e",
+    "perturbation": "perturbation",
     "remembered": "remembered gradients (bfloat16)",
     "optimizer": "optimizer states",
     "activations": "kept for the backward pass",
@@ -79,7 +79,8 @@ def _cost(cost: dict[str, Any]) -> Table:
         (f"{name} (expected)", cost["expected"]),
     ):
         table.add_row(label, f"{ratio * plain:,.2f}", f"{ratio:.3f}")
-    table.caption = f"within reach of cost_budget: {cost['least']:.3f} to {cost['most']:.3f}"
+    if cost["ascent"] != "ahead":  # which takes no budget
+        table.caption = f"within reach of cost_budget: {cost['least']:.3f} to {cost['most']:.3f}"
     return table
 
 
