@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.cli.main import main
+from slsam_peft.integrations.bnb_cpu import keep_trainable
 from tests.handed import logits, save_adapter, save_base
 from tests.tiny import build, completions, lora
 from tests.tolerances import MERGED_LOGITS
@@ -211,6 +212,7 @@ def test_the_dequantised_merge_is_what_was_trained(quantised, tmp_path):
         ),
         device_map={"": "cpu"},
     )
+    keep_trainable(base)  # repacking fails on layers of fewer inputs than a block has, on a CPU with AVX512-BF16
     trained = logits(peft.PeftModel.from_pretrained(base, quantised / "adapter"))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert torch.allclose(merged, trained, rtol=0, atol=MERGED_LOGITS)
