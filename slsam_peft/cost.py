@@ -54,9 +54,9 @@ class Rule:
     reused: int | None = None
 
     @property
-    def branched(self) -> bool:
-        """Whether w + e is reached by a branch; an ascent that runs ahead takes w + e as it is."""
-        return self.perturbed and self.ascent != "ahead"
+    def ahead(self) -> bool:
+        """Whether sequences of the next update run ahead; w + e is then taken as it is, without a branch."""
+        return self.perturbed and self.ascent == "ahead"
 
     def ascents(self, count: int) -> int:
         """Return how many of `count` micro-batches have an ascent pass."""
@@ -72,7 +72,7 @@ class Rule:
 
     def run_on(self, shapes: Shapes) -> Shapes:
         """Return the micro-batches with the sequences of the next update that run ahead in them."""
-        if not self.perturbed or self.ascent != "ahead":
+        if not self.ahead:
             return shapes
         return [(batch + ascent_share(self.ascent_fraction, batch), length) for batch, length in shapes]
 
@@ -254,7 +254,8 @@ class CostModel:
         branches: frozenset[str] | None = None,
     ) -> float:
         """Cost that block `index` adds when it lies at or above the floor, `names` being what is active in it."""
-        branches = (names if branches is None else branches) if rule.branched else NONE
+        branched = rule.perturbed and not rule.ahead
+        branches = (names if branches is None else branches) if branched else NONE
         dense = rule.descent == "all"
         trained = self.decoder.blocks[index].trainable if dense else names
         at_floor = not is_floor or self.reentrant or (dense and index == 0 and self._uncut)

@@ -96,8 +96,7 @@ def memory_of(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     shapes = rule.run_on(shapes)
-    remembered = rule.perturbed and rule.ascent == "remembered"
-    ahead = rule.perturbed and rule.ascent == "ahead"
+    remembered = rule.ahead or (rule.perturbed and rule.ascent == "remembered")
     adapters = float(sum(p.numel() * p.element_size() for p in trained))
     largest = max(shapes, key=lambda shape: shape[0] * shape[1])
     block = block_activations(model, cost.decoder.block_names[0], largest, settings.compute_dtype)
@@ -107,8 +106,8 @@ def memory_of(
         "weights": weights,
         "adapters": adapters,
         "gradients": adapters,
-        "perturbation": adapters * (rule.perturbed + ahead),  # w + e, and the gradient of the next ascent
-        "remembered": 2.0 * sum(p.numel() for p in trained) if ahead or remembered else 0.0,
+        "perturbation": adapters * (rule.perturbed + rule.ahead),  # w + e, and the gradient of the next ascent
+        "remembered": 2.0 * sum(p.numel() for p in trained) if remembered else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, hidden, rule),
         "block": (block.saved if cost.checkpointing else 0.0) + 2 * block.largest + unpacked,

@@ -337,7 +337,7 @@ class SLSAM:
                 parameter.grad = gradient
         squared = self._norms.squared(gradients, self._device(gradients))
         ascent_squared = squared if update.squared is None else update.squared
-        numbers = [ascent_squared, self._ahead_norm(update), squared.sum()[None], losses]
+        numbers = [ascent_squared, self._ahead_norm(update, squared.device), squared.sum()[None], losses]
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
         values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
@@ -381,10 +381,11 @@ class SLSAM:
                 f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
             )
 
-    def _ahead_norm(self, update: Update) -> torch.Tensor:
+    def _ahead_norm(self, update: Update, device: torch.device) -> torch.Tensor:
         """Return the norm of the ascent gradient that ran ahead, shape `(1,)`; 0 where there is none."""
-        norms = torch._foreach_norm(list(update.ahead.values())) if update.ahead else [torch.zeros(())]
-        return torch.stack([n.to(norms[0].device) for n in norms]).norm()[None]
+        if not update.ahead:
+            return torch.zeros(1, device=device)  # made there: a copy from the host would wait
+        return torch.stack([n.to(device) for n in torch._foreach_norm(list(update.ahead.values()))]).norm()[None]
 
     def _remember(self, update: Update, finite: bool, scale: torch.Tensor | None) -> None:
         """Keep what the next update's ascent is made of."""
