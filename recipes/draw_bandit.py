@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from slsam_peft import SLSAMConfig
-from slsam_peft.bandit import Bandit
-from slsam_peft.sampling import Bernoulli
+from slsam_peft.algorithm.bandit import Bandit
+from slsam_peft.algorithm.sampling import Bernoulli
 
 ARMS, FRACTION, UPDATES = 20, 0.2, 2_000
 SCALES = (0.05, 1.0, 20.0)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from slsam_peft import SLSAMConfig
-from slsam_peft.bandit import Bandit
-from slsam_peft.sampling import Bernoulli
+from slsam_peft.algorithm.bandit import Bandit
+from slsam_peft.algorithm.sampling import Bernoulli
 
 BLOCKS, UPDATES, BEFORE = 10, 12, 150  # drawn: the updates after the first 150
 SHOWN = 8  # the update whose passes are drawn

@@ -25,10 +25,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slsam_peft import arms_of
-from slsam_peft.integrations.smollm2 import fetch_smollm2
-from slsam_peft.integrations.stdlib_docs import stdlib_docs
-from slsam_peft.perturbation import Shift, ascent_offsets, perturbed
-from slsam_peft.telemetry import LOST_SHARE, LOW_GAIN, WATCHED_UPDATES
+from slsam_peft.algorithm.perturbation import Shift, ascent_offsets, perturbed
+from slsam_peft.algorithm.telemetry import LOST_SHARE, LOW_GAIN, WATCHED_UPDATES
+from slsam_peft.data.stdlib_docs import stdlib_docs
+from slsam_peft.models.smollm2 import fetch_smollm2
 
 RADII = (0.003, 0.01, 0.05, 0.2)
 RESOLVED = 0.05  # smallest radius whose difference bfloat16 still resolves (cosine about 0.95)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from slsam_peft.config import SLSAMConfig
 
 if TYPE_CHECKING:
-    from slsam_peft.arms import arms_of
-    from slsam_peft.integrations.resume import last_whole_checkpoint
-    from slsam_peft.integrations.trainer import SLSAMMixin, SLSAMTrainer
-    from slsam_peft.slsam import SLSAM
+    from slsam_peft.algorithm.arms import arms_of
+    from slsam_peft.algorithm.slsam import SLSAM
+    from slsam_peft.saving.resume import last_whole_checkpoint
+    from slsam_peft.trainer.trainer import SLSAMMixin, SLSAMTrainer
 
 __version__ = "0.1.0"
 
@@ -17,11 +17,11 @@ __all__ = ["SLSAM", "SLSAMConfig", "SLSAMMixin", "SLSAMTrainer", "arms_of", "las
 
 # torch and trl take seconds to import; a command line that only prints help must not pay for them.
 _LAZY = {
-    "SLSAM": "slsam_peft.slsam",
-    "SLSAMMixin": "slsam_peft.integrations.trainer",
-    "SLSAMTrainer": "slsam_peft.integrations.trainer",
-    "arms_of": "slsam_peft.arms",
-    "last_whole_checkpoint": "slsam_peft.integrations.resume",
+    "SLSAM": "slsam_peft.algorithm.slsam",
+    "SLSAMMixin": "slsam_peft.trainer.trainer",
+    "SLSAMTrainer": "slsam_peft.trainer.trainer",
+    "arms_of": "slsam_peft.algorithm.arms",
+    "last_whole_checkpoint": "slsam_peft.saving.resume",
 }
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from slsam_peft import SLSAMConfig
-from slsam_peft.integrations.tracing import TraceFile
+from slsam_peft.saving.trace_file import TraceFile
 
 PREFIX = "base_model.model.model.layers"
 

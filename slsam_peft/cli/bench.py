@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files."""
     check_outputs([args.output], args.force, args.plot)
     with loading(args.debug) as (console, status):
-        from slsam_peft.integrations.bench import draw, run_bench, select_modes
-        from slsam_peft.integrations.models import load_base
+        from slsam_peft.models.load import load_base
+        from slsam_peft.runs.bench import draw, run_bench, select_modes
 
         modes = select_modes(args.modes, args.batch_size, args.gradient_accumulation_steps)
         status.update("Loading the model")

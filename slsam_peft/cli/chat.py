@@ -9,7 +9,7 @@ from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.chat import Answer
+    from slsam_peft.adapters.chat import Answer
 
 NAME = "chat"
 HELP = "Talk to a model with and without its adapter, side by side"
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     with loading(args.debug) as (console, status):
-        from slsam_peft.integrations.adapters import load_adapted, open_adapter
+        from slsam_peft.adapters.load import load_adapted, open_adapter
 
         adapter = open_adapter(args.adapter, args.model)
         status.update("Loading the model")
@@ -88,7 +88,7 @@ class _Talk:
         """Show both answers as they grow; they are remembered once they are whole."""
         from rich.live import Live
 
-        from slsam_peft.integrations.chat import Answer, stream
+        from slsam_peft.adapters.chat import Answer, stream
 
         asked = [[*talk, {"role": "user", "content": prompt}] for talk in self._conversations]
         answers = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from slsam_peft.cli.quiet import loading
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.adapters import Adapter
+    from slsam_peft.adapters.load import Adapter
 
 NAME = "check"
 HELP = "Check an adapter: its values, its base, its logits; say what it was trained with"
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     with loading(args.debug) as (console, status):
-        from slsam_peft.integrations.adapters import open_adapter
-        from slsam_peft.integrations.checkup import examine
+        from slsam_peft.adapters.check import examine
+        from slsam_peft.adapters.load import open_adapter
 
         adapter = open_adapter(args.adapter, args.model)
         console.print(_trained_with(adapter))
@@ -76,7 +76,7 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
     if record is None:
         facts["trained with"] = "not known: no slsam.json beside it"
         return facts
-    from slsam_peft.integrations.card import tags_of
+    from slsam_peft.saving.card import tags_of
 
     base, training = record["base"], record["training"]
     if base["name"] and base["name"] != adapter.base:

@@ -10,8 +10,8 @@ from slsam_peft.cli.quiet import quieten, quieten_loaded
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.compare.jobs import Job, Plan
-    from slsam_peft.integrations.compare.store import RowStore
+    from slsam_peft.runs.compare.jobs import Job, Plan
+    from slsam_peft.runs.compare.store import RowStore
 
 NAME = "compare"
 HELP = "Compare ways to train on tasks and seeds: plain LoRA, SL-SAM's modes, controls"
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a setting or a file that is not allowed, before anything is trained.
     """
-    from slsam_peft.integrations.compare.reading import read_settings
-    from slsam_peft.integrations.extras import require
+    from slsam_peft.extras import require
+    from slsam_peft.runs.compare.reading import read_settings
 
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     with console.status("Loading libraries"):
-        from slsam_peft.integrations.compare.jobs import Plan
-        from slsam_peft.integrations.compare.runs import expected_costs
-        from slsam_peft.integrations.compare.store import RowStore
+        from slsam_peft.runs.compare.jobs import Plan
+        from slsam_peft.runs.compare.run import expected_costs
+        from slsam_peft.runs.compare.store import RowStore
 
         if not args.debug:
             quieten_loaded()
         plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
         if trains and (tasks := plan.tasks_to_do(store.read())):
-            from slsam_peft.integrations.compare.checks import check_plan
+            from slsam_peft.runs.compare.checks import check_plan
 
             check_plan(plan, tasks)
     if args.list:
@@ -102,7 +102,7 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
     """
     from rich.text import Text
 
-    from slsam_peft.integrations.compare.worker import next_row
+    from slsam_peft.runs.compare.worker import next_row
 
     done = 0
     with console.status("") as status:
@@ -155,7 +155,7 @@ def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
 
 def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namespace) -> None:
     from slsam_peft.cli import compare_report
-    from slsam_peft.integrations.compare.report import build_report
+    from slsam_peft.runs.compare.report import build_report
 
     lines = build_report(plan, store.read())
     for table in compare_report.tables(lines, args.metric, plan.settings):

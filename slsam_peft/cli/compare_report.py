@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from slsam_peft.integrations.compare.report import Line
-from slsam_peft.integrations.compare.settings import CompareSettings
+from slsam_peft.runs.compare.report import Line
+from slsam_peft.runs.compare.settings import CompareSettings
 
 HEADINGS = {"loss": "held-out loss", "accuracy": "token accuracy", "exact": "exact answers"}
 MATCHED = {"updates": "equal updates", "cost": "equal cost"}

@@ -10,8 +10,8 @@ from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.adapters import Adapter
-    from slsam_peft.integrations.measure import Outcome
+    from slsam_peft.adapters.load import Adapter
+    from slsam_peft.adapters.merge_error import Outcome
 
 NAME = "export"
 HELP = "Write an adapter as a plain PEFT folder, or merged into its base"
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     with loading(args.debug) as (console, status):
         import torch
 
-        from slsam_peft.integrations.adapters import check_fit, open_adapter
-        from slsam_peft.integrations.export import check_out, copy_adapter, new_folder, way_of
+        from slsam_peft.adapters.export import check_out, copy_adapter, new_folder, way_of
+        from slsam_peft.adapters.load import check_fit, open_adapter
 
         dtype = {None: None, "bf16": torch.bfloat16}.get(args.dtype, getattr(torch, args.dtype or "", None))
         check_out(args.out, args.force)
@@ -116,8 +116,8 @@ def _merge(
     """Merge the chosen way and, where there are two, the other one for comparison; print, then keep the chosen one."""
     import tempfile
 
-    from slsam_peft.integrations.export import WAYS, Merging, build_merge, new_folder, write_card, write_merged
-    from slsam_peft.integrations.measure import HeldOut, measure
+    from slsam_peft.adapters.export import WAYS, Merging, build_merge, new_folder, write_card, write_merged
+    from slsam_peft.adapters.merge_error import HeldOut, measure
 
     both = args.base is not None and not args.no_measure
     merging = Merging(dtype, args.max_shard_size)
@@ -146,7 +146,7 @@ def _name_of(dtype: Any) -> str:
 def _show(console: Any, trained: float | None, outcomes: "dict[str, Outcome]", way: str) -> None:
     from rich.table import Table
 
-    from slsam_peft.integrations.export import WAYS
+    from slsam_peft.adapters.export import WAYS
 
     table = Table(title="Against the adapter on the base it was trained on", title_justify="left")
     table.add_column("merged into")

@@ -8,7 +8,7 @@ from slsam_peft.config import GRANULARITIES
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from slsam_peft.integrations.inspecting import Inspection
+    from slsam_peft.adapters.inspect import Inspection
 
 NAME = "inspect"
 HELP = "Arms of an adapter or a model as a table: depth, parameters, size, norms"
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     with console.status("Loading libraries"):
-        from slsam_peft.integrations.inspecting import inspect
+        from slsam_peft.adapters.inspect import inspect
     with console.status("Reading weights"):
         found = inspect(args.target, args.granularity)
     console.print(found.title, style="bold", markup=False, soft_wrap=True)
@@ -47,7 +47,7 @@ def table(found: "Inspection") -> "Table":
     """Return the arms as a table, with their sums in the last row; columns of which nothing is known are left out."""
     from rich.table import Table
 
-    from slsam_peft.integrations.trace_data import arm_labels
+    from slsam_peft.saving.trace_data import arm_labels
 
     rows = found.rows
     columns = {

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.trace_data import TraceData
+    from slsam_peft.saving.trace_data import TraceData
 
 LOOK_SECONDS = 0.5
 HEADER_LINES = 7  # all but the arms
@@ -32,7 +32,7 @@ def follow(run: Path, console: Console) -> None:
         UserError: there is no such folder, or the file in it cannot be read.
         KeyboardInterrupt: the user has seen enough; the screen is then as it was before.
     """
-    from slsam_peft.integrations.trace_data import FILE_NAME, read_trace, trace_path
+    from slsam_peft.saving.trace_data import FILE_NAME, read_trace, trace_path
 
     path = run / FILE_NAME if run.is_dir() else trace_path(run)
     trace: TraceData | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.extras import require
+from slsam_peft.extras import require
 
 PLOT_SUFFIXES = (".png", ".svg")
 DPI = 150
@@ -72,7 +72,7 @@ def write_output(path: Path, content: str | bytes) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    from slsam_peft.integrations.atomic import write_atomically
+    from slsam_peft.saving.atomic import write_atomically
 
     try:
         write_atomically(path, content if isinstance(content, bytes) else content.encode())

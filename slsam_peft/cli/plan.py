@@ -14,8 +14,8 @@ from slsam_peft.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from slsam_peft.arms import Arm
-    from slsam_peft.planning import ExpectedCost
+    from slsam_peft.algorithm.arms import Arm
+    from slsam_peft.cost.expected import ExpectedCost
 
 NAME = "plan"
 HELP = "Cost of an update and memory, by part, from a model's configuration alone"
@@ -126,11 +126,11 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     config = SLSAMConfig(**{name: getattr(args, name) for name in (*_NAMES, *_NUMBERS)})
     import torch
 
-    from slsam_peft.arms import arms_of
-    from slsam_peft.cost import CostModel
-    from slsam_peft.footprint import OPTIMIZERS, MemorySettings, memory_of
-    from slsam_peft.integrations.shapes import load_config, meta_model
-    from slsam_peft.planning import ExpectedCost, rule_of
+    from slsam_peft.algorithm.arms import arms_of
+    from slsam_peft.cost.expected import ExpectedCost, rule_of
+    from slsam_peft.cost.memory import OPTIMIZERS, MemorySettings, memory_of
+    from slsam_peft.cost.model import CostModel
+    from slsam_peft.models.shapes import load_config, meta_model
 
     if args.optim not in OPTIMIZERS:
         raise UserError(f"--optim={args.optim!r} is not known to the plan; known: {', '.join(sorted(OPTIMIZERS))}.")

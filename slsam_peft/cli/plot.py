@@ -5,7 +5,7 @@ from pathlib import Path
 
 from slsam_peft.cli.outputs import PLOT_SUFFIXES, write_output
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.extras import require
+from slsam_peft.extras import require
 
 NAME = "plot"
 HELP = "Draw a training: probabilities and activity of the arms, loss, sharpness, cost; or follow one live"
@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     require("plot without --live", "plot", "matplotlib")
     from rich.console import Console
 
-    from slsam_peft.integrations.trace_data import read_runs
+    from slsam_peft.saving.trace_data import read_runs
 
     traces = read_runs(args.runs)
-    from slsam_peft.integrations.trace_plot import draw
+    from slsam_peft.cli.trace_plot import draw
 
     write_output(target, draw(traces, target.suffix.lower()))
     Console(highlight=False, soft_wrap=True).print(f"Written: {target}", markup=False)

@@ -12,7 +12,7 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.quickstart import QuickstartSettings
+    from slsam_peft.runs.quickstart import QuickstartSettings
 
 NAME = "quickstart"
 HELP = "fine-tune a 4-bit SmolLM2-135M on the Python documentation: minutes on two cores, 93 MB fetched once"
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     screen = Screen()
     with screen.working("Loading libraries"):
         # torch, transformers and trl: seconds, so not at the top.
-        from slsam_peft.integrations import quickstart as parts
-        from slsam_peft.integrations.models import compute_dtype
-        from slsam_peft.integrations.stdlib_docs import stdlib_docs
+        from slsam_peft.data.stdlib_docs import stdlib_docs
+        from slsam_peft.models.load import compute_dtype
+        from slsam_peft.runs import quickstart as parts
 
         try:
             data = stdlib_docs(n_train=args.n_train, n_test=args.n_test, seed=args.seed)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(model: Any, tokenizer: Any, data: Any, settings: "QuickstartSettings", folder: Path, screen: Any) -> None:
-    from slsam_peft.integrations import quickstart as parts
+    from slsam_peft.runs import quickstart as parts
 
     progress = screen.progress(settings.max_steps)
     sample = data["test"][0]
@@ -167,7 +167,7 @@ def _check_output(folder: Path, force: bool) -> None:
 
 
 def _fetch(screen: Any) -> str:
-    from slsam_peft.integrations.smollm2 import fetch_smollm2
+    from slsam_peft.models.smollm2 import fetch_smollm2
 
     with screen.working("Looking for SmolLM2-135M-Instruct") as say:
         return str(fetch_smollm2(say))

@@ -14,7 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-    from slsam_peft.integrations.quickstart import QuickstartSettings
+    from slsam_peft.runs.quickstart import QuickstartSettings
 
 
 class TrainingProgress:

@@ -39,7 +39,7 @@ def run_raw(argv: list[str]) -> int:
     """Run the subcommand on its unparsed arguments and return the exit code.
 
     Raises:
-        UserError: see `slsam_peft.cli.arguments.parse` and `slsam_peft.integrations.finetune.finetune`.
+        UserError: see `slsam_peft.cli.arguments.parse` and `slsam_peft.runs.finetune.finetune`.
     """
     if "--help" in argv or "-h" in argv:
         print_help()
@@ -55,7 +55,7 @@ def run_raw(argv: list[str]) -> int:
 
 
 def _train(settings: Settings) -> None:
-    from slsam_peft.integrations.finetune import finetune
+    from slsam_peft.runs.finetune import finetune
 
     trainer = finetune(settings.script, settings.training, settings.model, settings.slsam)
     if trainer.is_world_process_zero():

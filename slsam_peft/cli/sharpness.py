@@ -11,7 +11,7 @@ from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
-    from slsam_peft.integrations.flat import FlatnessSettings
+    from slsam_peft.adapters.sharpness import FlatnessSettings
 
 NAME = "sharpness"
 HELP = "Measure how flat the loss lies around an adapter: worst and average rise, curvature, slices"
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     with loading(args.debug) as (console, status):
         import torch
 
-        from slsam_peft.integrations.adapters import load_adapted, open_adapter
-        from slsam_peft.integrations.examples import load_examples
-        from slsam_peft.integrations.flat import ADAPTER, FULL, FlatnessSettings, finite, measure_flatness
+        from slsam_peft.adapters.load import load_adapted, open_adapter
+        from slsam_peft.adapters.sharpness import ADAPTER, FULL, FlatnessSettings, finite, measure_flatness
+        from slsam_peft.data.examples import load_examples
 
         adapter = open_adapter(args.adapter, args.model)
         status.update("Loading the model")

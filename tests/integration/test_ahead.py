@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, arms_of
-from slsam_peft.integrations.ahead import join
+from slsam_peft.trainer.batches import join
 from tests.integration import test_preference_trainers as other_trainers
 from tests.integration.test_accumulation import summed_loss
 from tests.sft import llama, train

@@ -199,10 +199,10 @@ def test_debug_shows_the_error(words: list[str], inside: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "broken"),
     [
-        (["export", "adapter", "--out", "new"], "slsam_peft.integrations.export.copy_adapter"),
+        (["export", "adapter", "--out", "new"], "slsam_peft.adapters.export.copy_adapter"),
         (
             ["export", "adapter", "--out", "new", "--merge", "--no_measure"],
-            "slsam_peft.integrations.export.write_merged",
+            "slsam_peft.adapters.export.write_merged",
         ),
         (PLAN, "slsam_peft.cli.plan.run"),
         ([*SFT, "--model_name_or_path", "small"], "transformers.Trainer.train"),

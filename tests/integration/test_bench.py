@@ -8,8 +8,8 @@ import torch
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.outputs import write_figure
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.bench import MODES as ALL
-from slsam_peft.integrations.bench import REFERENCE, Mode, draw, run_bench, select_modes
+from slsam_peft.runs.bench import MODES as ALL
+from slsam_peft.runs.bench import REFERENCE, Mode, draw, run_bench, select_modes
 from tests.tiny import llama, tokenizer
 
 MODES = {

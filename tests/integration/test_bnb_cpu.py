@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from slsam_peft.integrations.bnb_cpu import keep_trainable
+from slsam_peft.models.bnb_cpu import keep_trainable
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import builtins
 import pytest
 import torch
 
+from slsam_peft.adapters.chat import Answer, stream
 from slsam_peft.cli import chat
 from slsam_peft.cli.main import main
-from slsam_peft.integrations.chat import Answer, stream
 from tests.handed import adapted, save_adapter
 from tests.tiny import llama, lora, tokenizer
 
@@ -104,7 +104,7 @@ def test_a_conversation(folder, capsys, monkeypatch):
             seen.append([m["role"] for m in messages])
             super().__init__(model, tokenizer, messages, **settings)
 
-    monkeypatch.setattr("slsam_peft.integrations.chat.Answer", Spy)
+    monkeypatch.setattr("slsam_peft.adapters.chat.Answer", Spy)
     typed(monkeypatch, "w1", "", "w2", "/new", "w3")
     assert main(["chat", "--adapter", str(folder / "adapter"), "--max_new_tokens", "2"]) == 0
     assert seen == [["user"], ["user"], *[["user", "assistant", "user"]] * 2, ["user"], ["user"]]
@@ -116,7 +116,7 @@ def test_interrupts_end_an_answer_then_the_command(folder, capsys, monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr("slsam_peft.integrations.chat.stream", interrupted)
+    monkeypatch.setattr("slsam_peft.adapters.chat.stream", interrupted)
     typed(monkeypatch, "w1", KeyboardInterrupt())
     assert main(["chat", "--adapter", str(folder / "adapter")]) == 0
     shown = capsys.readouterr()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.cli.main import main
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.recorded import read_record
+from slsam_peft.saving.recorded import read_record
 from tests.handed import save_adapter, save_base
 from tests.tiny import build, llama, lora
 
@@ -221,7 +221,7 @@ def test_saving_changes_neither_modes_nor_random_numbers(trained, tmp_path):
 
 def test_a_record_that_fails_does_not_lose_the_adapter(tmp_path, monkeypatch, caplog):
     trainer = build(SLSAMTrainer, tmp_path / "run", SLSAMConfig(), peft_config=lora(**LLM))
-    monkeypatch.setattr("slsam_peft.integrations.record.probe", lambda model: 1 / 0)
+    monkeypatch.setattr("slsam_peft.saving.record.probe", lambda model: 1 / 0)
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
     assert not (tmp_path / "adapter/slsam.json").exists()

@@ -20,8 +20,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from slsam_peft.cost import CostModel, Rule
-from slsam_peft.planning import active_names, rule_of
+from slsam_peft.cost.expected import active_names, rule_of
+from slsam_peft.cost.model import CostModel, Rule
 from tests.tolerances import COUNTED_FLOPS
 
 WORDS, LENGTH = 500, 64

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.cli.main import main
-from slsam_peft.integrations.bnb_cpu import keep_trainable
+from slsam_peft.models.bnb_cpu import keep_trainable
 from tests.handed import logits, save_adapter, save_base
 from tests.tiny import build, completions, lora
 from tests.tolerances import MERGED_LOGITS
@@ -150,7 +150,7 @@ def test_a_failure_leaves_nothing(folders, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slsam_peft.integrations.export.serialize_file", full)
+    monkeypatch.setattr("slsam_peft.adapters.export.serialize_file", full)
     assert main(["export", str(folder / "adapter"), "--out", str(folder / "deep/out"), "--merge", "--no_measure"]) == 2
     assert [p for p in sorted(folder.rglob("*")) if p.name != "deep"] == before
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from slsam_peft.cli.screen import Screen
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
-from slsam_peft.integrations import models, quickstart
+from slsam_peft.models import load as models
+from slsam_peft.runs import quickstart
 from tests.tiny import tokenizer
 
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from slsam_peft.integrations.checkpoint import FILE_NAME, StateMismatchError
+from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError
 from tests.tiny import build, llama, lora, texts, tokenizer, train
 
 UPDATES, CUT = 6, 3

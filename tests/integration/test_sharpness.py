@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.adapters.load import load_adapted, open_adapter
+from slsam_peft.adapters.sharpness import adapter_space, full_space, objective_of
 from slsam_peft.cli.main import main
-from slsam_peft.curvature import CENTRAL, DOUBLE_BACKWARD, HessianVector
-from slsam_peft.integrations.adapters import load_adapted, open_adapter
-from slsam_peft.integrations.compare.scoring import score
-from slsam_peft.integrations.examples import load_examples
-from slsam_peft.integrations.flat import adapter_space, full_space, objective_of
+from slsam_peft.data.examples import load_examples
+from slsam_peft.data.scoring import score
+from slsam_peft.sharpness.curvature import CENTRAL, DOUBLE_BACKWARD, HessianVector
 from tests.handed import adapted, save_adapter, save_base
 from tests.tiny import build, completions, conversations, llama, lora, texts, tokenizer
 from tests.tolerances import FLOAT32_NORMS
@@ -42,7 +42,7 @@ def case():
 
 def load_examples_of(data):
     words = tokenizer()
-    from slsam_peft.integrations.compare.scoring import tokenise
+    from slsam_peft.data.scoring import tokenise
 
     return [tokenise(words, (row["prompt"], row["completion"]), 64) for row in data]
 

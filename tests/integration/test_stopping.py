@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from slsam_peft import SLSAM, last_whole_checkpoint
 from slsam_peft.cli.main import main
 from slsam_peft.errors import DivergedError
-from slsam_peft.integrations import finetune
+from slsam_peft.runs import finetune
 from tests.tiny import llama, texts, tokenizer
 
 # TRL sets fields of transformers by their old names.

@@ -13,9 +13,10 @@ import torch
 from transformers import TrainerCallback
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from slsam_peft.integrations import atomic, tracing
-from slsam_peft.integrations.sealed import seal
-from slsam_peft.integrations.trace_data import FILE_NAME, read_trace
+from slsam_peft.saving import atomic
+from slsam_peft.saving import trace_file as tracing
+from slsam_peft.saving.checksum import seal
+from slsam_peft.saving.trace_data import FILE_NAME, read_trace
 from tests.tiny import build, lora, train
 
 CONFIG = SLSAMConfig(rho=0.1, active_fraction=0.5, design="depth", bandit_rate=0.5)
@@ -229,7 +230,7 @@ WRITER = """
 import sys
 import torch
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.integrations import tracing
+from slsam_peft.saving import trace_file as tracing
 tracing.WRITE_SECONDS = 0.0
 tracing.WRITE_SHARE = 1e9
 model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(200)))

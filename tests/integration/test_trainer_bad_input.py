@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin, SLSAMTrainer
-from slsam_peft.integrations.support import check_trainer
+from slsam_peft.trainer.support import check_trainer
 from tests.tiny import build, llama, lora, sft_args, texts, tokenizer, train
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from slsam_peft.integrations.quiet import forward_only
+from slsam_peft.trainer.muting import forward_only
 from tests.tiny import build, llama, lora, sft_args
 
 pytestmark = [
@@ -162,7 +162,7 @@ def _() -> None:
 def _() -> None:
     from trl.trainer import utils
 
-    from slsam_peft.footprint import HEAD_WORDS
+    from slsam_peft.cost.memory import HEAD_WORDS
 
     assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == HEAD_WORDS
 
@@ -288,7 +288,7 @@ def _(run: Run) -> None:
 def _() -> None:
     import transformers.trainer_jit_checkpoint as saving
 
-    from slsam_peft.integrations.resume import _UNFINISHED
+    from slsam_peft.saving.resume import _UNFINISHED
 
     assert _UNFINISHED in inspect.getsource(saving)
 
@@ -341,7 +341,7 @@ def _() -> None:
 def _() -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from slsam_peft.horizon import _is_reentrant
+    from slsam_peft.algorithm.horizon import _is_reentrant
 
     block = llama().model.layers[0]
     assert isinstance(block, GradientCheckpointingLayer)
@@ -539,7 +539,7 @@ def _() -> None:
 def _() -> None:
     from torch.utils.checkpoint import checkpoint
 
-    from slsam_peft.leaks import REENTRANT
+    from slsam_peft.algorithm.leaks import REENTRANT
 
     layer = nn.Linear(2, 2)
     x = torch.ones(1, 2, requires_grad=True)

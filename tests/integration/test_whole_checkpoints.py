@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, last_whole_checkpoint
-from slsam_peft.integrations.checkpoint import StateMismatchError
-from slsam_peft.integrations.hashes import write_hashes
-from slsam_peft.integrations.resume import what_is_missing
+from slsam_peft.saving.checkpoint import StateMismatchError
+from slsam_peft.saving.hashes import write_hashes
+from slsam_peft.saving.resume import what_is_missing
 from tests.tiny import build, lora, train
 
 CONFIG = SLSAMConfig(rho=0.1, active_fraction=0.5)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from slsam_peft import SLSAMConfig
-from slsam_peft.bandit import Bandit
+from slsam_peft.algorithm.bandit import Bandit
 from tests.tolerances import ORACLE
 
 FOLDER = Path(__file__).parent / "oracle"

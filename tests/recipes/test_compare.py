@@ -12,16 +12,16 @@ from transformers import GPT2Config, TrainerCallback
 
 from slsam_peft.cli.compare import add_arguments, run
 from slsam_peft.cli.parsing import Parser
+from slsam_peft.data.scoring import Tokens, score, tokenise
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.compare.checks import _check_rows
-from slsam_peft.integrations.compare.jobs import Plan
-from slsam_peft.integrations.compare.reading import parse_settings, read_settings
-from slsam_peft.integrations.compare.runs import build_trainer, expected_costs, load_model, row_order
-from slsam_peft.integrations.compare.scoring import Tokens, score, tokenise
-from slsam_peft.integrations.compare.settings import QUANTISATIONS, Candidate, TrainingSettings
-from slsam_peft.integrations.compare.store import RowStore
-from slsam_peft.integrations.compare.tasks import TaskData, load_task
-from slsam_peft.integrations.compare.worker import next_row
+from slsam_peft.runs.compare.checks import _check_rows
+from slsam_peft.runs.compare.jobs import Plan
+from slsam_peft.runs.compare.reading import parse_settings, read_settings
+from slsam_peft.runs.compare.run import build_trainer, expected_costs, load_model, row_order
+from slsam_peft.runs.compare.settings import QUANTISATIONS, Candidate, TrainingSettings
+from slsam_peft.runs.compare.store import RowStore
+from slsam_peft.runs.compare.tasks import TaskData, load_task
+from slsam_peft.runs.compare.worker import next_row
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 
@@ -178,7 +178,7 @@ def test_finished_comparison_trains_nothing(
     def fail(*_: object) -> None:
         raise AssertionError("a run was repeated")
 
-    monkeypatch.setattr("slsam_peft.integrations.compare.runs.run", fail)
+    monkeypatch.setattr("slsam_peft.runs.compare.run.run", fail)
     assert compare(done, comparison(tiny_model, chats)) == 0
 
 
@@ -208,7 +208,7 @@ def test_models_that_cannot_be_used_are_named(tmp_path: Path, tiny_model: Path, 
     GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=64, architectures=["GPT2LMHeadModel"]).save_pretrained(odd)
     values = comparison(odd, chats)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slsam_peft.cost.decoder_of", _no_decoder)
+        patch.setattr("slsam_peft.cost.model.decoder_of", _no_decoder)
         with pytest.raises(UserError, match="odd: what its updates cost cannot be counted: no stack"):
             compare(tmp_path, values)
 

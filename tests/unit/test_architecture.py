@@ -15,15 +15,16 @@ import pytest
 import slsam_peft
 
 PACKAGE = Path(slsam_peft.__file__).parent
-LEAVES = ("config", "errors")  # the standard library only
-PARTS = ("arms", "bandit", "cost", "horizon", "perturbation", "sampling")  # know nothing of one another
+LEAVES = ("config", "errors", "extras")  # the standard library only
+PURE = ("algorithm", "cost", "sharpness")  # torch only
+PARTS = ("algorithm.arms", "algorithm.bandit", "algorithm.horizon", "algorithm.perturbation", "algorithm.sampling")
 FRAMEWORKS = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl"}
 
 # `x.data = ...` rebinds a storage that an optimizer or a saved copy may still point at.
 REBINDING = {
-    "integrations/peft.py: restore_float32": "the dtype changes, before there is an optimizer",
-    "integrations/peft.py: same_dtypes": "the dtype changes, of parameters that PEFT has just made anew",
-    "integrations/shapes.py: meta_model": "the dtype changes, and there is no storage on the meta device",
+    "trainer/precision.py: restore_float32": "the dtype changes, before there is an optimizer",
+    "trainer/precision.py: same_dtypes": "the dtype changes, of parameters that PEFT has just made anew",
+    "models/shapes.py: meta_model": "the dtype changes, and there is no storage on the meta device",
 }
 
 
@@ -52,7 +53,7 @@ def modules() -> tuple[str, ...]:
 
 
 def core() -> list[str]:
-    return [name for name in modules() if name.split(".")[0] not in ("integrations", "cli")]
+    return [name for name in modules() if name.split(".")[0] in PURE]
 
 
 @cache
@@ -114,10 +115,10 @@ def test_the_named_parts_are_there() -> None:
     expected = {
         *LEAVES,
         *PARTS,
-        "slsam",
-        "integrations.trainer",
-        "integrations.checkpoint",
-        "integrations.peft",
+        "algorithm.slsam",
+        "trainer.trainer",
+        "trainer.precision",
+        "saving.checkpoint",
         "cli.main",
     }
     assert expected <= set(modules())
@@ -125,7 +126,7 @@ def test_the_named_parts_are_there() -> None:
 
 @pytest.mark.parametrize("module", LEAVES)
 def test_leaves_need_the_standard_library_only(module: str) -> None:
-    assert {i.target.split(".")[0] for i in imports(module)} <= sys.stdlib_module_names
+    assert {i.target.split(".")[0] for i in imports(module)} <= {*sys.stdlib_module_names, "slsam_peft"}
 
 
 @pytest.mark.parametrize("module", core())
@@ -137,19 +138,19 @@ def test_the_algorithm_needs_torch_only(module: str) -> None:
 
 @pytest.mark.parametrize("module", core())
 def test_the_algorithm_does_not_know_who_uses_it(module: str) -> None:
-    outside = {name: by for name, by in reached(module).items() if name.split(".")[0] in ("integrations", "cli")}
+    outside = {name: by for name, by in reached(module).items() if name.split(".")[0] not in (*PURE, *LEAVES)}
     assert not outside
 
 
 @pytest.mark.parametrize("module", PARTS)
 def test_parts_do_not_know_one_another(module: str) -> None:
     found = reached(module)
-    assert not (found.keys() & {*PARTS, "slsam"}) - {module}
+    assert not (found.keys() & {*PARTS, "algorithm.slsam"}) - {module}
 
 
-def test_integrations_do_not_know_the_command_line() -> None:
+def test_nothing_else_knows_the_command_line() -> None:
     for module in modules():
-        if module.split(".")[0] == "integrations":
+        if module.split(".")[0] != "cli":
             assert not [name for name in reached(module) if name.split(".")[0] == "cli"], module
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsam_peft import SLSAMConfig
-from slsam_peft.bandit import Bandit
-from slsam_peft.projection import project, project_with_floor
+from slsam_peft.algorithm.bandit import Bandit
+from slsam_peft.algorithm.projection import project, project_with_floor
 from tests.tolerances import BANDIT_SCALE, SUM
 
 ARMS, FRACTION, ROUNDS = 30, 0.2, 2000

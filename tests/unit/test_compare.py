@@ -17,14 +17,14 @@ from rich.console import Console
 from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.compare.jobs import Plan
-from slsam_peft.integrations.compare.reading import parse_settings, read_settings
-from slsam_peft.integrations.compare.report import build_report
-from slsam_peft.integrations.compare.settings import Candidate, CompareSettings
-from slsam_peft.integrations.compare.statistics import holm, paired_difference
-from slsam_peft.integrations.compare.store import RowStore
-from slsam_peft.integrations.compare.tasks import load_task, swap_answers
-from slsam_peft.integrations.compare.worker import next_row
+from slsam_peft.runs.compare.jobs import Plan
+from slsam_peft.runs.compare.reading import parse_settings, read_settings
+from slsam_peft.runs.compare.report import build_report
+from slsam_peft.runs.compare.settings import Candidate, CompareSettings
+from slsam_peft.runs.compare.statistics import holm, paired_difference
+from slsam_peft.runs.compare.store import RowStore
+from slsam_peft.runs.compare.tasks import load_task, swap_answers
+from slsam_peft.runs.compare.worker import next_row
 
 COSTS = {"plain": 1.0, "sam": 2.0, "cheap": 0.75}
 

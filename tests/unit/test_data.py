@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from slsam_peft.data.files import check_file
+from slsam_peft.data.load import load_eval_split, load_split
+from slsam_peft.data.rows import RowError, kind_of
 from slsam_peft.errors import UserError
-from slsam_peft.integrations.data import load_eval_split, load_split
-from slsam_peft.integrations.files import check_file
-from slsam_peft.integrations.rows import RowError, kind_of
 
 TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 SHAREGPT = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]

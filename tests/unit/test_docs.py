@@ -172,7 +172,7 @@ def test_settings_table_states_the_defaults() -> None:
 
 
 def test_metrics_exist() -> None:
-    telemetry = ast.parse((ROOT / "slsam_peft" / "telemetry.py").read_text())
+    telemetry = ast.parse((ROOT / "slsam_peft" / "algorithm" / "telemetry.py").read_text())
     logged = {node.value for node in ast.walk(telemetry) if isinstance(node, ast.Constant)}
     shown = set(re.findall(r"`slsam/(\w+)`", README))
     assert len(shown) > 5
@@ -193,7 +193,10 @@ def test_links_lead_somewhere() -> None:
     }
     local = [target for target in targets if not target.startswith("https://")]
     assert not [t for t in local if not (t[1:] in anchors if t.startswith("#") else (ROOT / t).exists())]
-    core = {f"slsam_peft/{name}.py" for name in ("bandit", "sampling", "perturbation", "arms", "horizon", "slsam")}
+    core = {
+        f"slsam_peft/algorithm/{name}.py"
+        for name in ("bandit", "sampling", "perturbation", "arms", "horizon", "slsam")
+    }
     assert core <= set(targets)
 
 

@@ -7,9 +7,10 @@ import signal
 import pytest
 import torch
 
-from slsam_peft import SLSAM, SLSAMConfig, arms_of, horizon, passes, perturbation
-from slsam_peft.integrations.checkpoint import FILE_NAME, load_state, save_state
-from slsam_peft.passes import Passes
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.algorithm import horizon, passes, perturbation
+from slsam_peft.algorithm.passes import Passes
+from slsam_peft.saving.checkpoint import FILE_NAME, load_state, save_state
 from tests.decoders import batch, closures, decoder
 
 

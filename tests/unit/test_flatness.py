@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 from slsam_peft.cli.landscape import _decimals
-from slsam_peft.curvature import CENTRAL, DOUBLE_BACKWARD, HessianVector, lanczos
-from slsam_peft.flatness import (
+from slsam_peft.sharpness.curvature import CENTRAL, DOUBLE_BACKWARD, HessianVector, lanczos
+from slsam_peft.sharpness.measures import (
     SMALLEST_SCALE,
     Objective,
     Space,

@@ -9,11 +9,11 @@ from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slsam_peft.arms import arms_of
+from slsam_peft.adapters import arms as adapter_arms
+from slsam_peft.adapters.inspect import inspect
+from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.cli.main import main
-from slsam_peft.integrations import adapter_arms
-from slsam_peft.integrations.inspecting import inspect
-from slsam_peft.integrations.trace_data import FILE_NAME
+from slsam_peft.saving.trace_data import FILE_NAME
 from tests.tiny import llama, lora
 from tests.traces import write_trace
 

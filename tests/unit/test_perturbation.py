@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from slsam_peft.perturbation import Firings, Shift, ascent_offsets, perturbed
+from slsam_peft.algorithm.perturbation import Firings, Shift, ascent_offsets, perturbed
 from tests.tolerances import EXACT_FLOAT64
 
 

@@ -15,9 +15,9 @@ from slsam_peft.cli import plan
 from slsam_peft.cli.main import main
 from slsam_peft.cli.parsing import Parser
 from slsam_peft.config import SLSAMConfig
-from slsam_peft.cost import CostModel
-from slsam_peft.footprint import NF4_BYTES, NF4_NESTED_BYTES
-from slsam_peft.integrations.shapes import BUILT_IN, load_config, meta_model
+from slsam_peft.cost.memory import NF4_BYTES, NF4_NESTED_BYTES
+from slsam_peft.cost.model import CostModel
+from slsam_peft.models.shapes import BUILT_IN, load_config, meta_model
 
 # Parameters of the published checkpoints, as their repositories on huggingface.co state them.
 PUBLISHED = {

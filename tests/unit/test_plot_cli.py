@@ -12,11 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from slsam_peft import SLSAMConfig
-from slsam_peft.cli import live
+from slsam_peft.cli import live, trace_plot
 from slsam_peft.cli.main import main
-from slsam_peft.integrations import trace_plot
-from slsam_peft.integrations.sealed import seal
-from slsam_peft.integrations.trace_data import FILE_NAME, arm_labels, read_runs, read_trace
+from slsam_peft.saving.checksum import seal
+from slsam_peft.saving.trace_data import FILE_NAME, arm_labels, read_runs, read_trace
 from tests.traces import PREFIX, blocks, modules, write_trace
 
 

@@ -7,9 +7,9 @@ import torch
 from scipy import stats
 
 from slsam_peft import SLSAM, SLSAMConfig
-from slsam_peft.arms import Arm
-from slsam_peft.bandit import Bandit
-from slsam_peft.sampling import build_design
+from slsam_peft.algorithm.arms import Arm
+from slsam_peft.algorithm.bandit import Bandit
+from slsam_peft.algorithm.sampling import build_design
 
 DRAWS, ARMS = 100_000, 12
 

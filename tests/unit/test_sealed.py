@@ -13,9 +13,10 @@ from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.errors import UserError
-from slsam_peft.integrations import checkpoint, trace_data, tracing
-from slsam_peft.integrations.checkpoint import StateMismatchError, load_state, save_state
-from slsam_peft.integrations.sealed import BLANK, DamagedError, seal, unseal
+from slsam_peft.saving import checkpoint, trace_data
+from slsam_peft.saving import trace_file as tracing
+from slsam_peft.saving.checkpoint import StateMismatchError, load_state, save_state
+from slsam_peft.saving.checksum import BLANK, DamagedError, seal, unseal
 
 # The folder is the same in every example: each writes the file before it reads it.
 IN_ONE_FOLDER = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

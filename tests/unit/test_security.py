@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import slsam_peft
+from slsam_peft.adapters import inspect as inspecting
+from slsam_peft.adapters.base_files import BaseFiles
 from slsam_peft.cli.arguments import parse
 from slsam_peft.cli.main import main
 from slsam_peft.errors import UserError
-from slsam_peft.integrations import inspecting
-from slsam_peft.integrations.base_files import BaseFiles
 from tests.bad_input import SFT
 
 ROOT = Path(slsam_peft.__file__).parents[1]

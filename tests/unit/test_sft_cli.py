@@ -19,7 +19,7 @@ from slsam_peft.cli.arguments import build_parser, parse, read_config, slsam_arg
 from slsam_peft.cli.main import main
 from slsam_peft.cli.sft import run_raw
 from slsam_peft.errors import UserError
-from slsam_peft.integrations import finetune
+from slsam_peft.runs import finetune
 
 HELP_SECONDS = 2.0
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.passes import Passes
-from slsam_peft.telemetry import RadiusWatch
+from slsam_peft.algorithm.passes import Passes
+from slsam_peft.algorithm.telemetry import RadiusWatch
 from tests.decoders import batch, decoder
 from tests.reference import assert_gradients_are, reference_update
 from tests.tolerances import EXACT_FLOAT64

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slsam_peft.integrations import stdlib_docs as module
-from slsam_peft.integrations.stdlib_docs import HELD_OUT_MODULES, TRAIN_MODULES, stdlib_docs
+from slsam_peft.data import stdlib_docs as module
+from slsam_peft.data.stdlib_docs import HELD_OUT_MODULES, TRAIN_MODULES, stdlib_docs
 
 Pair = tuple[str, str]
 
@@ -69,7 +69,7 @@ def test_nothing_depends_on_the_machine(everything: tuple[list[Pair], list[Pair]
 
 def test_two_processes_with_other_hash_seeds_agree() -> None:
     code = (
-        "import json; from slsam_peft.integrations.stdlib_docs import stdlib_docs; "
+        "import json; from slsam_peft.data.stdlib_docs import stdlib_docs; "
         "d = stdlib_docs(n_train=50, n_test=20, seed=3, noisy=0.5); print(json.dumps([d['train'][:], d['test'][:]]))"
     )
     outputs = [
@@ -121,7 +121,7 @@ def test_bad_values(arguments: dict[str, float], message: str) -> None:
 
 
 def test_stripped_documentation_is_an_error() -> None:
-    code = "from slsam_peft.integrations.stdlib_docs import stdlib_docs; stdlib_docs()"
+    code = "from slsam_peft.data.stdlib_docs import stdlib_docs; stdlib_docs()"
     environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-OO", "-c", code], env=environment, capture_output=True, text=True)
     assert "RuntimeError: Python's documentation strings are missing" in done.stderr

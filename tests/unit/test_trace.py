@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.trace import MOST_CELLS, MOST_ROWS, Trace
+from slsam_peft.algorithm.trace import MOST_CELLS, MOST_ROWS, Trace
 
 ARMS = 5
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.passes import Passes
+from slsam_peft.algorithm.passes import Passes
 from tests.decoders import batch, decoder
 from tests.reference import reference_update
 from tests.tolerances import TRAJECTORY

@@ -1,0 +1,190 @@
+"""What an adapter or a model consists of, arm by arm, read from safetensors alone."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+
+from slsam_peft.adapters.arms import (
+    ADAPTER_CONFIG,
+    arms_in,
+    changes,
+    first_line,
+    open_adapter,
+    safe_file,
+    shapes_in,
+)
+from slsam_peft.algorithm.arms import Arm, Arms
+from slsam_peft.errors import UserError
+from slsam_peft.models.shapes import load_config
+from slsam_peft.saving.trace_data import FILE_NAME, read_trace
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm.
+
+    Args:
+        name (`str`): Its name.
+        depth (`int` or `None`): See `Arm`.
+        tensors (`int`): How many it has.
+        parameters (`int`): How many numbers are in them.
+        bytes (`int`): Memory of its weights.
+        norm (`float` or `None`): L2 norm of its weights; `None` where no weights were read.
+        change (`float` or `None`): Frobenius norm of what its LoRA modules add to the base weights; `None` where that
+            is not known from the adapter alone, or the arm has no whole module.
+        active (`float` or `None`): Share of the training's updates in which it was active, where a trace tells.
+    """
+
+    name: str
+    depth: int | None
+    tensors: int
+    parameters: int
+    bytes: int
+    norm: float | None = None
+    change: float | None = None
+    active: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Arms of an adapter or a model.
+
+    Args:
+        title (`str`): What was inspected.
+        facts (`dict[str, str]`): What is known of it as a whole.
+        rows (`list[ArmRow]`): The arms, in order.
+        notes (`list[str]`): What could not be told, and why.
+    """
+
+    title: str
+    facts: dict[str, str]
+    rows: list[ArmRow]
+    notes: list[str]
+
+
+def inspect(name: str, granularity: str) -> Inspection:
+    """Inspect a PEFT adapter's folder, a model's folder, or a model known by its configuration only.
+
+    Args:
+        name (`str`): The folder, a built-in shape or a Hub ID.
+        granularity (`str`): `"block"`, `"module"` or `"tensor"`.
+
+    Raises:
+        UserError: nothing of the kind is there, it is damaged, its weights are pickled, or its arms cannot be told.
+    """
+    folder = Path(name)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _inspect_adapter(folder, granularity)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        hint = f" There are adapters in: {', '.join(below[:4])}." if below else ""
+        raise UserError(f"{folder} holds neither {ADAPTER_CONFIG} nor config.json; name an adapter or a model.{hint}")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder it is in.")
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"the folder {name} does not exist; name an adapter's or a model's folder.")
+    return _inspect_model(name, granularity)
+
+
+def _inspect_adapter(folder: Path, granularity: str) -> Inspection:
+    adapter = open_adapter(folder)
+    arms = arms_in(adapter.model, granularity, str(folder))
+    weights, active = adapter.weights(), _activity(folder, arms)
+    change = changes(adapter, weights, arms)
+    rows = [
+        _row(arm, [weights[p] for p in arm.parameters], True, change.get(arm.name), active.get(arm.name))
+        for arm in arms
+    ]
+    config = adapter.config
+    facts = {"base model": str(config.base_model_name_or_path), "method": config.peft_type.value}
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if getattr(config, key, None):
+            facts[key] = str(getattr(config, key))
+    return Inspection(f"Adapter {folder}", facts, rows, [adapter.note] if adapter.note else [])
+
+
+def _activity(folder: Path, arms: Arms) -> dict[str, float]:
+    """Return how often each arm was active, where the folder holds a trace of these very arms."""
+    if not (folder / FILE_NAME).is_file():
+        return {}
+    try:
+        trace = read_trace(folder / FILE_NAME)
+    except UserError:
+        return {}
+    same = sorted(trace.names) == sorted(arm.name for arm in arms)
+    return dict(zip(trace.names, map(float, trace.share), strict=True)) if same else {}
+
+
+def _inspect_model(name: str, granularity: str) -> Inspection:
+    config = load_config(name)
+    config.quantization_config = None
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"cannot build a {config.model_type!r} model: {first_line(error)}") from error
+    model.requires_grad_(True)
+    arms = arms_in(model, granularity, name)
+    facts = {"architecture": type(model).__name__, "blocks": str(len(arms.blocks))}
+    if not os.path.isdir(name):
+        rows = [_row(arm, arm.parameters, False) for arm in arms]
+        return Inspection(f"Model {name}", facts, rows, ["Sizes from the configuration; no weights were read."])
+    files = _model_files(Path(name))
+    rows, lacking = [], 0
+    for arm in arms:
+        found = [_tensor(files, n) for n in arm.parameter_names]
+        usable = [t for t in found if t is not None and t.is_floating_point()]
+        lacking += len(found) - len(usable)
+        whole = len(usable) == len(found)
+        rows.append(_row(arm, usable if whole else arm.parameters, whole))
+    note = f"{lacking} tensors are stored in another form (quantised, or under other names): no norm for their arms."
+    return Inspection(f"Model {name}", facts, rows, [note] if lacking else [])
+
+
+def _row(
+    arm: Arm, tensors: Sequence[torch.Tensor], read: bool, change: float | None = None, active: float | None = None
+) -> ArmRow:
+    squares = [float(torch.linalg.vector_norm(t, dtype=torch.float32)) ** 2 for t in tensors] if read else []
+    return ArmRow(
+        name=arm.name,
+        depth=arm.depth,
+        tensors=len(arm.parameters),
+        parameters=arm.size,
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
+        norm=sum(squares) ** 0.5 if read else None,
+        change=change,
+        active=active,
+    )
+
+
+def _model_files(folder: Path) -> dict[str, Path]:
+    """Return the file each tensor of a model lies in."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        path = safe_file(folder, "model.safetensors", "pytorch_model.bin")
+        return dict.fromkeys(shapes_in(path), path)
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {key: folder / Path(name).name for key, name in where.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({first_line(error)}); copy or save it again.") from error
+    missing = next((path for path in files.values() if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"{missing} is missing, though {index.name} names it; copy or save the model again.")
+    return files
+
+
+def _tensor(files: Mapping[str, Path], name: str) -> torch.Tensor | None:
+    if name not in files:
+        return None
+    try:
+        with safe_open(files[name], framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{files[name]} is damaged ({error}); copy or save it again.") from error

@@ -1,0 +1,313 @@
+"""Adapters on disk: what folder, which base, do they fit, and the model with both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from slsam_peft.errors import UserError
+from slsam_peft.models.bnb_cpu import keep_trainable
+from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
+from slsam_peft.saving.record import FILE_NAME, Record, base_name, shape_of
+from slsam_peft.saving.recorded import read_record
+
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+SMOLLM2 = "smollm2"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter in a folder.
+
+    Args:
+        folder (`Path`): Where it lies.
+        config (`PeftConfig`): Its settings.
+        shapes (`dict[str, tuple[int, ...]]`): Its tensors, by their names in the file.
+        record (`dict` or `None`): What the trainer wrote beside it, see `slsam_peft.saving.record`.
+        base (`str`): Folder or Hub name of the base model.
+    """
+
+    folder: Path
+    config: Any
+    shapes: Shapes
+    record: Record | None
+    base: str
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        """How the base was quantised in training; `None`: not at all, or not known."""
+        return None if self.record is None else self.record["base"]["quantisation"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an adapter's tensors fit a base model.
+
+    Args:
+        shape (`list[str]`): Fields of the base's config that differ from the recorded ones.
+        unused (`list[str]`): Tensors in the file that the base has no place for.
+        missing (`list[str]`): Tensors that the base has a place for and the file lacks.
+        misshapen (`list[str]`): Tensors of another shape than the base's place for them.
+    """
+
+    shape: list[str]
+    unused: list[str]
+    missing: list[str]
+    misshapen: list[str]
+
+    def __bool__(self) -> bool:
+        return not (self.shape or self.unused or self.missing or self.misshapen)
+
+
+def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
+    """Read what is cheap to read of an adapter: its settings, the header of its weights, its record.
+
+    Args:
+        folder (`str` or `Path`): A folder as `save_model` and `save_pretrained` write it, or a checkpoint.
+        model (`str`, *optional*): The base model; the one the adapter names where it is missing.
+
+    Raises:
+        UserError: there is no such folder, no adapter in it, it is damaged, or its base cannot be found.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"adapter folder {folder} does not exist (from {Path.cwd()}).")
+    if not (path / SETTINGS).is_file():
+        what = "a whole model, not an adapter" if (path / "config.json").is_file() else "no adapter"
+        raise UserError(f"{folder} holds {what}: {SETTINGS} is missing. Name the folder an adapter was saved in.")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / SETTINGS} cannot be read: {brief(error)}") from error
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"{folder} is an adapter for {config.task_type}; adapters of causal language models work.")
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{folder} holds {config.peft_type.value} prompts, no weights of modules; it is not supported."
+        )
+    shapes = _header(path / WEIGHTS)
+    return Adapter(
+        path, config, shapes, read_record(path), base_folder(model or config.base_model_name_or_path, model)
+    )
+
+
+def _header(path: Path) -> Shapes:
+    if not path.is_file():
+        pickled = path.with_suffix(".bin")
+        hint = f" {pickled.name} is a pickle and is not read; save the adapter again." if pickled.exists() else ""
+        raise UserError(f"{path} does not exist.{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({brief(error)}); copy or save the adapter again.") from error
+
+
+def base_folder(name: str | None, given: str | None = None) -> str:
+    """Return what `from_pretrained` takes for a base model's name; `"smollm2"` is fetched where it is not there yet.
+
+    Args:
+        name (`str` or `None`): Folder, Hub name, or `"smollm2"`.
+        given (`str`, *optional*): The same where a user has named it, for the message.
+
+    Raises:
+        UserError: there is no name, or no such folder.
+    """
+    if not name:
+        raise UserError("the adapter does not name its base model; name it with --model.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name in (SMOLLM2, HUB_NAME):
+        return str(fetch_smollm2())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if given is not None:
+            raise UserError(f"--model={name} is not a folder; name one with a model in it, or a hub name.")
+        raise UserError(f"the adapter's base model {name} is not here; name its folder or hub name with --model.")
+    return name
+
+
+def base_config(adapter: Adapter) -> Any:
+    """Return the config of an adapter's base model.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    try:
+        return AutoConfig.from_pretrained(adapter.base, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"base model {adapter.base} cannot be read: {brief(error)}") from error
+
+
+def fit(adapter: Adapter, config: Any) -> Fit:
+    """Compare an adapter with a base model's config. No weights are read.
+
+    Args:
+        adapter (`Adapter`): The adapter.
+        config (`PreTrainedConfig`): Of the base.
+    """
+    shape = []
+    if adapter.record is not None:
+        here = shape_of(config)
+        shape = [
+            f"{name} is {here[name]}, trained on {value}"
+            for name, value in adapter.record["base"]["shape"].items()
+            if here[name] != value
+        ]
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
+        own = {name: tuple(p.shape) for name, p in base.named_parameters(remove_duplicate=False)}
+        try:
+            model: Any = get_peft_model(base, adapter.config, low_cpu_mem_usage=True)
+        except ValueError as error:  # no module has a name that is to be adapted
+            return Fit([*shape, brief(error)], sorted(adapter.shapes), [], [])
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    places: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    # Embeddings that are adapted or were resized are saved whole beside the adapter.
+    known = places | {key: own[name] for key in adapter.shapes if (name := base_name(key)) in own}
+    return Fit(
+        shape=shape,
+        unused=sorted(adapter.shapes.keys() - known.keys()),
+        missing=sorted(places.keys() - adapter.shapes.keys()),
+        misshapen=[
+            f"{name}: {adapter.shapes[name]}, the base needs {known[name]}"
+            for name in sorted(known.keys() & adapter.shapes.keys())
+            if adapter.shapes[name] != known[name]
+        ],
+    )
+
+
+def plain_config(config: Any) -> Any:
+    """Return a copy of a config without its quantisation."""
+    copy = type(config).from_dict(config.to_dict())
+    copy._attn_implementation = config._attn_implementation
+    if hasattr(copy, "quantization_config"):
+        del copy.quantization_config
+    return copy
+
+
+def check_fit(adapter: Adapter) -> Any:
+    """Check that an adapter fits its base, and return the base's config.
+
+    Raises:
+        UserError: it does not, or the base cannot be read.
+    """
+    config = base_config(adapter)
+    found = fit(adapter, config)
+    if not found:
+        reasons = [*found.shape, *found.misshapen]
+        reasons += [
+            f"{n} tensors {why}"
+            for n, why in ((len(found.unused), "have no place"), (len(found.missing), "are missing"))
+            if n
+        ]
+        raise UserError(
+            f"the adapter {adapter.folder} does not fit {adapter.base}: {'; '.join(reasons[:3])}.\n"
+            "Name the base it was trained on with --model."
+        )
+    return config
+
+
+def load_adapted(
+    adapter: Adapter, *, dtype: torch.dtype | None = None, trainable: bool = False, attention: str | None = None
+) -> tuple[PeftModel, Any]:
+    """Load the base as it was in training and put the adapter on it with plain PEFT.
+
+    Args:
+        adapter (`Adapter`): From `open_adapter`.
+        dtype (`torch.dtype`, *optional*): What the base is loaded and computes in; as recorded where it is missing,
+            else as its files are.
+        trainable (`bool`, *optional*, defaults to `False`): Let the adapter's parameters require grad.
+        attention (`str`, *optional*): The attention's implementation, as transformers names it.
+
+    Returns:
+        `tuple[PeftModel, PreTrainedTokenizerBase]`: In evaluation mode, on the GPU or the CPU where there is none.
+
+    Raises:
+        UserError: the base cannot be read, or the adapter does not fit it.
+    """
+    check_fit(adapter)
+    recorded = None if adapter.record is None else getattr(torch, adapter.record["base"]["dtype"])
+    base = load_base(adapter.base, dtype or recorded, adapter.quantisation, attention)
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=trainable)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the adapter {adapter.folder} cannot be loaded: {brief(error)}") from error
+    return model.eval(), load_tokenizer(adapter)
+
+
+def load_base(
+    name: str, dtype: torch.dtype | None, quantisation: dict[str, Any] | None, attention: str | None = None
+) -> Any:
+    """Load a causal language model.
+
+    Args:
+        name (`str`): Folder or Hub name.
+        dtype (`torch.dtype` or `None`): `None`: as its files are.
+        quantisation (`dict` or `None`): bitsandbytes' settings, as a model's config has them.
+        attention (`str`, *optional*): The attention's implementation, as transformers names it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": attention}
+    if quantisation is not None:
+        settings = dict(quantisation)
+        if dtype is not None:
+            settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        try:
+            arguments["quantization_config"] = BitsAndBytesConfig.from_dict(settings)
+        except (TypeError, ValueError, AttributeError) as error:  # all of them are raised for values of odd types
+            raise UserError(
+                f"base model {name} cannot be quantised as recorded: {brief(error)}. Delete {FILE_NAME} beside the "
+                "adapter: it then counts as one on a base that was not quantised."
+            ) from error
+    arguments["device_map"] = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, SafetensorError, ImportError) as error:
+        raise UserError(f"base model {name} cannot be loaded: {brief(error)}") from error
+    keep_trainable(model)
+    return model
+
+
+def load_tokenizer(adapter: Adapter) -> Any:
+    """Return the tokenizer saved with an adapter, or its base's.
+
+    Raises:
+        UserError: neither has one.
+    """
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+    try:
+        return AutoTokenizer.from_pretrained(str(adapter.folder) if own else adapter.base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"neither {adapter.folder} nor {adapter.base} has a tokenizer: {brief(error)}") from error
+
+
+def raw_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors as they are in its file."""
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of scalar parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def brief(error: BaseException, limit: int = 300) -> str:
+    """Return an error's message on one line, cut off where it is long."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+Tell = Callable[[str], None]

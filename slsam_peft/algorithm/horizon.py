@@ -1,0 +1,325 @@
+"""Truncated backpropagation and prefix reuse around a stack of blocks.
+
+The *floor* is the lowest active block. Below it nothing needs a graph, and the second pass of an update differs from
+the first only from the floor up. So the hidden state that enters the floor is cut from whatever made it, kept, and the
+second pass starts from it. Both are exact.
+
+Blocks are run through forward hooks, which lie outside gradient checkpointing in transformers >= 5.23. A block's
+`forward` is shadowed on the instance only while a pass that skips it runs.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from slsam_peft.algorithm import rng
+from slsam_peft.algorithm.leaks import LeakyStackError, check_cut
+
+
+@dataclass(eq=False)
+class Prefix:
+    """What enters the floor block in one forward of the stack.
+
+    Args:
+        hidden (`torch.Tensor` or `None`): The hidden state, detached; `None` where it is not kept (over the limit, or
+            the block returned more than one tensor).
+        state (`dict`): Random state at that moment.
+        tail (`tuple` or `None`): What follows the hidden state in a block's output, all `None`; `None` where blocks
+            return the bare tensor.
+        source (`torch.Tensor`, *optional*): The hidden state with the graph of the blocks below.
+    """
+
+    hidden: torch.Tensor | None
+    state: rng.State
+    tail: tuple | None
+    source: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the kept hidden state."""
+        return 0 if self.hidden is None else self.hidden.numel() * self.hidden.element_size()
+
+
+@dataclass(eq=False)
+class _Cursor:
+    """Walks through the prefixes of a pass, one a forward of the stack."""
+
+    prefixes: Sequence[Prefix]
+    index: int = 0
+    leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def current(self) -> Prefix | None:
+        if self.index < len(self.prefixes) and self.prefixes[self.index].hidden is not None:
+            return self.prefixes[self.index]
+        return None
+
+
+class Horizon:
+    """Cuts the passes of an update at their floor.
+
+    Args:
+        blocks (`Sequence[nn.Module]`): The stack, lowest first. Each block takes the hidden state first and returns it
+            (alone, or as a 1-tuple).
+        limit_bytes (`float`): Most memory for kept hidden states; forwards beyond it are not kept.
+        above (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules with trained parameters that are taken to
+            run after the blocks.
+
+    Attributes:
+        reuse (`bool`): Whether second passes may start at the floor. Turned off for stacks that leak anything else.
+        shares (`bool`): Whether blocks were handed a container they could write to (a cache, shared keys and values),
+            or the model kept what a block returned (a long skip, a loss on hidden states). What leaks that way may
+            reach some floors and not others.
+        kept_bytes (`int`): Memory of the hidden states that are kept now.
+        peak_bytes (`int`): The most there ever was.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], limit_bytes: float, above: Sequence[nn.Module] = ()) -> None:
+        self.blocks = tuple(blocks)
+        self.above = tuple(above)
+        self.limit_bytes = limit_bytes
+        self.accelerators = rng.accelerators_of(p for block in self.blocks for p in block.parameters())
+        self.reuse = True
+        self.shares = False
+        self.kept_bytes = 0
+        self.peak_bytes = 0
+
+    def release(self) -> None:
+        """Forget that any hidden state is kept; the prefixes themselves belong to the caller."""
+        self.kept_bytes = 0
+
+    @contextmanager
+    def truncated(self, floor: int, lowest: int, *, keep: bool) -> Iterator[list[Prefix]]:
+        """Run a pass whose backward stops at block `floor`.
+
+        Args:
+            floor (`int`): Lowest block whose gradient this pass takes, in [0, L]; L: none.
+            lowest (`int`): Lowest block that builds a graph. Equal to `floor`, or below it where the graph of the
+                blocks below is needed later (sparse ascent, dense descent); -1: so do parameters below the stack.
+            keep (`bool`): Whether to keep the hidden states that enter the floor, for `resumed`.
+
+        Yields:
+            `list[Prefix]`: One a forward of the stack, filled as they run.
+
+        Raises:
+            LeakyStackError: the pass cannot be cut; it must run whole.
+        """
+        prefixes: list[Prefix] = []
+        starts: list[None] = []
+        recorder = self._recorder(floor, lowest, prefixes, keep, starts)
+        counter = self.blocks[0].register_forward_pre_hook(lambda module, args: starts.append(None))
+        try:
+            with self._without_graph(lowest), self._hooked(floor, recorder):
+                yield prefixes
+        finally:
+            counter.remove()
+
+    @contextmanager
+    def resumed(self, floor: int, lowest: int, prefixes: Sequence[Prefix]) -> Iterator[None]:
+        """Run a pass that starts at block `floor` from kept hidden states.
+
+        Its backward stops at the floor where `lowest` equals it; otherwise it goes on through the kept graphs when the
+        context ends. Forwards without a kept hidden state run whole.
+
+        Args:
+            floor (`int`): As in `truncated`.
+            lowest (`int`): As in `truncated`.
+            prefixes (`Sequence[Prefix]`): What `truncated` yielded for the same closure.
+
+        Raises:
+            RuntimeError: the pass entered the floor block another number of times than the first one.
+        """
+        cursor = _Cursor(prefixes)
+        through = lowest < floor
+        with ExitStack() as stack:
+            stack.enter_context(self._without_graph(lowest))
+            for index, block in enumerate(self.blocks[:floor]):
+                skip = _skipping(block, cursor, last=index == floor - 1, through=through)
+                stack.enter_context(_shadowed_forward(block, skip))
+            stack.enter_context(self._hooked(floor, self._resumer(floor, cursor, through)))
+            yield
+        if cursor.index != len(prefixes):
+            raise RuntimeError(
+                f"the second pass entered block {floor} {cursor.index} times and the first {len(prefixes)} times, so "
+                "what was kept does not fit. Turn off what skips blocks at random (layerdrop=0), or set "
+                "prefix_limit_mib=0 to run second passes whole."
+            )
+        reached = [(source, leaf.grad) for source, leaf in cursor.leaves if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([source for source, _ in reached], [gradient for _, gradient in reached])
+
+    @contextmanager
+    def noting_kept(self, floor: int) -> Iterator[None]:
+        """Note in `shares` whether a resumed pass without a graph holds on to a hidden state that is not its own.
+
+        Nothing but the next block should: by the time the last one returns, all but its own input are gone. Hidden
+        states below the one that enters `floor` are wrong in such a pass already, so its loss tells of them.
+        """
+        returned: list[weakref.ref[torch.Tensor]] = []
+
+        def note(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden, _ = _split(output)
+            if hidden is not None:
+                returned.append(weakref.ref(hidden))
+
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
+            self.shares = self.shares or any(kept() is not None for kept in returned)
+            returned.clear()
+
+        with ExitStack() as stack:
+            for block in self.blocks[floor - 1 : -2]:
+                stack.callback(block.register_forward_hook(note).remove)
+            stack.callback(self.blocks[-1].register_forward_hook(look).remove)
+            yield
+
+    @contextmanager
+    def _hooked(self, floor: int, hook: Any) -> Iterator[None]:
+        """Install `hook` where the hidden state enters the floor block: at the output of the block below."""
+        if floor == 0:
+            yield
+            return
+        handle = self.blocks[floor - 1].register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _without_graph(self, lowest: int) -> Iterator[None]:
+        """Keep the blocks below `lowest`, and the input of the stack, from building a graph; -1 leaves all as it is.
+
+        Parameters below are off already. What is left is an input that requires grad (`enable_input_require_grads`),
+        and reentrant checkpointing, which wraps whatever it is given and complains when nothing requires grad.
+        """
+        if lowest < 0 or (lowest == 0 and _is_reentrant(self.blocks[0])):
+            yield
+            return
+        checkpointed: list[Any] = [b for b in self.blocks[:lowest] if getattr(b, "gradient_checkpointing", False)]
+        for block in checkpointed:
+            block.gradient_checkpointing = False
+
+        def check(hidden: torch.Tensor) -> None:
+            check_cut(hidden, (*self.blocks, *self.above), "the blocks")
+
+        handle = self.blocks[0].register_forward_pre_hook(
+            lambda module, args, kwargs: _cut_input(args, kwargs, check), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in checkpointed:
+                block.gradient_checkpointing = True
+
+    def _recorder(self, floor: int, lowest: int, prefixes: list[Prefix], keep: bool, starts: list[None]):
+        needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            self.shares = self.shares or not _immutable((args, *kwargs.values()))
+            hidden, tail = _split(output)
+            if hidden is None:  # more than a hidden state leaves the block: the second pass cannot start here
+                prefixes.append(Prefix(None, {}, None))
+                return None
+            above = (*self.blocks[floor:], *self.above)
+            check_cut(hidden, above, f"block {floor}", opaque=lowest == floor)
+            if lowest < floor and len(prefixes) == len(starts):  # what was cut the last time is below the floor again
+                raise LeakyStackError(f"block {floor} is entered again, and the first block has not run in between")
+            cut, size = hidden.detach(), hidden.numel() * hidden.element_size()
+            if keep and self.reuse and self.kept_bytes + size <= self.limit_bytes:
+                source = hidden if lowest < floor and hidden.requires_grad else None
+                prefixes.append(Prefix(cut, rng.snapshot(self.accelerators), tail, source))
+                self.kept_bytes += size
+                self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
+            else:
+                prefixes.append(Prefix(None, {}, tail))
+            return _joined(cut.detach().requires_grad_(needs_grad and torch.is_grad_enabled()), tail)
+
+        return hook
+
+    def _resumer(self, floor: int, cursor: "_Cursor", through: bool):
+        needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            prefix, cursor.index = cursor.current, cursor.index + 1
+            if prefix is not None:
+                rng.restore(prefix.state)
+            hidden, tail = _split(output)
+            if hidden is None or through:
+                return None
+            return _joined(hidden.detach().requires_grad_(needs_grad and torch.is_grad_enabled()), tail)
+
+        return hook
+
+
+def _skipping(block: nn.Module, cursor: _Cursor, *, last: bool, through: bool):
+    """Return a stand-in for `block.forward` that passes the hidden state on, the kept one from the last such block."""
+    original = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        prefix = cursor.current
+        if prefix is None or prefix.hidden is None:
+            return original(*args, **kwargs)
+        if not last:
+            return _joined(args[0] if args else kwargs["hidden_states"], prefix.tail)
+        hidden = prefix.hidden.detach()
+        if through and prefix.source is not None and torch.is_grad_enabled():
+            cursor.leaves.append((prefix.source, hidden.requires_grad_()))
+        return _joined(hidden, prefix.tail)
+
+    return forward
+
+
+@contextmanager
+def _shadowed_forward(block: nn.Module, forward: Any) -> Iterator[None]:
+    had_own = "forward" in block.__dict__  # accelerate's device hooks put one there
+    own = block.__dict__.get("forward")
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            block.__dict__["forward"] = own
+        else:
+            del block.__dict__["forward"]
+
+
+def _cut_input(args: tuple, kwargs: dict[str, Any], check: Callable[[torch.Tensor], None]):
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise LeakyStackError("the blocks take their hidden state neither first nor as `hidden_states`")
+    check(hidden)
+    if args:
+        return (hidden.detach(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden.detach()}
+
+
+def _immutable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_immutable(x) for x in value)
+    return value is None or isinstance(value, torch.Tensor | bool | int | float | str)
+
+
+def _split(output: Any) -> tuple[torch.Tensor | None, tuple | None]:
+    """Return the hidden state and what follows it; no hidden state where anything else comes with it."""
+    if isinstance(output, torch.Tensor):
+        return output, None
+    if isinstance(output, tuple) and output and all(x is None for x in output[1:]):
+        return output[0], output[1:]
+    return None, None
+
+
+def _joined(hidden: torch.Tensor, tail: tuple | None) -> Any:
+    return hidden if tail is None else (hidden, *tail)
+
+
+def _is_reentrant(block: nn.Module) -> bool:
+    """Whether the block is checkpointed the reentrant way (transformers' `GradientCheckpointingLayer`)."""
+    if not getattr(block, "gradient_checkpointing", False):
+        return False
+    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", False))

@@ -1,0 +1,308 @@
+"""The two passes of an update over its micro-batches: which arms are on, where passes are cut, what is replayed."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from slsam_peft.algorithm import rng
+from slsam_peft.algorithm.horizon import Horizon, Prefix
+from slsam_peft.algorithm.leaks import LeakyStackError
+from slsam_peft.algorithm.perturbation import Firings, Shift, ascent_offsets, perturbed, split
+
+logger = logging.getLogger(__name__)
+
+Closure = Callable[[], torch.Tensor]
+
+REUSE_RTOL = 1e-5  # loss with and without prefix reuse; the same kernels give the same bits, others float32 rounding
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes over one micro-batch. Each runs forward and backward and returns the loss.
+
+    Args:
+        counted (`Closure`): The whole micro-batch; metrics and logs count it.
+        silent (`Closure`): The same without side effects.
+        part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; silent.
+        probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked
+            with it once; without one, second passes run whole.
+        rows (`tuple[int, int]`, *optional*): For `ascent="ahead"`: how many sequences of the micro-batch are of this
+            update, and how many, behind them, of the next one.
+    """
+
+    counted: Closure
+    silent: Closure
+    part: Closure | None = None
+    probe: Closure | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(eq=False)
+class Pending:
+    """A micro-batch that waits for its descent pass, with the random state its ascent pass started from."""
+
+    passes: Passes
+    state: rng.State
+    prefixes: list[Prefix] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Update:
+    """The update in progress: what is on, what has been computed."""
+
+    mask: torch.Tensor  # (L,) boolean, perturbed arms
+    trained: torch.Tensor  # (L,) boolean, arms that get a descent gradient
+    inclusion: torch.Tensor  # (L,) realised inclusion probabilities of the perturbed arms
+    floor: int  # lowest depth of a perturbed arm; -1: below the blocks, or unknown
+    lowest: int  # lowest depth of a trained arm
+    count: int  # micro-batches
+    ascents: int = 0  # of which the first so many have an ascent pass
+    kept: int = 0  # of which so many start their second pass at the floor
+    pending: list[Pending] = field(default_factory=list)
+    shifts: list[Shift] = field(default_factory=list)
+    squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
+    moved: list[torch.Tensor] = field(default_factory=list)  # w + e of each parameter, where sequences are told apart
+    ahead: dict[int, torch.Tensor] = field(default_factory=dict)  # the next update's ascent gradient, by position
+    ascent_loss: torch.Tensor | None = None
+    descent_loss: torch.Tensor | None = None
+
+    def losses(self) -> torch.Tensor:
+        """Return the loss at w + e and the loss at w, shape `(2,)`; one stands in where the other was not computed."""
+        descent = torch.zeros(()) if self.descent_loss is None else self.descent_loss
+        ascent = descent if self.ascent_loss is None else self.ascent_loss
+        both = torch.stack([descent.reshape(()), ascent.reshape(()).to(descent.device)])
+        return both.to(torch.promote_types(both.dtype, torch.float32))
+
+
+def _loss(returned: Any) -> torch.Tensor:
+    if isinstance(returned, int | float):
+        return torch.tensor(float(returned))
+    if not isinstance(returned, torch.Tensor) or returned.numel() != 1:
+        what = f"shape {tuple(returned.shape)}" if isinstance(returned, torch.Tensor) else type(returned).__name__
+        raise TypeError(f"the closure returned {what}; it must return its loss, a tensor of one element or a number.")
+    return returned.detach()
+
+
+class PassRunner:
+    """Runs ascent and descent passes with the arms of an update switched on.
+
+    Args:
+        parameters (`Sequence[nn.Parameter]`): Every arm's parameters.
+        owner (`torch.Tensor`): Arm index of each, shape `(P,)`.
+        linears (`Sequence[nn.Module | None]`): For each its linear module, or `None`.
+        horizon (`Horizon` or `None`): Cuts the passes; `None` runs them whole.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        owner: torch.Tensor,
+        linears: Sequence[nn.Module | None],
+        horizon: Horizon | None,
+    ) -> None:
+        self.parameters = parameters
+        self.owner = owner
+        self.linears = linears
+        self.horizon = horizon
+        self.firings = Firings()
+        self.accelerators = rng.accelerators_of(parameters)
+        self._checked_floors: set[int] = set()
+
+    def members(self, arms: torch.Tensor) -> list[int]:
+        """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
+        return arms[self.owner].nonzero().flatten().tolist()
+
+    @contextmanager
+    def switched(self, trained: torch.Tensor) -> Iterator[None]:
+        """Switch the arms that are not trained off inside the context.
+
+        They stay off whatever the loss does: a loss that switches adapters (DPO's reference pass) has PEFT turn every
+        factor on again, and a checkpointed block would then be recomputed with another graph than it was run with.
+        """
+        off = [self.parameters[i] for i in self.members(~trained)]
+        try:
+            for parameter in off:
+                parameter.requires_grad_(False)
+                setattr(parameter, "requires_grad_", lambda *_, parameter=parameter: parameter)  # noqa: B010
+            yield
+        finally:
+            for parameter in off:
+                vars(parameter).pop("requires_grad_", None)
+                parameter.requires_grad_(True)
+
+    def clear(self, arms: torch.Tensor | None = None) -> None:
+        """Drop the gradients of the given arms, or of all."""
+        for i in range(len(self.parameters)) if arms is None else self.members(arms):
+            self.parameters[i].grad = None
+
+    def void(self) -> None:
+        """Make one gradient NaN, for whoever must see for itself that a step is void."""
+        found = next((p.grad for p in self.parameters if p.grad is not None), None)
+        if found is not None:
+            found.fill_(math.nan)
+
+    def shifts(
+        self, members: Sequence[int], gradients: Sequence[torch.Tensor], norm: torch.Tensor, rho: float
+    ) -> list[Shift]:
+        """Return e for the parameters at the given positions: a branch where its linear module ran, else in place.
+
+        Args:
+            members (`Sequence[int]`): The positions.
+            gradients (`Sequence[torch.Tensor]`): Their ascent gradients.
+            norm (`torch.Tensor`): As in `ascent_offsets`.
+            rho (`float`): Radius.
+        """
+        ran = [linear if (linear := self.linears[i]) in self.firings.fired else None for i in members]
+        offsets = ascent_offsets(gradients, norm, rho)
+        return [Shift(self.parameters[i], e, linear) for i, e, linear in zip(members, offsets, ran, strict=True)]
+
+    def watched_linears(self, mask: torch.Tensor) -> list[nn.Module]:
+        """Return the linear modules of the arms in a mask that an additive branch could carry."""
+        return [linear for i in self.members(mask) if (linear := self.linears[i]) is not None]
+
+    def fired(self) -> torch.Tensor:
+        """Return which parameters' linear modules ran as modules when last watched, boolean, shape `(P,)`."""
+        return torch.tensor([linear in self.firings.fired for linear in self.linears])
+
+    def set_fired(self, fired: torch.Tensor) -> None:
+        """Restore what `fired` returned."""
+        on = fired.tolist()
+        self.firings.fired = {m for m, f in zip(self.linears, on, strict=True) if f and m is not None}
+
+    def ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
+        try:
+            return self._ascend(update, pending, closure)
+        except LeakyStackError as leak:
+            self._stop_cutting(leak, update, pending)
+            return self._ascend(update, pending, closure)
+
+    def descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
+        try:
+            return self._descend(update, pending, closure)
+        except LeakyStackError as leak:
+            self._stop_cutting(leak, update, pending)
+            return self._descend(update, pending, closure)
+
+    def _stop_cutting(self, leak: LeakyStackError, update: Update, pending: Pending) -> None:
+        """Run this pass, which has lost nothing yet, and all later ones whole."""
+        self.horizon = None
+        if update.count == 1:
+            self.clear()  # what a closure that accumulates has gathered before the forward that leaks
+        rng.restore(pending.state)
+        logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", leak)
+
+    def _ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        horizon = self._horizon(update)
+        keep = (
+            horizon is not None
+            and (pending.passes.probe is not None or self._is_checked(horizon, update.floor))
+            and closure is not pending.passes.part  # whose rows fit no other pass
+        )
+        context = horizon.truncated(update.floor, update.lowest, keep=keep) if horizon else nullcontext([])
+        with self.firings.watch(self.watched_linears(update.mask)), context as prefixes:
+            loss = _loss(closure())
+        self.clear(~update.mask)
+        if horizon is not None and keep and update.floor > 0:
+            pending.prefixes = prefixes
+            self._check_reuse(horizon, update, pending, loss)
+            update.kept += any(prefix.hidden is not None for prefix in pending.prefixes)
+        update.ascent_loss = loss if update.ascent_loss is None else update.ascent_loss + loss
+        return loss
+
+    def _descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        if update.ascents:
+            rng.restore(pending.state)
+        horizon = self._horizon(update)
+        if horizon is None:
+            context = nullcontext()
+        elif pending.prefixes:
+            context = horizon.resumed(update.floor, update.lowest, pending.prefixes)
+        else:
+            context = horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
+        if pending.passes.rows is None:
+            with perturbed(update.shifts), context:
+                loss = _loss(closure())
+        else:
+            with context:
+                loss = self._run_split(update, pending.passes.rows, closure)
+        pending.prefixes.clear()
+        self.clear(~update.trained)
+        update.descent_loss = loss if update.descent_loss is None else update.descent_loss + loss
+        return loss
+
+    def _run_split(self, update: Update, rows: tuple[int, int], closure: Closure) -> torch.Tensor:
+        """Run a pass at w + e on the sequences of this update and, for the next one's ascent, at w on the others."""
+        if not update.moved:
+            offsets = {shift.parameter: shift.offset for shift in update.shifts}
+            with torch.no_grad():
+                update.moved = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
+            update.shifts.clear()  # e is not needed beside w + e
+        first, last = ([w.detach().requires_grad_() for w in weights] for weights in (update.moved, self.parameters))
+        with split([linear for linear in self.linears if linear is not None], first, last, rows):
+            loss = _loss(closure())
+        for i, (parameter, *halves) in enumerate(zip(self.parameters, first, last, strict=True)):
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"an adapter weight of shape {tuple(parameter.shape)} was used outside its module, where "
+                    "sequences cannot be told apart: ascent='ahead' does not work here, use ascent='partial'."
+                )
+            parameter.grad, ahead = (half.grad for half in halves)
+            if rows[1] and ahead is not None:
+                update.ahead[i] = ahead
+        return loss
+
+    def _horizon(self, update: Update) -> Horizon | None:
+        return self.horizon if update.floor >= 0 else None
+
+    def _is_checked(self, horizon: Horizon, floor: int) -> bool:
+        """Whether prefix reuse has been checked: at this floor where more may leave the blocks, at any elsewhere."""
+        anywhere = bool(self._checked_floors) and not horizon.shares and floor < len(horizon.blocks)
+        return floor in self._checked_floors or anywhere
+
+    def _check_reuse(self, horizon: Horizon, update: Update, pending: Pending, loss: torch.Tensor) -> None:
+        """Once, or once a floor: does the stack above it depend on anything but the kept hidden state?
+
+        The pass is run again at w from the kept hidden state and must give the loss of the first pass. A stack that
+        leaks anything else (keys and values shared across layers, router losses) fails, and reuse is turned off.
+        """
+        probe = pending.passes.probe
+        if probe is None or self._is_checked(horizon, update.floor):
+            return
+        if not any(prefix.hidden is not None for prefix in pending.prefixes):
+            return
+        if loss.is_meta:  # no values to compare
+            self._checked_floors.add(update.floor)
+            return
+        held = [(p, p.grad) for p in self.parameters]
+        after = rng.snapshot(self.accelerators)
+        try:
+            rng.restore(pending.state)
+            whole = max(update.floor, update.lowest)
+            with horizon.resumed(update.floor, whole, pending.prefixes), horizon.noting_kept(update.floor):
+                again = _loss(probe())
+            same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
+            reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
+        except Exception as error:  # noqa: BLE001 - a leaky stack may fail in any way; the plain pass has just run
+            same, reason = False, f"it raised {type(error).__name__}: {error}"
+        finally:
+            rng.restore(after)
+            for parameter, gradient in held:
+                parameter.grad = gradient
+        self._checked_floors.add(update.floor)
+        if not same:
+            horizon.reuse = False
+            pending.prefixes = []
+            logger.info(
+                "prefix reuse is off: started from the hidden state that enters block %d, %s, so the blocks pass on "
+                "more than a hidden state. Second passes run whole.",
+                update.floor,
+                reason,
+            )

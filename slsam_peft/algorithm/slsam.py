@@ -1,0 +1,433 @@
+r"""SL-SAM: one update, composed of the bandit, a design, the perturbation and the horizon.
+
+    S_t ~ design(p)                          draw the active set
+    g   = grad L(w) over S_t                 ascent pass
+    e   = rho * g / (|g| + 1e-12)
+    g'  = grad L(w + e) over S_t             descent pass; w is put back bit for bit
+    the base optimizer steps on g'
+    p   = bandit(p, S_t, |g_l|)              for the next update
+
+(arXiv 2602.09395). An inactive arm has no gradient, so the optimizer neither moves nor decays it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from slsam_peft.algorithm import rng, state
+from slsam_peft.algorithm.arms import Arm, ArmNorms
+from slsam_peft.algorithm.bandit import Bandit
+from slsam_peft.algorithm.horizon import Horizon
+from slsam_peft.algorithm.memory import GradientMemory
+from slsam_peft.algorithm.passes import Closure, Passes, PassRunner, Pending, Update
+from slsam_peft.algorithm.perturbation import Shift
+from slsam_peft.algorithm.sampling import build_design
+from slsam_peft.algorithm.telemetry import RadiusWatch, update_metrics
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.errors import DivergedError
+
+
+class SLSAM:
+    """Sparse-layer sharpness-aware minimisation over a set of arms.
+
+    It produces gradients and owns no optimizer: after `update` the `.grad` of trained parameters is the descent
+    gradient at w + e, every other arm's is `None`, and the weights are w, bit for bit.
+
+    Args:
+        arms (`Sequence[Arm]`): What `arms_of(model)` returns, or any list of arms that holds every trainable parameter
+            of the model once: one that is trained and in no arm would gather the gradients of both passes.
+        config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here.
+        fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
+            where `config.cost_budget` is set.
+        cost (callable, *optional*): `Update` -> predicted cost in plain updates, or `None`; logged.
+
+    Attributes:
+        active (`torch.Tensor`): Arms perturbed in the last update, boolean, shape `(L,)`.
+        metrics (`dict[str, float]`): Numbers of the last update.
+        loss (`float`): Loss of the last update, as `update` returned it; summed over its micro-batches.
+        norms (`torch.Tensor`): Gradient norms the bandit saw in it, 0 for arms it did not see, float64, shape `(L,)`.
+        drawn (`torch.Tensor`): Probabilities its arms were drawn with, float64, shape `(L,)`.
+        steps (`int`): Updates completed.
+        skipped, skipped_in_a_row (`int`): Updates skipped because a loss or gradient was NaN or infinite.
+        reduce (callable or `None`): Averages a list of tensors over ranks, in place: the active arms' gradients, and
+            with the descent gradients the two losses, so that all ranks learn from, or skip, the same update.
+        loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
+
+    Raises:
+        ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm (except for
+            `bandit="paper"`); a design that needs a depth order on arms without one; `cost_budget` without `fraction`;
+            `ascent="ahead"` with a parameter that is not the weight of a linear module.
+
+    Example:
+
+        >>> import torch
+        >>> from slsam_peft import SLSAM, SLSAMConfig, arms_of
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> slsam = SLSAM(arms_of(model, "module"), SLSAMConfig(rho=0.05, active_fraction=0.5))
+        >>> x = torch.randn(8, 4)
+        >>> def closure():
+        ...     loss = model(x).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = slsam.update(closure)
+        >>> optimizer.step()
+        >>> int(slsam.active.sum()) >= 1
+        True
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        config: SLSAMConfig | None = None,
+        *,
+        fraction: float | None = None,
+        cost: Callable[[Update], float] | None = None,
+    ) -> None:
+        self.config = config = config or SLSAMConfig()
+        self.arms = arms
+        if not len(arms):
+            raise ValueError("there are no arms; arms_of(model) needs a model with trainable parameters.")
+        parameters = [p for arm in arms for p in arm.parameters]
+        if len(set(parameters)) < len(parameters):
+            names = [name for arm in arms for name in arm.parameter_names]
+            twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
+            raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
+        self.cost = cost
+        depths = [arm.depth for arm in arms]
+        self._depths = torch.tensor([-1 if d is None else d for d in depths])
+        self.bandit = Bandit(len(arms), len(arms) * self._fraction(fraction), config)
+        self.design = build_design(config, depths)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self._check_ahead()
+        blocks = getattr(arms, "blocks", ())
+        limit, above = config.prefix_limit_mib * 2**20, getattr(arms, "above", ())
+        self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
+        self.runner = PassRunner(
+            parameters,
+            torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
+            [linear for arm in arms for linear in arm.linears],
+            self.horizon,
+        )
+        self.reduce: Callable[[list[torch.Tensor]], None] | None = None
+        self.loss_scale: Callable[[], torch.Tensor | None] | None = None
+        self.active = torch.zeros(len(arms), dtype=torch.bool)
+        self.metrics: dict[str, float] = {}
+        self.loss = math.nan
+        self.norms = torch.zeros(len(arms), dtype=torch.float64)
+        self.drawn = self.probabilities
+        self.steps = self.skipped = self.skipped_in_a_row = 0
+        self._norms = ArmNorms(arms)
+        self.memory = GradientMemory(self.runner.parameters)
+        self._watch = RadiusWatch(config.rho)
+        self._current: Update | None = None
+        self._before: dict[str, Any] = {}
+        self._fired_before: set[torch.nn.Module] = set()
+        self._random_before: rng.State = {}
+
+    def _fraction(self, solved: float | None) -> float:
+        config, count = self.config, len(self.arms)
+        if solved is not None:
+            return solved
+        if config.cost_budget is not None:
+            raise ValueError(
+                f"cost_budget={config.cost_budget} needs a cost model of the whole model; use SLSAMTrainer, or solve "
+                "for the fraction (slsam_peft.cost.model) and pass SLSAM(..., fraction=...)."
+            )
+        if config.active_fraction is None:
+            return max(config.fraction, 1.0 / count)
+        if config.active_fraction * count < 1 - 1e-9 and config.bandit != "paper":
+            raise ValueError(
+                f"active_fraction={config.active_fraction} of {count} arms is less than one arm; use at least "
+                f"{1 / count:.3g}, or a finer granularity."
+            )
+        return config.active_fraction
+
+    def _check_ahead(self) -> None:
+        if self.config.ascent != "ahead" or self.config.rho == 0:
+            return
+        for arm in self.arms:
+            for name, linear in zip(arm.parameter_names, arm.linears, strict=True):
+                if linear is None or "forward" in vars(linear):  # accelerate's hooks, for one, replace it
+                    raise ValueError(
+                        "ascent='ahead' runs sequences at w and at w + e in one pass, which only linear modules can, "
+                        f"and {name} is no weight of one, or its forward has been replaced (as accelerate's hooks "
+                        "do); use ascent='partial', or train LoRA factors only."
+                    )
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """Inclusion probabilities for the next draw, float64 on the CPU, shape `(L,)`."""
+        return self.bandit.probabilities
+
+    def update(
+        self,
+        closure: Closure,
+        ascent_closure: Closure | None = None,
+        probe: Closure | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Make the gradients of one update from one batch.
+
+        Args:
+            closure (`Closure`): Runs forward and backward on the batch and returns the loss. Called once or twice.
+            ascent_closure (`Closure`, *optional*): The same on a part of the batch, for `ascent="partial"`.
+            probe (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With it the
+                second pass starts at the floor block; it is called once, to check that the model allows that.
+            rows (`tuple[int, int]`, *optional*): For `ascent="ahead"`, whose `closure` runs on sequences of this batch
+                and, behind them, some of the next one: how many of each. Their losses are to be added, each scaled as
+                this batch's sequences are without the others; `(n, 0)` where there is no next batch.
+
+        Returns:
+            `torch.Tensor`: The loss at w; at w + e where it is never computed at w on the whole batch (`ascent` other
+            than `"two_pass"`).
+
+        Raises:
+            ValueError: `ascent="partial"` without `ascent_closure`, `ascent="ahead"` without `rows`.
+            DivergedError: more than `max_skipped_updates` updates in a row had a NaN or infinite loss or gradient; a
+                `RuntimeError`.
+        """
+        return self.accumulate(Passes(closure, closure, ascent_closure, probe, rows))
+
+    def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
+        """Take in micro-batch `index` of the `count` of an update; the last one completes it.
+
+        The arms are drawn once, with the first micro-batch. Ascent passes run as micro-batches come; once the last of
+        them is in, the descent passes of all micro-batches so far run at w + e, and those of later ones as they come.
+        Whatever is raised inside, weights, hooks, `requires_grad`, generators (torch's too) and bandit are as before.
+
+        Args:
+            passes (`Passes`): The micro-batch.
+            index (`int`, *optional*, defaults to `0`): Its place in the update.
+            count (`int`, *optional*, defaults to `1`): Micro-batches in the update.
+
+        Returns:
+            `torch.Tensor`: Loss to report for this call; the sum over the calls is the update's loss.
+
+        Raises:
+            ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its update.
+        """
+        try:
+            update = self._begin(count, passes) if index == 0 else self._current
+            if update is None:
+                raise RuntimeError(f"micro-batch {index} of {count} came before the first; start an update with 0.")
+            with self.runner.switched(update.trained):
+                loss = self._micro_batch(update, passes, index)
+                if index == count - 1:
+                    self._finish(update)
+        except BaseException:
+            begun = bool(self._before)
+            self._abort()
+            if begun:
+                rng.restore(self._random_before)
+            raise
+        return loss
+
+    def _begin(self, count: int, passes: Passes) -> Update:
+        config = self.config
+        if self._current is not None:  # the last update was never completed: it counts as if it had not begun
+            self._abort()
+        self._random_before = rng.snapshot(self.runner.accelerators)
+        self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
+        self.runner.clear()
+        partial = config.ascent == "partial" and config.rho > 0
+        if partial and count == 1 and passes.part is None:
+            raise ValueError(
+                "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or several "
+                "micro-batches, or use ascent='two_pass'."
+            )
+        ahead = config.ascent == "ahead" and config.rho > 0
+        if ahead and (count > 1 or passes.rows is None or self.reduce is not None):
+            raise ValueError(
+                "ascent='ahead' needs an update of one micro-batch on one rank, and its rows=(sequences of this "
+                "update, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
+            )
+        if passes.rows is not None and not ahead:
+            raise ValueError(f"rows={passes.rows} belong to ascent='ahead' with rho > 0; leave them out.")
+        mask = self.design(self.probabilities, self.generator)
+        if self.bandit.mean == 1.0:
+            mask = torch.ones_like(mask)
+        trained = torch.ones_like(mask) if config.descent == "all" else mask
+        update = Update(
+            mask=mask,
+            trained=trained,
+            inclusion=self.design.inclusion(self.probabilities),
+            floor=int(self._depths[mask].min()),
+            lowest=int(self._depths[trained].min()),
+            count=count,
+        )
+        if partial:
+            update.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
+        elif config.rho > 0 and config.ascent == "two_pass":
+            update.ascents = count
+        elif config.rho > 0:
+            update.shifts = self._recalled(mask)
+        self._current = update
+        return update
+
+    def _micro_batch(self, update: Update, passes: Passes, index: int) -> torch.Tensor:
+        exact = self.config.ascent == "two_pass" and update.ascents > 0
+        pending = Pending(passes, rng.snapshot(self.runner.accelerators))
+        if index >= update.ascents:
+            return self._descend(update, pending, passes.counted)
+        alone = update.count == 1 and self.config.ascent == "partial"
+        closure = passes.counted if exact else (alone and passes.part) or passes.silent
+        loss = self.runner.ascend(update, pending, closure)
+        update.pending.append(pending)
+        if index < update.ascents - 1:
+            return loss if exact else torch.zeros_like(loss)
+        self._set_shifts(update)
+        after = rng.snapshot(self.runner.accelerators)
+        losses = [self._descend(update, p, p.passes.silent if exact else p.passes.counted) for p in update.pending]
+        rng.restore(after)
+        update.pending.clear()
+        return loss if exact else torch.stack(losses).sum()
+
+    def _descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+        remembers = self.config.ascent == "remembered" and self.config.rho > 0
+        if not remembers:
+            return self.runner.descend(update, pending, closure)
+        with self.runner.firings.watch(self.runner.watched_linears(update.mask)):
+            return self.runner.descend(update, pending, closure)
+
+    def _set_shifts(self, update: Update) -> None:
+        """Turn the ascent gradients in `.grad` into e and clear them."""
+        gradients = self._reduced(update.mask)
+        update.squared = squared = self._norms.squared(gradients, self._device(gradients))
+        found = [(i, g) for i, g in enumerate(gradients) if g is not None]
+        if update.ascents < update.count:  # the loss is scaled for all micro-batches
+            update.squared = squared * (update.count / update.ascents) ** 2
+        if found:
+            members, ascent = zip(*found, strict=True)
+            update.shifts = self.runner.shifts(members, ascent, squared.sum().sqrt(), self.config.rho)
+        self.runner.clear()
+
+    def _recalled(self, mask: torch.Tensor) -> list[Shift]:
+        """e from the remembered gradients of the active arms: the last descent's (S2-SAM), or those that ran ahead."""
+        members, gradients, norm = self.memory.recall(self.runner.members(mask))
+        return [] if norm is None else self.runner.shifts(members, gradients, norm, self.config.rho)
+
+    def _reduced(self, mask: torch.Tensor, numbers: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+        """Return each parameter's gradient, averaged over ranks; `None` where there is none.
+
+        `numbers` travel with them: what a decision rests on must be the same on every rank.
+        """
+        gradients = [p.grad for p in self.runner.parameters]
+        if self.reduce is not None:
+            sent = [] if numbers is None else [numbers]
+            for i in self.runner.members(mask):  # the same tensors on every rank
+                gradient = gradients[i]
+                gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
+                gradients[i] = gradient
+                sent.append(gradient)
+            self.reduce(sent)
+        return gradients
+
+    def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
+        return next((g.device for g in gradients if g is not None), self.runner.parameters[0].device)
+
+    def _finish(self, update: Update) -> None:
+        """Read the update's numbers once, then learn from them, or skip the update if one is not finite."""
+        losses = update.losses()
+        gradients = self._reduced(update.trained, losses)
+        if self.reduce is not None:
+            for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
+                parameter.grad = gradient
+        squared = self._norms.squared(gradients, self._device(gradients))
+        ascent_squared = squared if update.squared is None else update.squared
+        numbers = [ascent_squared, self._ahead_norm(update, squared.device), squared.sum()[None], losses]
+        scale = self.loss_scale() if self.loss_scale is not None else None
+        numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
+        values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
+        norms, descent, scale_value = values[:-5].sqrt(), values[-4], float(values[-1])
+        finite = bool(torch.isfinite(values).all())
+        seen = update.mask if update.squared is not None else update.trained & update.mask
+        norms = norms / scale_value
+        self.norms, self.drawn = norms, self.probabilities
+        self.loss = float(values[-2 if self.config.ascent == "two_pass" else -3])
+        if finite and bool(norms[seen].any()):
+            self.bandit.update(seen, norms, update.inclusion)
+        if not finite:
+            self._skip(descent, values)
+        self.metrics = update_metrics(self, update, norms, float(values[-2]), float(values[-3]), finite)
+        if finite:
+            self.skipped_in_a_row = 0
+        self._remember(update, finite, scale)
+        if "ascent_gain" in self.metrics:
+            self._watch.see(self.metrics["ascent_gain"])
+        self.active = update.mask
+        self.steps += 1
+        self._current = None
+        self._before = {}
+        self._release()
+
+    def _read(self, values: torch.Tensor) -> torch.Tensor:
+        """Copy the update's numbers to the host: the one synchronisation of an update."""
+        return values.to("cpu", torch.float64)
+
+    def _skip(self, descent: torch.Tensor, values: torch.Tensor) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.loss_scale is None or self.loss_scale() is None:
+            self.runner.clear()  # no gradient: the optimizer changes nothing
+        elif math.isfinite(float(descent)):  # a gradient scaler must see for itself that this step is void
+            self.runner.void()
+        if self.skipped_in_a_row > self.config.max_skipped_updates:
+            raise DivergedError(
+                f"{self.skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
+                f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
+                f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
+            )
+
+    def _ahead_norm(self, update: Update, device: torch.device) -> torch.Tensor:
+        """Return the norm of the ascent gradient that ran ahead, shape `(1,)`; 0 where there is none."""
+        if not update.ahead:
+            return torch.zeros(1, device=device)  # made there: a copy from the host would wait
+        return torch.stack([n.to(device) for n in torch._foreach_norm(list(update.ahead.values()))]).norm()[None]
+
+    def _remember(self, update: Update, finite: bool, scale: torch.Tensor | None) -> None:
+        """Keep what the next update's ascent is made of."""
+        if self.config.ascent == "ahead":  # of that update's own sequences, or of none
+            self.memory.replace(update.ahead if finite else {}, scale)
+        elif finite and self.config.ascent == "remembered":
+            trained = self.runner.members(update.trained)
+            self.memory.store({i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}, scale)
+
+    def _abort(self) -> None:
+        """Go back to before the update."""
+        self._current = None
+        self._release()
+        self.runner.clear()
+        if self._before:
+            state.restore_sampler(self, self._before)
+            self.runner.firings.fired = self._fired_before
+            self._before = {}
+
+    def _release(self) -> None:
+        if self.horizon is not None:
+            self.horizon.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything later updates depend on.
+
+        Plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"` and `"skipped_in_a_row"`, tensors under every
+        other key.
+        """
+        return state.collect(self)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; nothing changes if it does not fit.
+
+        Raises:
+            ValueError: the state belongs to other arms; the message names the first difference.
+            KeyError: it is incomplete.
+        """
+        state.check_arms(saved["arms"], self.arms)
+        before = state.collect(self)
+        try:
+            state.restore(self, saved)
+        except BaseException:
+            state.restore(self, before)
+            raise

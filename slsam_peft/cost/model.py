@@ -1,0 +1,290 @@
+r"""What an update costs, in matmul FLOPs, predicted from the model's structure and the active set alone.
+
+Counted as `torch.utils.flop_counter.FlopCounterMode` counts: a product of $m \times k$ and $k \times n$ is $2mnk$. The
+attention is the eager one, all $T \times T$ scores. The head is TRL's fused one, which keeps no logits: its backward
+pass computes them again before their gradient. Not counted, below 2 % together: rotary products, routers, the norms
+of DoRA.
+
+Every kind of update has one form: with the floor $f$ = index of the lowest active block,
+
+$$\mathrm{cost} = \mathrm{const} + \sum_{l \ge f} \mathrm{term}_l(\text{active?}, l = f),$$
+
+so that expectations need only $P(f \le l)$ and the inclusion probabilities.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from slsam_peft.cost.block import NONE, BlockCost, Shapes, Size, cost_of_block
+from slsam_peft.cost.budget import LinearCost
+from slsam_peft.cost.matmuls import Decoder, decoder_of
+
+Active = Sequence[bool] | Collection[str]
+
+
+class _Parts(NamedTuple):
+    """What the passes run on: everything, the part of pass 1, and the part of pass 2 that starts at the floor."""
+
+    total: Size
+    first: Size
+    reused: Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How an update runs; names and meanings as in `SLSAMConfig`.
+
+    Args:
+        ascent (`str`, *optional*, defaults to `"two_pass"`): `"two_pass"`, `"partial"`, `"remembered"` or `"ahead"`.
+        ascent_fraction (`float`, *optional*, defaults to `0.25`): Share of the update's sequences in a partial ascent,
+            and of the next one's in an ascent that runs ahead.
+        descent (`str`, *optional*, defaults to `"active"`): `"active"` or `"all"`.
+        perturbed (`bool`, *optional*, defaults to `True`): `False` where `rho` is 0: one pass and no branch.
+        reused (`int`, *optional*): Most micro-batches whose second pass starts at the floor; 0 where prefix reuse is
+            off. Defaults to all of them.
+    """
+
+    ascent: str = "two_pass"
+    ascent_fraction: float = 0.25
+    descent: str = "active"
+    perturbed: bool = True
+    reused: int | None = None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether sequences of the next update run ahead; w + e is then taken as it is, without a branch."""
+        return self.perturbed and self.ascent == "ahead"
+
+    def ascents(self, count: int) -> int:
+        """Return how many of `count` micro-batches have an ascent pass."""
+        if not self.perturbed or self.ascent in ("remembered", "ahead"):
+            return 0
+        return count if self.ascent == "two_pass" else ascent_share(self.ascent_fraction, count)
+
+    def reusable(self, count: int) -> int:
+        """Return for how many of `count` micro-batches the second pass starts at the floor."""
+        if self.ascent == "partial" and count == 1:
+            return 0  # the hidden states of a part of the batch fit no other pass
+        return self.ascents(count) if self.reused is None else min(self.ascents(count), self.reused)
+
+    def run_on(self, shapes: Shapes) -> Shapes:
+        """Return the micro-batches with the sequences of the next update that run ahead in them."""
+        if not self.ahead:
+            return shapes
+        return [(batch + ascent_share(self.ascent_fraction, batch), length) for batch, length in shapes]
+
+    def parts(self, shapes: Shapes) -> _Parts:
+        """Split micro-batches of `(batch, length)` over the passes."""
+        shapes = self.run_on(shapes)
+        first = list(shapes[: self.ascents(len(shapes))])
+        if first and self.ascent == "partial" and len(shapes) == 1:
+            first = [(ascent_share(self.ascent_fraction, shapes[0][0]), shapes[0][1])]
+        return _Parts(Size.of(shapes), Size.of(first), Size.of(shapes[: self.reusable(len(shapes))]))
+
+
+TWO_PASS = Rule()
+
+
+def ascent_share(fraction: float, count: int) -> int:
+    """Return how many of `count` sequences or micro-batches a partial ascent uses: the nearest number, at least 1."""
+    return max(1, round(fraction * count))
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """FLOPs of training updates of one model.
+
+    Args:
+        decoder (`Decoder`): Its matmuls.
+        checkpointing (`bool`): Whether blocks are checkpointed, that is run again in the backward pass.
+        reentrant (`bool`, *optional*, defaults to `False`): Whether checkpointing is the reentrant kind, which runs
+            blocks again to their end and gives the floor block an input that requires a gradient.
+    """
+
+    decoder: Decoder
+    checkpointing: bool
+    reentrant: bool = False
+    _seen: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        checkpointing: bool,
+        reentrant: bool = False,
+        blocks: Sequence[nn.Module] | None = None,
+    ) -> "CostModel":
+        """Read the structure of `model`, adapters attached; weights are not touched, meta and packed ones included.
+
+        Args:
+            model (`nn.Module`): The model as it will be trained.
+            checkpointing (`bool`): Whether gradient checkpointing will be on.
+            reentrant (`bool`, *optional*, defaults to `False`): Whether with `use_reentrant=True`.
+            blocks (`Sequence[nn.Module]`, *optional*): The transformer blocks, where they are known already.
+
+        Raises:
+            ValueError: the model has no stack of blocks, or an adapter on something else than a linear module.
+        """
+        return cls(decoder_of(model, blocks), checkpointing, reentrant)
+
+    def __len__(self) -> int:
+        return len(self.decoder.blocks)
+
+    def plain(self, shapes: Shapes) -> float:
+        """FLOPs of a plain LoRA update of `SFTTrainer` on micro-batches of `(batch, length)`.
+
+        With checkpointing TRL lets the embeddings' output require a gradient, so that backpropagation runs through
+        the input of block 0 as well.
+        """
+        size = Size.of(shapes)
+        total = self._head(size, bool(self.decoder.head_trainable))
+        for i, block in enumerate(self.decoder.blocks):
+            passes = self._passes(i, block.trainable, i > 0 or self.checkpointing or self._uncut)
+            total += passes.forward.on(size) + passes.back.on(size)
+        return total
+
+    def lora_sam(self, shapes: Shapes) -> float:
+        """FLOPs of a SAM update of all adapters: two plain ones."""
+        return 2 * self.plain(shapes)
+
+    def update(
+        self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
+    ) -> float:
+        """FLOPs of an update.
+
+        Args:
+            active (`Sequence[bool]` or `Collection[str]`): The active blocks, one flag each, or the names of the
+                active parameters as in `model.named_parameters()`, for arms finer than a block or outside the blocks.
+            shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of each micro-batch.
+            rule (`Rule`, *optional*): How the update runs. Defaults to exact two-pass SL-SAM.
+            branches (`Collection[str]`, *optional*): Names of the parameters perturbed by an additive branch. Defaults
+                to the weights of all active factors.
+
+        Raises:
+            ValueError: nothing is active, or the flags are not one a block.
+        """
+        per_block, below, head = self._split(active)
+        parts = rule.parts(shapes)
+        floor = 0 if below else next((i for i, names in enumerate(per_block) if names), len(self))
+        total = self._const(parts, rule, head)
+        for i in range(floor, len(self)):
+            names = per_block[i]
+            moved = names if branches is None else names.intersection(branches)
+            total += self._term(i, names, i == floor and not below, parts, rule, moved)
+        return total
+
+    def ratio(
+        self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
+    ) -> float:
+        """Cost of an update in units of a plain LoRA update on the same micro-batches; arguments as in `update`."""
+        return self.update(active, shapes, rule, branches) / self.plain(shapes)
+
+    def forward_flops(self, names: Collection[str], shapes: Shapes) -> float:
+        """FLOPs of one forward pass of what an arm adapts: its blocks if it holds all of theirs, else its modules.
+
+        Args:
+            names (`Collection[str]`): Names of the arm's parameters.
+            shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of each micro-batch.
+        """
+        size, chosen, total = Size.of(shapes), frozenset(names), 0.0
+        for i, block in enumerate(self.decoder.blocks):
+            if block.trainable and block.trainable <= chosen:
+                total += self._passes(i, NONE, True).forward.on(size)
+            else:
+                own = [linear for linear in block.linears if linear.trainable & chosen]
+                total += 2 * size.tokens * sum(x.base.features + sum(f.features for f in x.factors) for x in own)
+        return total
+
+    def reuse_check(self, floor: int, shape: tuple[int, int]) -> float:
+        """FLOPs of one forward pass of the blocks from `floor` on and the head, on a micro-batch of `shape`."""
+        size = Size.of([shape])
+        above = sum(self._passes(i, NONE, True).forward.on(size) for i in range(floor, len(self)))
+        return above + 2 * self.decoder.head * size.scored
+
+    def linear_terms(self, shapes: Shapes, rule: Rule = TWO_PASS) -> LinearCost:
+        """Return the terms of the expected cost with block arms; arguments as in `update`."""
+        unit, parts = self.plain(shapes), rule.parts(shapes)
+        reached, active, floor = [], [], []
+        for i, block in enumerate(self.decoder.blocks):
+            inactive = self._term(i, NONE, False, parts, rule)
+            chosen = self._term(i, block.trainable, False, parts, rule)
+            reached.append(inactive / unit)
+            active.append((chosen - inactive) / unit)
+            floor.append((self._term(i, block.trainable, True, parts, rule) - chosen) / unit)
+        return LinearCost(self._const(parts, rule, False) / unit, tuple(reached), tuple(active), tuple(floor))
+
+    def _split(self, active: Active) -> tuple[list[frozenset[str]], bool, bool]:
+        """Split the active set into names per block, whether anything below them and whether the head is active."""
+        blocks = self.decoder.blocks
+        below = head = False
+        if active and all(isinstance(name, str) for name in active):
+            names = frozenset(active)
+            per_block = [block.trainable & names for block in blocks]
+            below, head = bool(self.decoder.below_trainable & names), bool(self.decoder.head_trainable & names)
+        elif len(active) != len(blocks):
+            raise ValueError(f"the active set has {len(active)} flags; the model has {len(blocks)} blocks.")
+        else:
+            per_block = [block.trainable if on else NONE for block, on in zip(blocks, active, strict=True)]
+        if not (below or head or any(per_block)):
+            raise ValueError("the active set is empty; an update needs at least one trainable parameter.")
+        return per_block, below, head
+
+    def _const(self, parts: _Parts, rule: Rule, head_active: bool) -> float:
+        """Cost of what runs wherever the floor lies: forward passes below it, the head, a dense descent."""
+        cost = self._head(parts.first, head_active) + self._head(parts.total, head_active)
+        rest = parts.total.minus(parts.reused)
+        for i, block in enumerate(self.decoder.blocks):
+            forward = self._passes(i, NONE, True).forward
+            cost += forward.on(parts.first) + forward.on(rest)
+            if rule.descent == "all":
+                input_grad = i > 0 or self.reentrant or self._uncut
+                cost += self._passes(i, block.trainable, input_grad).back.on(parts.total)
+        return cost
+
+    def _term(
+        self,
+        index: int,
+        names: frozenset[str],
+        is_floor: bool,
+        parts: _Parts,
+        rule: Rule,
+        branches: frozenset[str] | None = None,
+    ) -> float:
+        """Cost that block `index` adds when it lies at or above the floor, `names` being what is active in it."""
+        branched = rule.perturbed and not rule.ahead
+        branches = (names if branches is None else branches) if branched else NONE
+        dense = rule.descent == "all"
+        trained = self.decoder.blocks[index].trainable if dense else names
+        at_floor = not is_floor or self.reentrant or (dense and index == 0 and self._uncut)
+        at_bottom = index > 0 or self.reentrant or self._uncut
+        ascent = self._passes(index, trained, at_floor)
+        plain = self._passes(index, trained, at_bottom if dense else at_floor)
+        moved = self._passes(index, trained, at_bottom if dense else at_floor, branches)
+        # A dense descent runs below the floor too: only the branch comes on top of what `_const` counts.
+        back = moved.back.minus(plain.back) if dense else moved.back
+        rest = parts.total.minus(parts.reused)
+        return (
+            ascent.back.on(parts.first)
+            + moved.forward.on(parts.reused)
+            + moved.forward.minus(plain.forward).on(rest)
+            + back.on(parts.total)
+        )
+
+    @property
+    def _uncut(self) -> bool:
+        """Whether backpropagation through everything has to leave block 0 downwards."""
+        return bool(self.decoder.below_trainable)
+
+    def _head(self, size: Size, trainable: bool) -> float:
+        """FLOPs of the fused head: logits, logits again, gradient of the hidden states (and of its weight)."""
+        return 2 * self.decoder.head * size.scored * (4 if trainable else 3)
+
+    def _passes(self, index: int, names: frozenset[str], input_grad: bool, moved: frozenset[str] = NONE) -> BlockCost:
+        key = (index, names, input_grad, moved)
+        if key not in self._seen:
+            block = self.decoder.blocks[index]
+            self._seen[key] = cost_of_block(block, names, input_grad, moved, self.checkpointing, not self.reentrant)
+        return self._seen[key]

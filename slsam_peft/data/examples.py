@@ -1,0 +1,48 @@
+"""Rows of a data set as tokens, of which the answers count; of plain text, everything."""
+
+from typing import Any
+
+from slsam_peft.data.load import load_eval_split, load_split
+from slsam_peft.data.scoring import Tokens, pair_of, tokenise
+from slsam_peft.errors import UserError
+
+
+def load_examples(
+    tokenizer: Any, name: str, *, held_out: str | None = None, rows: int, max_length: int
+) -> list[Tokens]:
+    """Load the first rows of a data set.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        name (`str`): File, folder, Hub name or `"stdlib_docs"`, see `slsam_peft.data.load`.
+        held_out (`str`, *optional*): A held-out file, or the split of `name` to take instead of `"train"`.
+        rows (`int`): How many, at most.
+        max_length (`int`): Tokens of a row; what is longer is cut.
+
+    Raises:
+        UserError: the data cannot be read, are of a kind that has no answer to predict, or no answer is left.
+    """
+    data = load_split(name) if held_out is None else load_eval_split(name, held_out)
+    where = name if held_out is None else held_out
+    found = []
+    for number, row in enumerate(data, 1):
+        tokens = _tokens(tokenizer, dict(row), f"{where}, row {number}", max_length)
+        if max(tokens.prompt, 1) < len(tokens.ids):
+            found.append(tokens)
+        if len(found) == rows:
+            break
+    if not found:
+        raise UserError(f"{where}: no row has an answer within {max_length} tokens; raise --max_length.")
+    return found
+
+
+def _tokens(tokenizer: Any, row: dict[str, Any], where: str, max_length: int) -> Tokens:
+    text = row.get("text")
+    if isinstance(text, str):
+        return Tokens(tokenizer(text)["input_ids"][:max_length], 0)
+    pair = pair_of(row, where)
+    if not isinstance(pair[0], str) and not tokenizer.chat_template:
+        raise UserError(
+            f"{where} is a conversation, and the tokenizer has no chat template; use prompt and completion texts."
+        )
+    return tokenise(tokenizer, pair, max_length)

@@ -1,0 +1,144 @@
+"""The runs of a comparison, in the order in which they are worth most, and which settings won."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slsam_peft.runs.compare.settings import Candidate, CompareSettings, plain_values
+from slsam_peft.runs.compare.store import Row
+
+Rows = Mapping[str, Row]
+
+# Part of every key: to be raised when the same settings no longer give the same row.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run and its score.
+
+    Args:
+        task, method (`str`): Names in the comparison.
+        settings (`dict`): All that decides the result; the key is their hash.
+    """
+
+    task: str
+    method: str
+    settings: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Name of the job on disk; jobs of equal settings share it, whatever they are called."""
+        text = json.dumps([VERSION, self.settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Plan:
+    """All jobs of a comparison.
+
+    Args:
+        settings (`CompareSettings`): The comparison.
+        costs (`dict[str, float]`): Expected cost of an update of each method, in plain LoRA updates of its batch size.
+    """
+
+    def __init__(self, settings: CompareSettings, costs: Mapping[str, float]) -> None:
+        self.settings = settings
+        self.costs = costs
+
+    def batch_share(self, method: str) -> float:
+        """Return a method's batch size as a multiple of the common one: what its plain LoRA update costs."""
+        return self.settings.batch_size(method) / self.settings.training.batch_size
+
+    def updates(self, task: str, method: str, match: str) -> int:
+        """Return how many updates a method gets."""
+        wanted = self.settings.tasks[task].updates or self.settings.training.updates
+        cost = self.costs[method] * self.batch_share(method) if match == "cost" else 1.0
+        return max(1, round(wanted * self.settings.methods[method].updates_share / cost))
+
+    def job(self, task: str, method: str, match: str, tried: Candidate, seed: int) -> Job:
+        """Return a run."""
+        how = self.settings.methods[method]
+        slsam, random_rho = None if how.slsam is None else dict(how.slsam), how.random_rho
+        if tried.rho is not None:
+            slsam, random_rho = (None, tried.rho) if slsam is None else ({**slsam, "rho": tried.rho}, None)
+        values = {
+            "model": self.settings.model,
+            "task": plain_values(self.settings.tasks[task]),
+            "training": {**plain_values(self.settings.training), "batch_size": self.settings.batch_size(method)},
+            "slsam": slsam,
+            "random_rho": random_rho,
+            "learning_rate": tried.rate,
+            "seed": seed,
+            "updates": self.updates(task, method, match),
+            "split": "validation" if seed == self.settings.tuning_seed else "test",
+        }
+        return Job(task, method, values)
+
+    def tuning(self, task: str, method: str, match: str) -> list[Job]:
+        """Return the runs that choose a method's learning rate and radius; none where there is nothing to choose."""
+        task, tried = self.settings.tuning_task or task, self.settings.methods[method].candidates
+        if len(tried) == 1:
+            return []
+        return [self.job(task, method, match, candidate, self.settings.tuning_seed) for candidate in tried]
+
+    def best(self, rows: Rows, task: str, method: str, match: str) -> Candidate | None:
+        """Return the settings of the lowest validation loss; `None` while one is missing, or where all failed."""
+        candidates = self.settings.methods[method].candidates
+        if len(candidates) == 1:
+            return candidates[0]
+        jobs = self.tuning(task, method, match)
+        if any(job.key not in rows for job in jobs):
+            return None
+        losses = [_loss(rows[job.key]) for job in jobs]
+        best = min(range(len(jobs)), key=losses.__getitem__)
+        return candidates[best] if math.isfinite(losses[best]) else None
+
+    def reported(self, rows: Rows, task: str, method: str, match: str) -> list[Job]:
+        """Return the runs of the reported seeds; none while the learning rate is open."""
+        best = self.best(rows, task, method, match)
+        return [] if best is None else [self.job(task, method, match, best, seed) for seed in self.settings.seeds]
+
+    def pending(self, rows: Rows) -> Iterator[Job]:
+        """Yield the jobs that can run and have no row, each once: tuning first, then seed by seed."""
+        seen = set(rows)
+        for job in self._ordered(rows):
+            if job.key not in seen:
+                seen.add(job.key)
+                yield job
+
+    def counts(self, rows: Rows) -> tuple[int, int]:
+        """Return how many runs are done and how many there are; those whose learning rate is open count as well."""
+        known = {job.key for job in self._ordered(rows)}
+        done = sum(key in rows for key in known)
+        open_runs = {(task, method, self.updates(task, method, match)) for task, method, match in self._open(rows)}
+        return done, len(known) + len(open_runs) * len(self.settings.seeds)
+
+    def tasks_to_do(self, rows: Rows) -> list[str]:
+        """Return the tasks that runs are still to be done on, those whose learning rate is open among them."""
+        wanted = {job.task for job in self.pending(rows)} | {task for task, _, _ in self._open(rows)}
+        return [task for task in self.settings.tasks if task in wanted]
+
+    def cells(self) -> list[tuple[str, str, str]]:
+        """Return every (task, method, match)."""
+        s = self.settings
+        return [(task, method, match) for task in s.tasks for match in s.match for method in s.methods]
+
+    def _open(self, rows: Rows) -> list[tuple[str, str, str]]:
+        """Return the cells whose learning rate cannot be chosen yet."""
+        return [cell for cell in self.cells() if any(job.key not in rows for job in self.tuning(*cell))]
+
+    def _ordered(self, rows: Rows) -> Iterator[Job]:
+        for task in self.settings.tasks:
+            cells = [cell for cell in self.cells() if cell[0] == task]
+            for cell in cells:
+                yield from self.tuning(*cell)
+            runs = [self.reported(rows, *cell) for cell in cells]
+            for position in range(len(self.settings.seeds)):
+                yield from (jobs[position] for jobs in runs if jobs)
+
+
+def _loss(row: Row) -> float:
+    return math.inf if "error" in row else row["loss"]

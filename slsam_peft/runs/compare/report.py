@@ -1,0 +1,115 @@
+"""What the rows say: one line for each task, match and method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from slsam_peft.errors import UserError
+from slsam_peft.runs.compare.jobs import Plan, Rows
+from slsam_peft.runs.compare.settings import Candidate
+from slsam_peft.runs.compare.statistics import Difference, holm, paired_difference
+from slsam_peft.runs.compare.store import Row
+
+METRICS = ("loss", "accuracy", "exact")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method on a task, on the reported seeds.
+
+    Args:
+        task, method, match (`str`): As in the comparison.
+        chosen (`Candidate` or `None`): The learning rate, and the radius where several were tried; `None` while open.
+        updates (`int`): Updates of a run.
+        scores (`dict[str, dict[int, float]]`): Score by metric and seed.
+        cost (`float` or `None`): Mean counted cost of an update, in plain LoRA updates of the common batch size.
+        failed (`int`): Runs that diverged.
+        differences (`dict[str, Difference]`): By metric, against the reference; empty for the reference.
+        corrected (`dict[str, float]`): Holm-corrected p-values by metric, over all lines of the task and match.
+    """
+
+    task: str
+    method: str
+    match: str
+    chosen: Candidate | None
+    updates: int
+    scores: dict[str, dict[int, float]]
+    cost: float | None
+    failed: int
+    differences: dict[str, Difference]
+    corrected: dict[str, float]
+
+    @property
+    def total_cost(self) -> float | None:
+        """Counted cost of a run, in plain LoRA updates."""
+        return None if self.cost is None else self.cost * self.updates
+
+    def mean(self, metric: str) -> float | None:
+        """Return the mean score over the seeds done."""
+        values = self.scores[metric].values()
+        return sum(values) / len(values) if values else None
+
+
+def build_report(plan: Plan, rows: Rows) -> list[Line]:
+    """Return the lines of a comparison, in its order; what is not done yet leaves gaps.
+
+    Raises:
+        UserError: rows of one task and seed were trained on different data.
+    """
+    _check_data(plan, rows)
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for task, method, match in plan.cells():
+        groups.setdefault((task, match), []).append(_line(plan, rows, task, method, match))
+    return [line for group in groups.values() for line in _compared(group, plan.settings.reference)]
+
+
+def _check_data(plan: Plan, rows: Rows) -> None:
+    """Data built on the spot may differ from one Python version to the next: such rows are no pairs."""
+    seen: dict[tuple[str, int], Row] = {}
+    for cell in plan.cells():
+        for job in plan.reported(rows, *cell):
+            row = rows.get(job.key)
+            if row is None or "error" in row:
+                continue
+            seed = job.settings["seed"]
+            first = seen.setdefault((job.task, seed), row)
+            if row["data"] != first["data"]:
+                raise UserError(
+                    f"rows {first['key']} and {row['key']} (task {job.task}, seed {seed}) were trained "
+                    "on different data, from another Python or package version; take out those of one of them."
+                )
+
+
+def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
+    jobs = plan.reported(rows, task, method, match)
+    done = [(job.settings["seed"], rows[job.key]) for job in jobs if job.key in rows]
+    good = [(seed, row) for seed, row in done if "error" not in row]
+    return Line(
+        task=task,
+        method=method,
+        match=match,
+        chosen=plan.best(rows, task, method, match),
+        updates=plan.updates(task, method, match),
+        scores={metric: {seed: row[metric] for seed, row in good} for metric in METRICS},
+        cost=plan.batch_share(method) * sum(row["cost"] for _, row in good) / len(good) if good else None,
+        failed=len(done) - len(good),
+        differences={},
+        corrected={},
+    )
+
+
+def _compared(lines: Sequence[Line], reference: str) -> list[Line]:
+    base = next(line for line in lines if line.method == reference)
+    compared = []
+    for line in lines:
+        found = {}
+        for metric in METRICS if line is not base else ():
+            difference = paired_difference(line.scores[metric], base.scores[metric])
+            if difference is not None:
+                found[metric] = difference
+        compared.append(replace(line, differences=found))
+    corrected: list[dict[str, float]] = [{} for _ in compared]
+    for metric in METRICS:
+        having = [i for i, line in enumerate(compared) if metric in line.differences]
+        for i, p in zip(having, holm([compared[i].differences[metric].p for i in having]), strict=True):
+            corrected[i][metric] = p
+    return [replace(line, corrected=p) for line, p in zip(compared, corrected, strict=True)]

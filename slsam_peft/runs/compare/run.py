@@ -1,0 +1,251 @@
+"""One run of a comparison: train an adapter, score it, return the row."""
+
+import importlib.metadata
+import math
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from slsam_peft.algorithm.arms import arms_of
+from slsam_peft.algorithm.slsam import SLSAM
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.cost.expected import ExpectedCost
+from slsam_peft.cost.model import CostModel
+from slsam_peft.data.scoring import Tokens, answered, score
+from slsam_peft.errors import DivergedError, UserError
+from slsam_peft.models.load import load_nf4, load_unquantised
+from slsam_peft.models.smollm2 import fetch_smollm2
+from slsam_peft.runs.compare.control import RandomPerturbationTrainer
+from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
+from slsam_peft.runs.compare.tasks import load_task
+from slsam_peft.trainer.precision import restore_float32
+from slsam_peft.trainer.trainer import SLSAMTrainer
+
+SMOLLM2 = "smollm2"
+TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
+LAST_LOGS = 16  # updates that the training loss is a mean over
+
+Report = Callable[[int, int], None]  # updates done, updates in all
+
+
+def expected_costs(settings: CompareSettings) -> dict[str, float]:
+    """Return each method's expected cost of an update, in plain LoRA updates of its own batch size.
+
+    It is read from the model's config alone, no weights are loaded.
+
+    Raises:
+        UserError: the model's config cannot be read, a `cost_budget` is out of reach, or SL-SAM refuses a method on
+            this model.
+    """
+    training, model = settings.training, _skeleton(settings)
+    try:
+        costs = CostModel.from_model(model, training.gradient_checkpointing)
+    except ValueError as error:
+        raise UserError(f"model={settings.model}: what its updates cost cannot be counted: {error}") from error
+    expected = {}
+    for name, method in settings.methods.items():
+        if method.slsam is None:
+            expected[name] = 1.0
+            continue
+        slsam, shapes = SLSAMConfig.from_dict(method.slsam), [(settings.batch_size(name), TYPICAL_LENGTH)]
+        try:
+            arms = arms_of(model, slsam.granularity)
+            cost = ExpectedCost(costs, arms, slsam, shapes)
+            solved = None if slsam.cost_budget is None else cost.solve(slsam.cost_budget)
+            SLSAM(arms, slsam, fraction=solved)  # refuses here what it would refuse in a run
+        except ValueError as error:
+            raise UserError(f"methods.{name}: {error}") from error
+        expected[name] = cost(slsam.fraction if solved is None else solved)
+    return expected
+
+
+def _skeleton(settings: CompareSettings) -> Any:
+    """Return the model with its adapters, without weights."""
+    name = settings.model
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"model={name} is not a folder (from {Path.cwd()}); name one with a model in it.")
+    try:
+        config = AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return get_peft_model(base, lora(settings.training))
+    except (OSError, ValueError, KeyError) as error:  # what transformers raises for names, files and architectures
+        raise UserError(
+            f"model={name} cannot be read: {' '.join(str(error).split())[:400]}\nName a folder with a causal "
+            "language model in it, a hub name that can be reached, or smollm2."
+        ) from error
+
+
+def model_folder(name: str) -> str:
+    """Return what `from_pretrained` takes for a model name; `"smollm2"` is fetched where it is not there yet."""
+    return str(fetch_smollm2()) if name == SMOLLM2 else os.path.expanduser(name)
+
+
+def lora(training: TrainingSettings) -> LoraConfig:
+    """Return the adapters all methods train."""
+    return LoraConfig(
+        r=training.lora_r,
+        lora_alpha=training.lora_alpha or 2 * training.lora_r,
+        lora_dropout=training.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) -> dict[str, Any]:
+    """Train and score one run.
+
+    Args:
+        settings (`dict`): `Job.settings`.
+        report (`Report`, *optional*): Told after every update.
+
+    Returns:
+        `dict`: The scores, the training loss over the last updates, the mean counted cost of an update, the time; or
+        `"error"` alone where the training diverged.
+    """
+    task, training = TaskSettings(**settings["task"]), TrainingSettings(**settings["training"])
+    model, tokenizer = load_model(settings["model"], training)
+    data = load_task(task, settings["seed"])
+    held_out = data.validation if settings["split"] == "validation" else data.test
+
+    limits = (training.max_length, training.prompt_format)
+    train = answered(tokenizer, data.train, *limits)
+    order = row_order(len(train), settings["updates"] * training.batch_size, settings["seed"])
+    with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
+        trainer = build_trainer(model, tokenizer, [train[i] for i in order], settings, scratch, report)
+        start = time.monotonic()
+        try:
+            trainer.train()
+        except DivergedError as error:
+            return {"error": str(error)}
+        seconds = time.monotonic() - start
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    trained: Any = trainer.model
+    scores = score(trained, answered(tokenizer, held_out, *limits))
+    if not math.isfinite(scores.loss):
+        return {"error": "the held-out loss is not finite"}
+    costs = [entry.get("slsam/cost", 1.0) for entry in logs]
+    last = [entry["loss"] for entry in logs[-LAST_LOGS:]]
+    return {
+        **asdict(scores),
+        "train_loss": sum(last) / len(last),
+        "cost": sum(costs) / len(costs),
+        "seconds": round(seconds, 1),
+        "data": data.fingerprint(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
+    }
+
+
+def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
+    """Load the base model and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    load = load_nf4 if training.quantise == "nf4" else load_unquantised
+    return load(model_folder(name), getattr(torch, training.dtype))
+
+
+def row_order(rows: int, wanted: int, seed: int) -> list[int]:
+    """Return `wanted` row numbers: shuffled passes over all rows, one after the other.
+
+    Two runs of the same seed and different lengths see the same rows in the same order as far as the shorter one goes.
+    """
+    shuffler = random.Random(seed)
+    order: list[int] = []
+    while len(order) < wanted:
+        order += shuffler.sample(range(rows), rows)
+    return order[:wanted]
+
+
+class _Progress(TrainerCallback):
+    """Tells how far a run is."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.report(state.global_step, state.max_steps)
+
+
+def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
+    """Return the trainer's arguments of a run.
+
+    Args:
+        settings (`dict`): `Job.settings`.
+        scratch (`str`): Folder for whatever the trainer writes.
+
+    Raises:
+        ValueError: transformers or TRL refuse a value.
+    """
+    training, seed = TrainingSettings(**settings["training"]), settings["seed"]
+    return SFTConfig(
+        output_dir=scratch,
+        max_steps=settings["updates"],
+        per_device_train_batch_size=training.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        seed=seed,
+        max_length=training.max_length,
+        completion_only_loss=True,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=training.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def build_trainer(
+    model: Any, tokenizer: Any, train: Sequence[Tokens], settings: Mapping[str, Any], scratch: str, report: Report
+) -> SFTTrainer:
+    """Return the trainer of a run.
+
+    For every method of a seed the initial adapter, its dtype and the order of the rows are the same.
+
+    Args:
+        model (`PreTrainedModel`): Base model, from `load_model`.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        train (`Sequence[Tokens]`): Rows, in the order they are trained on.
+        settings (`dict`): `Job.settings`.
+        scratch (`str`): Folder for whatever the trainer writes.
+        report (`Report`): Told after every update.
+    """
+    training, seed = TrainingSettings(**settings["training"]), settings["seed"]
+    common = {
+        "args": arguments_of(settings, scratch),
+        "train_dataset": Dataset.from_list([row.columns() for row in train]),
+        "processing_class": tokenizer,
+        "peft_config": lora(training),
+        "callbacks": [_Progress(report)],
+    }
+    set_seed(seed)  # of the adapters' start
+    if settings["slsam"] is not None:
+        slsam = SLSAMConfig.from_dict({**settings["slsam"], "seed": seed})
+        trainer = SLSAMTrainer(model, slsam_config=slsam, **common)
+    elif settings["random_rho"] is not None:
+        trainer = RandomPerturbationTrainer(model, random_rho=settings["random_rho"], **common)
+    else:
+        trainer = SFTTrainer(model, **common)
+    trained: Any = trainer.model
+    restore_float32(trained, {})  # after TRL's cast on a quantised base; SLSAMTrainer has done it already
+    trainer.remove_callback(PrinterCallback)
+    return trainer

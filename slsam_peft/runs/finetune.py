@@ -1,0 +1,269 @@
+"""One supervised fine-tuning run from parsed settings: what can fail is checked before the model is loaded."""
+
+import errno
+import logging
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoConfig, TrainerCallback
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
+
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.data.load import is_file_name, load_eval_split, load_split
+from slsam_peft.errors import UserError
+from slsam_peft.models.bnb_cpu import keep_trainable
+from slsam_peft.models.smollm2 import fetch_smollm2
+from slsam_peft.runs.signals import StopOnSignal
+from slsam_peft.saving.resume import last_whole_checkpoint, what_is_missing, whole_checkpoint
+from slsam_peft.trainer.trainer import SLSAMTrainer
+
+logger = logging.getLogger(__name__)
+
+MOST_SAID = 300  # characters of an error of a library that reads damaged files
+
+SMOLLM2 = "smollm2"  # a name that needs no account and no Hub: see slsam_peft.models.smollm2
+
+
+class _Begun(TrainerCallback):
+    """Knows whether an update has begun: an error before that is one of the set-up."""
+
+    step = False
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.step = True
+
+
+def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam: SLSAMConfig) -> SLSAMTrainer:
+    """Train as TRL's `sft` script does, with SL-SAM, and save the adapter and the tokenizer.
+
+    Args:
+        script (`ScriptArguments`): The data, see `slsam_peft.data.load`.
+        args (`SFTConfig`): The trainer's settings; evaluates where `eval_strategy` asks for it, resumes where
+            `resume_from_checkpoint` does.
+        model (`ModelConfig`): Base model, quantisation and LoRA.
+        slsam (`SLSAMConfig`): SL-SAM's settings.
+
+    Returns:
+        `SLSAMTrainer`: The trainer, done; the adapter lies in `args.output_dir`.
+
+    Raises:
+        UserError: the output folder cannot be written, there is no such checkpoint, the data or the model cannot be
+            read, or settings do not fit each other. Nothing has been written then.
+        DivergedError: too many updates in a row had a NaN or infinite loss or gradient. Checkpoints stay.
+        Interrupted: SIGINT or SIGTERM ended training, see `slsam_peft.runs.signals`.
+    """
+    folder = str(args.output_dir)  # SFTConfig has set one
+    check_output_folder(folder)
+    args.resume_from_checkpoint = find_checkpoint(args, sampler=not slsam.accept_state_mismatch)
+    check_model(model, args)
+    train, held_out = load_data(script, args)
+    with leaving_nothing(folder):
+        trainer = build_trainer(train, held_out, args, model, slsam)
+        begun = _Begun()
+        trainer.add_callback(begun)
+        trainer.add_callback(stop := StopOnSignal())
+        try:
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        except Exception as error:
+            if begun.step or getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            # A damaged file makes its reader raise anything; without one, what is no refusal is a bug.
+            damage = damaged_file(args.resume_from_checkpoint)
+            if not damage and not isinstance(error, ValueError | RuntimeError | OSError | SafetensorError):
+                raise
+            said = " ".join(str(error).split())[:MOST_SAID] if damage else str(error)
+            raise UserError(f"training cannot start: {said}{damage}") from error
+        stop.raise_if_stopped()
+    trainer.save_model(folder)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+def damaged_file(checkpoint: str | None) -> str:
+    """Return what is wrong with a checkpoint's files, as a line to add to a message; empty where nothing is found.
+
+    Args:
+        checkpoint (`str` or `None`): The folder.
+    """
+    if checkpoint is None:
+        return ""
+    archives = [path for path in sorted(Path(checkpoint).iterdir()) if path.suffix in (".pt", ".pth")]
+    why = what_is_missing(checkpoint, sampler=False) or next(
+        (f"{p.name} is damaged" for p in archives if not _is_sound(p)), ""
+    )
+    return f"\nIn {checkpoint}, {why}; resume from an older checkpoint." if why else ""
+
+
+def _is_sound(archive: Path) -> bool:
+    """Whether what torch has saved in a zip archive has the check sums that were saved with it."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return opened.testzip() is None
+    except Exception:  # zipfile raises many kinds for a header of changed bytes
+        return False
+
+
+def check_output_folder(folder: str) -> None:
+    """Check that `folder` can be created and written, and leave it as it was.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = Path(folder).expanduser().absolute()
+    try:
+        existing = next(part for part in (path, *path.parents) if part.exists())
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".slsam-peft-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir={folder} cannot be written: {error.strerror}. Name a folder that can: --output_dir FOLDER."
+        ) from error
+
+
+def find_checkpoint(args: SFTConfig, *, sampler: bool = True) -> str | None:
+    """Return the checkpoint folder that `args.resume_from_checkpoint` asks for, or `None` to start afresh.
+
+    It is a path, `true` for the newest whole one in `output_dir`, or `auto` for the same where there is one.
+
+    Args:
+        args (`SFTConfig`): The run.
+        sampler (`bool`, *optional*, defaults to `True`): Whether the sampler's state counts, see
+            `last_whole_checkpoint`.
+
+    Raises:
+        UserError: there is none, or the one named is not whole.
+    """
+    asked = args.resume_from_checkpoint
+    wish = str(asked).lower()
+    if asked is None or wish in ("false", "none", "no"):
+        return None
+    if wish == "auto":
+        return last_whole_checkpoint(str(args.output_dir), sampler=sampler)
+    if wish == "true":
+        asked = True
+    else:
+        folder = Path(asked).expanduser()
+        if not (folder / "trainer_state.json").is_file():
+            raise UserError(
+                f"resume_from_checkpoint={asked} is no checkpoint: {folder / 'trainer_state.json'} does not exist. "
+                "Name a checkpoint-<step> folder, or true for the last one in output_dir, or auto for the same where "
+                "there is one."
+            )
+        asked = str(folder)
+    try:
+        return whole_checkpoint(asked, str(args.output_dir), sampler=sampler)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_model(model: ModelConfig, args: SFTConfig) -> None:
+    """Check that the base model can be found and what is asked of it goes together; `"smollm2"` becomes its folder.
+
+    Raises:
+        UserError: no such model, no network to fetch it, or a quantised base without adapters.
+    """
+    name = model.model_name_or_path
+    if not name:
+        raise UserError("there is no model; give a folder or a name on the Hub: --model_name_or_path NAME.")
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        bits = 4 if model.load_in_4bit else 8
+        raise UserError(
+            f"load_in_{bits}bit without use_peft: a quantised base cannot be trained itself. Add --use_peft to train "
+            f"LoRA adapters on it, or drop load_in_{bits}bit."
+        )
+    folder = Path(name).expanduser()
+    if name == SMOLLM2 and not folder.exists():
+        folder = fetch_smollm2(logger.warning)
+    if folder.is_dir():
+        name = model.model_name_or_path = str(folder)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name} does not exist (from {Path.cwd()}).")
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model {name} cannot be loaded: {error}\nmodel_name_or_path must be a model folder or a name on the Hub."
+        ) from error
+    if not config.architectures:
+        raise UserError(f"model {name} cannot be loaded: its config.json names no class under 'architectures'.")
+
+
+def load_data(script: ScriptArguments, args: SFTConfig) -> tuple[Any, Any]:
+    """Load the training rows and, where `eval_strategy` asks for them, the held-out ones.
+
+    Raises:
+        UserError: no data set is named, or it cannot be used; see `slsam_peft.data.load`.
+    """
+    if not script.dataset_name:
+        raise UserError(
+            "there is no data set; give a .json, .jsonl or .parquet file, a folder of them or a name on the Hub: "
+            "--dataset_name NAME."
+        )
+    options = {
+        "config": script.dataset_config,
+        "streaming": script.dataset_streaming,
+        "text_field": args.dataset_text_field,
+    }
+    train = load_split(script.dataset_name, script.dataset_train_split, **options)
+    if args.eval_strategy == "no":
+        if is_file_name(script.dataset_test_split):
+            logger.warning("%s is not used: set eval_strategy to evaluate on it.", script.dataset_test_split)
+        return train, None
+    return train, load_eval_split(script.dataset_name, script.dataset_test_split, **options)
+
+
+def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig, slsam: SLSAMConfig) -> SLSAMTrainer:
+    """Load the model and return the trainer.
+
+    Raises:
+        UserError: what TRL, PEFT, transformers or SL-SAM refuse, in their words.
+    """
+    given = args.model_init_kwargs or {}
+    if isinstance(given, str):
+        raise UserError(
+            f"model_init_kwargs={given!r} must be a mapping in YAML, or a JSON object, '{{...}}', as a flag."
+        )
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    } | given
+    try:
+        trainer = SLSAMTrainer(
+            model=model.model_name_or_path,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+            slsam_config=slsam,
+        )
+        keep_trainable(trainer.model)
+        _ = trainer.slsam  # builds the arms, so that what does not fit them is known before training
+    except (ValueError, ImportError, OSError, RuntimeError, TemplateError) as error:
+        raise UserError(f"{model.model_name_or_path} cannot be trained with these settings: {error}") from error
+    return trainer
+
+
+@contextmanager
+def leaving_nothing(folder: str) -> Iterator[None]:
+    """Remove the folders that a failing block created on the way to `folder`, if they are empty."""
+    path = Path(folder).expanduser().absolute()
+    missing = [part for part in (path, *path.parents) if not part.exists()]
+    try:
+        yield
+    except BaseException:
+        for part in missing:
+            with suppress(OSError):
+                part.rmdir()
+        raise

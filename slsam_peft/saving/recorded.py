@@ -1,0 +1,132 @@
+"""Reads `slsam.json` beside an adapter, and refuses one that does not hold what `write_record` writes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slsam_peft.errors import UserError
+from slsam_peft.saving.record import (
+    FILE_NAME,
+    PROBE_POSITIONS,
+    PROBE_VALUES,
+    SAMPLED_VALUES,
+    SCHEMA,
+    SHAPE_FIELDS,
+    Record,
+)
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record in `folder`, or `None` where there is none.
+
+    Raises:
+        UserError: it cannot be read, a newer version wrote it, or a value is missing or of another kind than is
+            written. The message names the file, the value's place in it, and what to do.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        schema = _get(record, "schema", lambda value: type(value) is int, "an integer")
+        if schema == SCHEMA:
+            _check(record)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Copy it again from where the adapter was trained, or delete it: the "
+            "adapter then counts as one of another trainer."
+        ) from error
+    if schema != SCHEMA:
+        raise UserError(
+            f"{path} has schema {schema!r}; this version reads schema {SCHEMA}. Use the one that wrote it."
+        )
+    return record
+
+
+def _check(record: Any) -> None:
+    """Raise `ValueError` naming the first value that is missing or of another kind."""
+    for name in ("method", "training", "versions"):
+        _entries(record, name, _is_scalar, "a plain value")
+    _get(record, "training.updates", lambda v: type(v) is int, "an integer")
+    _get(record, "training.learning_rate", lambda v: v is None or _is_number(v), "a number")
+    _get(record, "base.name", lambda v: v is None or isinstance(v, str), "a text")
+    _get(record, "base.dtype", _is_dtype, "the name of a floating dtype of torch")
+    _get(record, "base.shape", _is_shape, f"a mapping of some of {', '.join(SHAPE_FIELDS)} to their values")
+    quantisation = _get(record, "base.quantisation", lambda v: v is None or isinstance(v, dict), "a mapping or null")
+    names = _get(record, "base.unquantised", lambda v: v is None or _is_list(v, str), "a list of texts, or null")
+    if quantisation is not None and names is None:
+        raise ValueError("base.unquantised is null; for a quantised base it must be a list of texts")
+    _entries(record, "base.values", _are_samples, f"a list of {SAMPLED_VALUES} numbers")
+    _get(
+        record,
+        "probe",
+        lambda v: v is None or (isinstance(v, list) and len(v) == PROBE_POSITIONS and all(map(_is_row, v))),
+        f"null, or {PROBE_POSITIONS} lists of {PROBE_VALUES} numbers",
+    )
+
+
+def _get(record: Any, place: str, allowed: Callable[[Any], bool], what: str) -> Any:
+    """Return the value at a dotted place.
+
+    Raises:
+        ValueError: it is missing, or not allowed.
+    """
+    value, passed = record, []
+    for key in place.split("."):
+        if not isinstance(value, dict):
+            raise ValueError(f"{'.'.join(passed) or 'the file'} must be a mapping")
+        passed.append(key)
+        if key not in value:
+            raise ValueError(f"{'.'.join(passed)} is missing")
+        value = value[key]
+    _require(value, place, allowed, what)
+    return value
+
+
+def _entries(record: Any, place: str, allowed: Callable[[Any], bool], what: str) -> None:
+    """Check every value of the mapping at a place, as `_get` does."""
+    for name, value in _get(record, place, lambda v: isinstance(v, dict), "a mapping").items():
+        _require(value, f"{place}.{name}", allowed, what)
+
+
+def _require(value: Any, place: str, allowed: Callable[[Any], bool], what: str) -> None:
+    if not allowed(value):
+        shown = repr(value)
+        raise ValueError(f"{place} is {shown[:60]}{'...' * (len(shown) > 60)}; it must be {what}")
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def _is_dtype(value: Any) -> bool:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() <= set(SHAPE_FIELDS)  # some models have a list of sizes
+
+
+def _are_samples(value: Any) -> bool:
+    """Whether these are the values sampled of a tensor; an empty one has none."""
+    return isinstance(value, list) and len(value) in (0, SAMPLED_VALUES) and all(map(_is_number, value))
+
+
+def _is_row(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == PROBE_VALUES
+        and all(entry is None or _is_number(entry) for entry in value)
+    )

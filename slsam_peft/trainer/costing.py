@@ -1,0 +1,84 @@
+"""The price of a trainer's updates in plain LoRA updates: predicted for the log, solved for where it is budgeted."""
+
+from typing import TYPE_CHECKING, Any
+
+from trl import SFTTrainer
+
+from slsam_peft.algorithm.arms import Arms
+from slsam_peft.algorithm.passes import Update
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.cost.expected import active_names, rule_of
+from slsam_peft.cost.model import CostModel, Rule
+
+if TYPE_CHECKING:
+    from slsam_peft.trainer.trainer import SLSAMMixin
+
+
+class UpdateCost:
+    """Predicts the cost of each update from its active set and the shapes of its micro-batches.
+
+    Args:
+        model (`CostModel`): The model's FLOPs.
+        arms (`Arms`): The arms.
+        config (`SLSAMConfig`): Settings.
+
+    Attributes:
+        shapes (`list[tuple[int, int]]`): Micro-batches of the update in progress; the caller fills it.
+        joined (`tuple[int, int]` or `None`): Its only one with the sequences of the next update that run ahead in it.
+    """
+
+    def __init__(self, model: CostModel, arms: Arms, config: SLSAMConfig) -> None:
+        self.model = model
+        self.arms = arms
+        self.config = config
+        self.shapes: list[tuple[int, int]] = []
+        self.joined: tuple[int, int] | None = None
+
+    def __call__(self, update: Update) -> float:
+        """Return the cost in plain LoRA updates; the one-off check of prefix reuse is not in it."""
+        names, rule = active_names(self.arms, update.mask), rule_of(self.config, update.kept)
+        if self.joined is None:
+            return self.model.ratio(names, self.shapes, rule)
+        return self.model.update(names, [self.joined], Rule(perturbed=False)) / self.model.plain(self.shapes)
+
+
+def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:
+    """Return the cost model of a trainer's updates; `None` where its structure or its loss is not known.
+
+    Raises:
+        ValueError: `cost_budget` is set and there is no cost model, or no floor to cut at.
+    """
+    config: SLSAMConfig = trainer.slsam_config
+    args: Any = trainer.args
+    model, reason = None, "only SFTTrainer's updates can be counted."
+    if isinstance(trainer, SFTTrainer):
+        reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False))
+        try:
+            model = CostModel.from_model(trainer.model, args.gradient_checkpointing, reentrant, arms.blocks or None)
+        except ValueError as error:
+            reason = str(error)
+        if model is not None and any(x.base.trainable for block in model.decoder.blocks for x in block.linears):
+            model, reason = (
+                None,
+                "it counts adapters on frozen weights; here weight matrices of the blocks are trained.",
+            )
+    if config.cost_budget is None:
+        return model
+    if model is None:
+        raise ValueError(
+            f"cost_budget={config.cost_budget} needs a cost model, and {reason} Leave cost_budget unset and set "
+            "active_fraction."
+        )
+    below = [arm.name for arm in arms if arm.depth is None or arm.depth < 0]
+    if below:
+        raise ValueError(
+            f"cost_budget={config.cost_budget} needs a floor to cut at, and {below[0]!r} lies below the blocks: its "
+            "updates run to the bottom. Do not train embeddings, or leave cost_budget unset and set active_fraction."
+        )
+    return model
+
+
+def shape_of(inputs: Any) -> tuple[int, int]:
+    """Return `(batch, length)` of a micro-batch."""
+    rows, length = inputs["input_ids"].shape[:2]
+    return int(rows), int(length)

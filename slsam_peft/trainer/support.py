@@ -1,0 +1,73 @@
+"""What a trainer must not ask for, and what its optimizer must hold: checked before the first update."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from slsam_peft.algorithm.arms import Arm
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse set-ups that SL-SAM does not support.
+
+    Raises:
+        ValueError: DeepSpeed, FSDP, sharded parameters, DataParallel, torch.compile, or a trainer that generates
+            inside its training step. The message says why and what to use instead.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and an update here "
+            "needs two. Use DDP (torchrun or accelerate launch)."
+        )
+    if trainer.is_fsdp_enabled or getattr(trainer.args, "fsdp", None):  # on a CPU accelerate ignores what args ask for
+        raise ValueError(
+            "FSDP is not supported: its flat and sharded parameters cannot be switched on and off by arm. Use DDP, or "
+            "a quantised base on one device."
+        )
+    if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
+        raise ValueError(
+            "the model's parameters are sharded (DTensor, by FSDP2 or tensor parallelism), which is not supported: "
+            "their gradients are exchanged inside the backward pass, and an update here needs two. Use DDP, or a "
+            "quantised base on one device."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"one process for {trainer.args.n_gpu} GPUs is not supported: torch.nn.DataParallel copies the model in "
+            "every pass, and the copies know neither arms nor perturbation. Start one process a GPU (torchrun or "
+            "accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if trainer.args.torch_compile or any(_is_compiled(module) for module in trainer.model.modules()):
+        raise ValueError(
+            "torch.compile is not supported: active arms change in every update, so every update would be compiled "
+            "again. Set torch_compile=False and pass the model as it was before torch.compile."
+        )
+    if hasattr(trainer, "_generate_and_score_completions"):
+        raise ValueError(
+            f"{type(trainer).__name__} is not supported: its training step generates completions and "
+            "counts its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
+        )
+
+
+def _is_compiled(module: Any) -> bool:
+    """Whether a module was wrapped by `torch.compile(module)` or compiled in place by `module.compile()`."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
+    """Check that the optimizer holds every arm's parameters.
+
+    Raises:
+        ValueError: some are missing. They would get gradients and never be trained.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        n for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True) if id(p) not in held
+    ]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"the optimizer lacks {len(missing)} trainable parameters ({shown}), so their arms would never be "
+            "trained. Build it over every parameter that requires grad, or let the trainer build it "
+            "(optimizers=(None, None))."
+        )
