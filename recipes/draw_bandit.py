@@ -13,7 +13,7 @@ from slsam_peft import SLSAMConfig
 from slsam_peft.algorithm.bandit import Bandit
 from slsam_peft.algorithm.sampling import Bernoulli
 
-ARMS, FRACTION, UPDATES = 20, 0.2, 2_000
+ARMS, FRACTION, STEPS = 20, 0.2, 2_000
 SCALES = (0.05, 1.0, 20.0)
 LAST = 500  # updates that the probabilities are a mean over
 SEED = 0
@@ -31,10 +31,10 @@ def learned(rule: str, scale: float) -> torch.Tensor:
     design, generator = Bernoulli(), torch.Generator().manual_seed(SEED)
     norms = scale * torch.arange(1, ARMS + 1, dtype=torch.float64) / ARMS
     total = torch.zeros(ARMS, dtype=torch.float64)
-    for update in range(UPDATES):
+    for step in range(STEPS):
         mask = design(bandit.probabilities, generator)
         bandit.update(mask, norms, design.inclusion(bandit.probabilities))
-        if update >= UPDATES - LAST:
+        if step >= STEPS - LAST:
             total += bandit.probabilities
     return total / LAST
 
@@ -55,9 +55,7 @@ def draw() -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_ylabel("inclusion probability")
     all_axes[0].legend(fontsize=8, frameon=False, loc="upper left")
-    figure.suptitle(
-        f"What {UPDATES:,} updates teach the bandit ({ARMS} arms, active_fraction={FRACTION})", fontsize=11
-    )
+    figure.suptitle(f"What {STEPS:,} updates teach the bandit ({ARMS} arms, active_fraction={FRACTION})", fontsize=11)
     return figure
 
 

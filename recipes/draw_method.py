@@ -15,7 +15,7 @@ from slsam_peft import SLSAMConfig
 from slsam_peft.algorithm.bandit import Bandit
 from slsam_peft.algorithm.sampling import Bernoulli
 
-BLOCKS, UPDATES, BEFORE = 10, 12, 150  # drawn: the updates after the first 150
+BLOCKS, STEPS, BEFORE = 10, 12, 150  # drawn: the updates after the first 150
 SHOWN = 8  # the update whose passes are drawn
 CONFIG = SLSAMConfig(active_fraction=0.3, bandit_rate=0.2)
 NORMS = torch.linspace(1.0, 4.0, BLOCKS, dtype=torch.float64)  # upper blocks have the larger gradients
@@ -33,7 +33,7 @@ def draws() -> tuple[torch.Tensor, torch.Tensor]:
     bandit, design = Bandit(BLOCKS, CONFIG.fraction * BLOCKS, CONFIG), Bernoulli()
     generator = torch.Generator().manual_seed(SEED)
     probabilities, masks = [], []
-    for _ in range(BEFORE + UPDATES):
+    for _ in range(BEFORE + STEPS):
         probabilities.append(bandit.probabilities)
         masks.append(design(bandit.probabilities, generator))
         bandit.update(masks[-1], NORMS, design.inclusion(bandit.probabilities))
@@ -61,34 +61,40 @@ def arrow(axes: Axes, start: Sequence[float], end: Sequence[float], colour: str 
     axes.add_patch(shape)
 
 
-def draw_updates(axes: Axes, probabilities: torch.Tensor, masks: torch.Tensor) -> None:
+def draw_steps(axes: Axes, probabilities: torch.Tensor, masks: torch.Tensor) -> None:
     """Draw blocks against updates: shade = probability, marked = active, line = floor."""
-    for update in range(UPDATES):
-        x = update * 0.55
-        floor = int(masks[update].nonzero().min())
+    for step in range(STEPS):
+        x = step * 0.55
+        lowest_active = int(masks[step].nonzero().min())
         for block in range(BLOCKS):
-            shade = PROBABILITY(0.05 + 0.7 * float(probabilities[update, block]) / DARKEST)
+            shade = PROBABILITY(0.05 + 0.7 * float(probabilities[step, block]) / DARKEST)
             axes.add_patch(Rectangle((x, block), 0.55, 1, fc=shade, ec=PAPER, lw=1))
-            if masks[update, block]:
+            if masks[step, block]:
                 box = "round,pad=0,rounding_size=0.1"
                 axes.add_patch(
                     FancyBboxPatch((x + 0.09, block + 0.17), 0.37, 0.66, boxstyle=box, fc=ACTIVE, ec=INK, lw=0.8)
                 )
-        axes.plot([x + 0.02, x + 0.53], [floor, floor], color=BACKWARD, lw=2.2, solid_capstyle="butt")
+        axes.plot(
+            [x + 0.02, x + 0.53],
+            [lowest_active, lowest_active],
+            color=BACKWARD,
+            lw=2.2,
+            solid_capstyle="butt",
+        )
     axes.add_patch(Rectangle((SHOWN * 0.55, -0.06), 0.55, BLOCKS + 0.12, fc="none", ec=INK, lw=1.8))
     for block in range(BLOCKS):
         text(axes, -0.15, block + 0.5, f"block {block}", 7.5, ha="right")
-    text(axes, UPDATES * 0.275, BLOCKS + 1.25, "which blocks are active", 11, weight="bold")
-    text(axes, UPDATES * 0.275, BLOCKS + 0.6, "drawn anew in every update from the bandit's p", 8)
+    text(axes, STEPS * 0.275, BLOCKS + 1.25, "which blocks are active", 11, weight="bold")
+    text(axes, STEPS * 0.275, BLOCKS + 0.6, "drawn anew in every update from the bandit's p", 8)
     arrow(axes, (2.0, -0.45), (4.6, -0.45), SOFT)
-    text(axes, 1.85, -0.45, "updates", 8, ha="right")
+    text(axes, 1.85, -0.45, "steps", 8, ha="right")
 
 
 def draw_pass(axes: Axes, x: float, mask: torch.Tensor, second: bool) -> None:
     """Draw the stack of blocks in one pass, with the reach of its forward and its backward."""
-    floor = int(mask.nonzero().min())
+    lowest_active = int(mask.nonzero().min())
     for block in range(BLOCKS):
-        below, active = block < floor, bool(mask[block])
+        below, active = block < lowest_active, bool(mask[block])
         words = "w + e" if active and second else "g" if active else "no graph" if below else "passed through"
         dashed = below and second
         shape = FancyBboxPatch(
@@ -105,11 +111,11 @@ def draw_pass(axes: Axes, x: float, mask: torch.Tensor, second: bool) -> None:
         weight = "bold" if active else "normal"
         colour = SOFT if dashed else INK
         text(axes, x + WIDTH / 2, block + 0.48, "not run" if dashed else words, 8.5, color=colour, weight=weight)
-    arrow(axes, (x - 0.2, floor + 0.1 if second else 0.1), (x - 0.2, BLOCKS), FORWARD)
-    arrow(axes, (x + WIDTH + 0.2, BLOCKS), (x + WIDTH + 0.2, floor + 0.05), BACKWARD)
+    arrow(axes, (x - 0.2, lowest_active + 0.1 if second else 0.1), (x - 0.2, BLOCKS), FORWARD)
+    arrow(axes, (x + WIDTH + 0.2, BLOCKS), (x + WIDTH + 0.2, lowest_active + 0.05), BACKWARD)
 
 
-def draw_between(axes: Axes, floor: int) -> None:
+def draw_between(axes: Axes, lowest_active: int) -> None:
     """Draw what goes from pass to pass, to the optimizer and back to the bandit."""
     for x, title, note in (
         (FIRST, "1  ascent pass, at w", "backward stops at the floor"),
@@ -118,13 +124,20 @@ def draw_between(axes: Axes, floor: int) -> None:
         text(axes, x + WIDTH / 2, BLOCKS + 1.25, title, 11, weight="bold")
         text(axes, x + WIDTH / 2, BLOCKS + 0.6, note, 8)
     end = SECOND + WIDTH + 0.45
-    axes.plot([SHOWN * 0.55 + 0.55, end], [floor, floor], color=BACKWARD, lw=1.2, ls=(0, (5, 3)), zorder=0)
-    text(axes, (UPDATES * 0.55 + FIRST - 0.2) / 2, floor + 0.3, "floor", 9, color=BACKWARD)
+    axes.plot(
+        [SHOWN * 0.55 + 0.55, end],
+        [lowest_active, lowest_active],
+        color=BACKWARD,
+        lw=1.2,
+        ls=(0, (5, 3)),
+        zorder=0,
+    )
+    text(axes, (STEPS * 0.55 + FIRST - 0.2) / 2, lowest_active + 0.3, "lowest_active_block", 9, color=BACKWARD)
     left, right = FIRST + WIDTH + 0.2, SECOND - 0.2
     text(axes, (left + right) / 2, BLOCKS - 1.1, "e = ρ g / ‖g‖", 9.5)
     arrow(axes, (left + 0.15, BLOCKS - 1.6), (right - 0.15, BLOCKS - 1.6))
-    arrow(axes, (left - 0.15, floor - 0.05), (right, floor + 0.12), FORWARD, bend=0.35)
-    text(axes, (left + right) / 2, floor - 1.0, "kept\nhidden\nstate", 8, color=FORWARD, va="top")
+    arrow(axes, (left - 0.15, lowest_active - 0.05), (right, lowest_active + 0.12), FORWARD, bend=0.35)
+    text(axes, (left + right) / 2, lowest_active - 1.0, "kept\nhidden\nstate", 8, color=FORWARD, va="top")
     arrow(axes, (end + 0.05, BLOCKS - 1.6), (end + 0.75, BLOCKS - 1.6))
     text(
         axes, end + 0.85, BLOCKS - 1.6, "g′ to the base\noptimizer, which\nsteps on the\nactive blocks", 8.5, ha="left"
@@ -166,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(-1.5, 18.9), ylim=(-2.8, BLOCKS + 1.8))
         axes.axis("off")
-        draw_updates(axes, probabilities, masks)
+        draw_steps(axes, probabilities, masks)
         draw_pass(axes, FIRST, masks[SHOWN], second=False)
         draw_pass(axes, SECOND, masks[SHOWN], second=True)
         draw_between(axes, int(masks[SHOWN].nonzero().min()))

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slsam_peft import arms_of
 from slsam_peft.algorithm.perturbation import Shift, ascent_offsets, perturbed
-from slsam_peft.algorithm.telemetry import LOST_SHARE, LOW_GAIN, WATCHED_UPDATES
+from slsam_peft.algorithm.telemetry import LOST_SHARE, LOW_GAIN, WATCHED_STEPS
 from slsam_peft.data.stdlib_docs import stdlib_docs
 from slsam_peft.models.smollm2 import fetch_smollm2
 
@@ -176,7 +176,7 @@ def main() -> None:
     folder = arguments.model or fetch_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if arguments.gains:
-        rows = gains(folder, batches(tokenizer, WATCHED_UPDATES))
+        rows = gains(folder, batches(tokenizer, WATCHED_STEPS))
         table = Table("precision", "rho", f"share of gains below {LOW_GAIN}", "least", "median", "warns")
         for r in rows:
             ordered = sorted(r["gains"])

@@ -8,12 +8,12 @@ from slsam_peft.config import SLSAMConfig
 if TYPE_CHECKING:
     from slsam_peft.algorithm.arms import arms_of
     from slsam_peft.algorithm.slsam import SLSAM
-    from slsam_peft.saving.resume import last_whole_checkpoint
+    from slsam_peft.saving.resume import last_intact_checkpoint
     from slsam_peft.trainer.trainer import SLSAMMixin, SLSAMTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["SLSAM", "SLSAMConfig", "SLSAMMixin", "SLSAMTrainer", "arms_of", "last_whole_checkpoint"]
+__all__ = ["SLSAM", "SLSAMConfig", "SLSAMMixin", "SLSAMTrainer", "arms_of", "last_intact_checkpoint"]
 
 # torch and trl take seconds to import; a command line that only prints help must not pay for them.
 _LAZY = {
@@ -21,7 +21,7 @@ _LAZY = {
     "SLSAMMixin": "slsam_peft.trainer.trainer",
     "SLSAMTrainer": "slsam_peft.trainer.trainer",
     "arms_of": "slsam_peft.algorithm.arms",
-    "last_whole_checkpoint": "slsam_peft.saving.resume",
+    "last_intact_checkpoint": "slsam_peft.saving.resume",
 }
 
 

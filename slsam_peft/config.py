@@ -142,7 +142,7 @@ class SLSAMConfig:
             "active arms, so active_fraction must stay unset."
         ),
     )
-    probability_floor: float = field(
+    min_probability: float = field(
         default=0.1,
         metadata=_help(
             "Least inclusion probability the 'scale_free' bandit leaves an arm, as a share of the mean probability, "
@@ -156,7 +156,7 @@ class SLSAMConfig:
             "when it is drawn at the mean probability."
         ),
     )
-    prefix_limit_mib: float = field(
+    hidden_state_cache_limit_mib: float = field(
         default=1024.0,
         metadata=_help(
             "Most memory, in MiB, for hidden states kept between the two passes of an update. Micro-batches beyond "
@@ -169,7 +169,7 @@ class SLSAMConfig:
             "Precision of adapters on a quantised base: 'float32', or 'keep' what the trainer chose (TRL: bfloat16)."
         ),
     )
-    max_skipped_updates: int = field(
+    max_skipped_steps: int = field(
         default=10,
         metadata=_help(
             "Updates in a row that may be skipped for a NaN or infinite loss or gradient before training stops."
@@ -208,10 +208,12 @@ class SLSAMConfig:
         _require_number("ascent_fraction", self.ascent_fraction, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.cost_budget is not None:
             _require_number("cost_budget", self.cost_budget, "a finite number > 0", lambda x: x > 0)
-        _require_number("probability_floor", self.probability_floor, "in [0, 1)", lambda x: 0 <= x < 1)
+        _require_number("min_probability", self.min_probability, "in [0, 1)", lambda x: 0 <= x < 1)
         _require_number("bandit_rate", self.bandit_rate, "a finite number > 0", lambda x: x > 0)
-        _require_number("prefix_limit_mib", self.prefix_limit_mib, "a finite number >= 0", lambda x: x >= 0)
-        for name in ("max_skipped_updates", "seed"):
+        _require_number(
+            "hidden_state_cache_limit_mib", self.hidden_state_cache_limit_mib, "a finite number >= 0", lambda x: x >= 0
+        )
+        for name in ("max_skipped_steps", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}={value!r} is not allowed; it must be an integer >= 0.")

@@ -217,7 +217,7 @@ COMPARE: list[tuple[list[str], str]] = [
     (["compare", "--config", "good.yaml", "--rows", "full", "--report"], "rows cannot be read from full: "),
 ]
 BENCH: list[tuple[list[str], str]] = [
-    (["--updates", "0"], "0 is not allowed; it must be at least 1"),
+    (["--steps", "0"], "0 is not allowed; it must be at least 1"),
     (["--rounds", "many"], "argument --rounds"),
     (["--output", "file"], "file exists already. Name another file, or pass --force to overwrite it."),
     (["--output", "full", "--force"], "full is a folder; name a file in it."),

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from slsam_peft import SLSAMConfig, SLSAMTrainer, last_whole_checkpoint
+from slsam_peft import SLSAMConfig, SLSAMTrainer, last_intact_checkpoint
 from tests.tiny import build, llama, lora
 
-UPDATES = 16
+STEPS = 16
 SAVE_STEPS = 2
 
 
@@ -64,14 +64,14 @@ def live(folder, pipe, nth=None, event="", **_):
         model=llama(num_hidden_layers=3),
         peft_config=lora(target_modules=["q_proj", "down_proj"], lora_dropout=0.2),
         parts={"callbacks": [Reports(pipe)]},
-        max_steps=UPDATES,
+        max_steps=STEPS,
         gradient_accumulation_steps=2,
         save_strategy="steps",
         save_steps=SAVE_STEPS,
         save_total_limit=3,
         activation_checkpointing=False,
     )
-    checkpoint = last_whole_checkpoint(folder / "out")
+    checkpoint = last_intact_checkpoint(folder / "out")
     if nth is not None:
         die_in_a_save(nth, event)
     trainer.train(resume_from_checkpoint=checkpoint)

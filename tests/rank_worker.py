@@ -24,7 +24,7 @@ from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.trainer.distributed import average_over_ranks
 from tests.tiny import build, llama, lora
 
-UPDATES = 20
+STEPS = 20
 NON_REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
 PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -117,7 +117,7 @@ class Wire(TorchDispatchMode):
 def long(folder):
     """Twenty updates of AdamW with dropout."""
     config = config_of({"design": "fixed_size"})
-    trainer = train_small(Watched, folder / "out", config, max_steps=UPDATES, dropout=0.2)
+    trainer = train_small(Watched, folder / "out", config, max_steps=STEPS, dropout=0.2)
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     logged = [log["slsam/sharpness"] for log in trainer.state.log_history if "slsam/sharpness" in log]
     return {**trainer.seen.report(), "sharpness": logged}, adapters(trainer)
@@ -199,7 +199,7 @@ def network():
     return nn.Sequential(*layers).double()
 
 
-def own_loop(rank=None, updates=8):
+def own_loop(rank=None, steps=8):
     """Train a small network on 16 rows; with a rank, on that half of them."""
     model, x = network(), torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = x if rank is None else x[8 * rank : 8 * rank + 8]
@@ -213,7 +213,7 @@ def own_loop(rank=None, updates=8):
         loss.backward()
         return loss
 
-    for i in range(updates):
+    for i in range(steps):
         slsam.update(closure)
         if i == 0:
             seen |= {f"gradient.{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -257,7 +257,7 @@ def dying(folder):
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().compute_loss(*args, **kwargs)
 
-    train_small(Dying, folder / "out", config_of({}), max_steps=UPDATES)
+    train_small(Dying, folder / "out", config_of({}), max_steps=STEPS)
     return {}, {}
 
 

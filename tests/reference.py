@@ -5,7 +5,7 @@ import torch
 from tests.tolerances import EXACT_FLOAT64
 
 
-def reference_update(arms, mask, rho, closure, trained=None):
+def reference_step(arms, mask, rho, closure, trained=None):
     """Return the loss at w and the descent gradient of every parameter in arm order, `None` where it is not trained.
 
     Args:
@@ -45,16 +45,16 @@ def reference_update(arms, mask, rho, closure, trained=None):
     return loss, gradients
 
 
-def assert_update_is_exact(slsam, mask, closure, probe):
+def assert_step_is_exact(slsam, mask, closure, probe):
     """Check one update that draws `mask` against the reference: loss, gradients, weights, random state, switches."""
     parameters = [p for arm in slsam.arms for p in arm.parameters]
     trained = torch.ones_like(mask) if slsam.config.descent == "all" else mask
     state = torch.get_rng_state()
-    loss, expected = reference_update(slsam.arms, mask, slsam.config.rho, closure, trained)
+    loss, expected = reference_step(slsam.arms, mask, slsam.config.rho, closure, trained)
     after = torch.get_rng_state()
     weights = [p.detach().clone() for p in parameters]
     torch.set_rng_state(state)
-    got = slsam.update(closure, probe=probe)
+    got = slsam.update(closure, forward_only=probe)
     assert torch.equal(slsam.active, mask)
     assert float(got) == float(loss)
     assert torch.equal(torch.get_rng_state(), after)

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from tests.tiny import build, llama, lora
 
-UPDATES, CUT = 4, 2
+STEPS, CUT = 4, 2
 WIDE = 128  # rank at which every factor here has the 4,096 elements from which bitsandbytes keeps 8-bit moments
 _TIMES = ("runtime", "per_second", "total_flos", "train_loss", "num_tokens")  # TRL 1.16 counts tokens from 0 again
 
@@ -26,14 +26,14 @@ class Draws(TrainerCallback):
         self.seen[state.global_step] = (slsam.active.tolist(), slsam.probabilities.tolist())
 
 
-def base(folder, quantised):
+def base(folder, quantized):
     """Return the base model; in NF4 from a folder where it was saved."""
-    if not quantised:
+    if not quantized:
         return llama(num_hidden_layers=3)
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    quantisation = BitsAndBytesConfig(**settings)
+    quantization = BitsAndBytesConfig(**settings)
     return LlamaForCausalLM.from_pretrained(
-        folder, quantization_config=quantisation, device_map="cpu", dtype=torch.float32
+        folder, quantization_config=quantization, device_map="cpu", dtype=torch.float32
     )
 
 
@@ -44,7 +44,7 @@ def flat(state, name):
     return {name: torch.as_tensor(state).clone()} if isinstance(state, torch.Tensor | int | float) else {}
 
 
-def train(folder, base_folder, settings, optimizer, quantised, reentrant, resume):
+def train(folder, base_folder, settings, optimizer, quantized, reentrant, resume):
     """Train, from a checkpoint where `resume` names one, and leave `end.safetensors` and `end.json` in the folder."""
     draws = Draws()
     rank = WIDE if "8bit" in optimizer else 4
@@ -52,10 +52,10 @@ def train(folder, base_folder, settings, optimizer, quantised, reentrant, resume
         SLSAMTrainer,
         Path(folder),
         SLSAMConfig(rho=0.1, active_fraction=0.5, **settings),
-        model=base(base_folder, quantised),
+        model=base(base_folder, quantized),
         peft_config=lora(r=rank, target_modules=["q_proj", "down_proj"], lora_dropout=0.2),
         parts={"callbacks": [draws]},
-        max_steps=UPDATES,
+        max_steps=STEPS,
         gradient_accumulation_steps=3,
         save_strategy="steps",
         save_steps=CUT,

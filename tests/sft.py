@@ -44,11 +44,11 @@ def llama(dtype=torch.float32):
     return LlamaForCausalLM(config).to(dtype)
 
 
-def train(cls, folder, config=None, *, double=False, dropout=0.1, updates=3, **settings):
+def train(cls, folder, config=None, *, double=False, dropout=0.1, steps=3, **settings):
     """Train three updates and return the trainer; `settings` are `SFTConfig`'s."""
     arguments = {
         "per_device_train_batch_size": 2,
-        "max_steps": updates,
+        "max_steps": steps,
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_strategy": "no",

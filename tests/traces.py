@@ -21,7 +21,7 @@ def modules(count, per_block=7):
     return [f"{PREFIX}.{i}.mlp.m{j}" for i, j in pairs], [i for i, _ in pairs]
 
 
-def write_trace(folder, arms, updates, config=None, *, fraction=0.4, cost=True, done=True, seed=0):
+def write_trace(folder, arms, steps, config=None, *, fraction=0.4, cost=True, done=True, seed=0):
     """Write the trace of a run whose probabilities rise with depth, and return the recorder."""
     names, depths = arms
     config = config or SLSAMConfig()
@@ -31,15 +31,15 @@ def write_trace(folder, arms, updates, config=None, *, fraction=0.4, cost=True, 
         arms=[SimpleNamespace(name=n, depth=d) for n, d in zip(names, depths, strict=True)],
     )
     folder.mkdir(parents=True, exist_ok=True)
-    file = TraceFile(slsam, folder, updates if done else 2 * updates)
+    file = TraceFile(slsam, folder, steps if done else 2 * steps)
     generator = torch.Generator().manual_seed(seed)
     rising = torch.linspace(0.1, 0.9, len(names), dtype=torch.float64)
-    for step in range(1, updates + 1):
-        slsam.drawn = 0.5 + (rising - 0.5) * step / updates
+    for step in range(1, steps + 1):
+        slsam.drawn = 0.5 + (rising - 0.5) * step / steps
         slsam.active = torch.rand(len(names), generator=generator) < slsam.drawn
         slsam.norms = torch.where(slsam.active, rising, 0.0)
         slsam.loss = 3.0 / step + float(torch.rand((), generator=generator))
-        slsam.metrics = {"floor": float(slsam.active.double().argmax()), "grad_norm_ascent": 0.5}
+        slsam.metrics = {"lowest_active_block": float(slsam.active.double().argmax()), "grad_norm_ascent": 0.5}
         if config.ascent == "two_pass":
             slsam.metrics["sharpness"] = 0.1
         if cost:

@@ -5,7 +5,7 @@ import math
 import torch
 from transformers import TrainerCallback
 
-UPDATES = 3
+STEPS = 3
 
 
 def hooks(model):
@@ -67,7 +67,7 @@ class Watch(TrainerCallback):
 def check(trainer, watch):
     """Check the last update and what all of them left behind."""
     slsam = trainer.slsam
-    assert trainer.state.global_step == slsam.steps == UPDATES
+    assert trainer.state.global_step == slsam.steps == STEPS
     assert slsam.skipped == 0
     on = slsam.active.tolist()
     assert 0 < sum(on) < len(on), "the case shows nothing unless some arms are active and some are not"
@@ -76,5 +76,5 @@ def check(trainer, watch):
         assert any(moved) == active, arm.name
         assert all(torch.isfinite(watch.after[n]).all() for n in arm.parameter_names), arm.name
     logged = [log for log in trainer.state.log_history if "slsam/sharpness" in log]
-    assert len(logged) == UPDATES
+    assert len(logged) == STEPS
     assert all(math.isfinite(log["slsam/sharpness"]) and log["slsam/sharpness"] != 0 for log in logged)

@@ -20,17 +20,17 @@ from transformers import GenerationConfig
 from slsam_peft.adapters.base_files import INDEX, SINGLE, BaseFiles
 from slsam_peft.adapters.load import SETTINGS, WEIGHTS, Adapter, load_tokenizer, plain_config, raw_tensors
 from slsam_peft.adapters.merge import Merge
-from slsam_peft.adapters.requantize import NF4, check_quantisation, dequantised
+from slsam_peft.adapters.requantize import NF4, check_quantization, dequantized
 from slsam_peft.errors import UserError
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.saving.card import tags_of
 from slsam_peft.saving.record import FILE_NAME
 
 ORIGINAL = "original"
-DEQUANTISED = "dequantised"
+DEQUANTIZED = "dequantised"
 WAYS = {
     ORIGINAL: "the original 16-bit weights",
-    DEQUANTISED: "the dequantised weights it was trained on",
+    DEQUANTIZED: "the dequantised weights it was trained on",
 }
 SHARD_BYTES = 5_000_000_000
 
@@ -132,17 +132,17 @@ def way_of(adapter: Adapter, config: Any, base: str | None) -> str:
             f"the files of {adapter.base} hold quantised weights, and a merge needs 16-bit ones: name the model "
             "they were made from with --model."
         )
-    quantisation = adapter.quantisation
-    if quantisation is not None and base is None:
+    quantization = adapter.quantization
+    if quantization is not None and base is None:
         ways = "\n".join(f"  --base {name:11} {what}" for name, what in WAYS.items())
         raise UserError(
             f"{adapter.folder} was trained on a quantised base, and there are two ways to merge it. Choose one; both "
             f"are measured before one is written:\n{ways}"
         )
-    if quantisation is None and adapter.record is not None and base is not None:
+    if quantization is None and adapter.record is not None and base is not None:
         raise UserError(f"--base={base}: {adapter.folder} was trained on a base that was not quantised; leave it out.")
-    if base == DEQUANTISED:
-        check_quantisation(quantisation or NF4)
+    if base == DEQUANTIZED:
+        check_quantization(quantization or NF4)
     return base or ORIGINAL
 
 
@@ -155,13 +155,13 @@ def build_merge(adapter: Adapter, config: Any, way: str) -> Merge:
     files = BaseFiles(adapter.base)
     if way == ORIGINAL:
         return Merge(adapter, config, files)
-    quantisation = adapter.quantisation or NF4
+    quantization = adapter.quantization or NF4
     base = adapter.record["base"] if adapter.record is not None else {"dtype": "bfloat16", "unquantised": ["lm_head"]}
     dtype, kept = getattr(torch, base["dtype"]), {f"{name}.weight" for name in base["unquantised"]}
     merge: Merge
 
     def transform(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return dequantised(tensor, quantisation, dtype) if name in merge.linears - kept else tensor
+        return dequantized(tensor, quantization, dtype) if name in merge.linears - kept else tensor
 
     merge = Merge(adapter, config, files, transform)
     return merge
@@ -261,11 +261,11 @@ def write_card(folder: Path, adapter: Adapter, way: str, dtype: str) -> None:
         training = adapter.record["training"]
         trained = (
             "It was trained with SL-SAM (sparse-layer sharpness-aware minimisation, arXiv 2602.09395) by slsam_peft: "
-            f"{settings}; {training['updates']} updates, learning rate {training['learning_rate']}."
+            f"{settings}; {training['steps']} steps, learning rate {training['learning_rate']}."
         )
     header = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=tags)
     kind = adapter.config.peft_type.value
-    into = "its base" if adapter.quantisation is None else WAYS[way]
+    into = "its base" if adapter.quantization is None else WAYS[way]
     title = f"# {base or 'A base model'} with a merged adapter"
     text = f"{title}\n\nA {kind} adapter merged into {into}, in {dtype}. {trained}\n"
     ModelCard(f"---\n{header}\n---\n\n{text}").save(folder / "README.md")

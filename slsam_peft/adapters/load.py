@@ -44,7 +44,7 @@ class Adapter:
     base: str
 
     @property
-    def quantisation(self) -> dict[str, Any] | None:
+    def quantization(self) -> dict[str, Any] | None:
         """How the base was quantised in training; `None`: not at all, or not known."""
         return None if self.record is None else self.record["base"]["quantisation"]
 
@@ -238,7 +238,7 @@ def load_adapted(
     """
     check_fit(adapter)
     recorded = None if adapter.record is None else getattr(torch, adapter.record["base"]["dtype"])
-    base = load_base(adapter.base, dtype or recorded, adapter.quantisation, attention)
+    base = load_base(adapter.base, dtype or recorded, adapter.quantization, attention)
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
@@ -247,22 +247,22 @@ def load_adapted(
 
 
 def load_base(
-    name: str, dtype: torch.dtype | None, quantisation: dict[str, Any] | None, attention: str | None = None
+    name: str, dtype: torch.dtype | None, quantization: dict[str, Any] | None, attention: str | None = None
 ) -> Any:
     """Load a causal language model.
 
     Args:
         name (`str`): Folder or Hub name.
         dtype (`torch.dtype` or `None`): `None`: as its files are.
-        quantisation (`dict` or `None`): bitsandbytes' settings, as a model's config has them.
+        quantization (`dict` or `None`): bitsandbytes' settings, as a model's config has them.
         attention (`str`, *optional*): The attention's implementation, as transformers names it.
 
     Raises:
         UserError: it cannot be read.
     """
     arguments: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": attention}
-    if quantisation is not None:
-        settings = dict(quantisation)
+    if quantization is not None:
+        settings = dict(quantization)
         if dtype is not None:
             settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         try:

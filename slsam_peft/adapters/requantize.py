@@ -15,12 +15,12 @@ NF4: dict[str, Any] = {
 }
 
 
-def dequantised(weight: torch.Tensor, quantisation: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+def dequantized(weight: torch.Tensor, quantization: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     """Return a linear layer's weight as a quantised base multiplies with it.
 
     Args:
         weight (`torch.Tensor`): The original weight, shape `(out, in)`.
-        quantisation (`dict`): bitsandbytes' settings, as a model's config has them.
+        quantization (`dict`): bitsandbytes' settings, as a model's config has them.
         dtype (`torch.dtype`): What the model was loaded in.
 
     Returns:
@@ -29,29 +29,29 @@ def dequantised(weight: torch.Tensor, quantisation: dict[str, Any], dtype: torch
     Raises:
         UserError: another kind of quantisation.
     """
-    check_quantisation(quantisation)
+    check_quantization(quantization)
     source = weight.to(dtype).contiguous()
     if torch.cuda.is_available():
         source = source.cuda()
-    if quantisation.get("load_in_8bit"):
+    if quantization.get("load_in_8bit"):
         rows, scales, _ = bnb.int8_vectorwise_quant(source.half())
         return bnb.int8_vectorwise_dequant(rows, scales).to(dtype).cpu()
     packed, state = bnb.quantize_4bit(
         source,
-        compress_statistics=bool(quantisation.get("bnb_4bit_use_double_quant")),
-        quant_type=quantisation.get("bnb_4bit_quant_type", "fp4"),
+        compress_statistics=bool(quantization.get("bnb_4bit_use_double_quant")),
+        quant_type=quantization.get("bnb_4bit_quant_type", "fp4"),
     )
     return bnb.dequantize_4bit(packed, state).to(dtype).cpu()
 
 
-def check_quantisation(quantisation: dict[str, Any]) -> None:
+def check_quantization(quantization: dict[str, Any]) -> None:
     """Refuse what `dequantised` cannot repeat.
 
     Raises:
         UserError: it is not bitsandbytes in 4 or 8 bits.
     """
-    method = quantisation.get("quant_method")
-    if method != "bitsandbytes" or not (quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit")):
+    method = quantization.get("quant_method")
+    if method != "bitsandbytes" or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         raise UserError(
             f"a base quantised by {method} cannot be dequantised here; bitsandbytes in 4 and 8 bits can. Merge into "
             "the original weights: --base original."

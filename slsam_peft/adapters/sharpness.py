@@ -15,7 +15,7 @@ from torch import nn
 
 from slsam_peft.data.scoring import IGNORED, Tokens, padded
 from slsam_peft.sharpness.curvature import HessianVector, lanczos
-from slsam_peft.sharpness.measures import Objective, Space, average_rise, filter_normalised, line, plane, worst_case
+from slsam_peft.sharpness.measures import Objective, Space, average_rise, filter_normalized, line, plane, worst_case
 
 ADAPTER = "adapter"
 FULL = "full weight"
@@ -238,7 +238,7 @@ def _slices(
     if not settings.line_points and not settings.plane_points:
         return {}
     generator = torch.Generator().manual_seed(settings.seed)
-    first = filter_normalised(space, generator)
+    first = filter_normalized(space, generator)
     result: Result = {}
     if settings.line_points:
         places = _places(settings.line_points, settings.extent)
@@ -249,7 +249,7 @@ def _slices(
     if settings.plane_points:
         name, objective = next(iter(objectives.items()))
         tell(f"Measuring the {kind} on {name}: loss on a plane")
-        second = filter_normalised(space, generator)
+        second = filter_normalized(space, generator)
         places = _places(settings.plane_points, settings.extent)
         losses = plane(objective, space, first, second, places, places)
         result["plane"] = {"places": places, "data": name, "loss": losses}

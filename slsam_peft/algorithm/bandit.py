@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slsam_peft.algorithm.projection import project, project_with_floor
+from slsam_peft.algorithm.projection import project, project_with_min_probability
 from slsam_peft.config import SLSAMConfig
 
 PAPER_ALPHA = 0.001  # alpha, arXiv 2602.09395
@@ -49,13 +49,13 @@ class Bandit:
     `"paper"` is `paper_update`. `"scale_free"` keeps the paper's aim, probabilities in proportion to the norms, which
     minimise $\sum_l a_l^2 / p_l$, and drops its units: with $r_l = a_l / p_l$ and $R$ the largest $r$ seen (decaying
     by 1 % an update), an active arm's weight is $p_l \exp(\eta\, s\, (r_l / R)^2 / q_l)$, $q_l$ its realised inclusion
-    probability, and the projection holds every $p_l$ above `probability_floor` * s. Multiplying all norms by a
+    probability, and the projection holds every $p_l$ above `min_probability` * s. Multiplying all norms by a
     constant changes nothing.
 
     Args:
         count (`int`): Number of arms $L$.
         budget (`float`): Sum of the probabilities, in (0, L].
-        config (`SLSAMConfig`): Read: `bandit`, `bandit_rate`, `probability_floor`.
+        config (`SLSAMConfig`): Read: `bandit`, `bandit_rate`, `min_probability`.
 
     Attributes:
         probabilities (`torch.Tensor`): Current $p$, float64 on the CPU, shape `(L,)`; $B / L$ each at the start.
@@ -65,7 +65,7 @@ class Bandit:
         self.budget = budget
         self.rate = config.bandit_rate
         self.rule: Any = config.bandit
-        self._floor_share = config.probability_floor
+        self._min_share = config.min_probability
         self.probabilities = torch.full((count,), budget / count, dtype=torch.float64)
         self._scale = torch.zeros((), dtype=torch.float64)
 
@@ -75,9 +75,9 @@ class Bandit:
         return self.budget / len(self.probabilities)
 
     @property
-    def floor(self) -> float:
+    def minimum(self) -> float:
         """Least probability that `"scale_free"` leaves an arm."""
-        return self._floor_share * self.mean
+        return self._min_share * self.mean
 
     def update(self, mask: torch.Tensor, norms: torch.Tensor, inclusion: torch.Tensor) -> None:
         """Learn from one update.
@@ -107,7 +107,7 @@ class Bandit:
             return
         weights = p.clone()
         weights[mask] = p[mask] * torch.exp(self.rate * self.mean * (ratio / scale) ** 2 / inclusion[mask])
-        self.probabilities = project_with_floor(weights, self.budget, self.floor)
+        self.probabilities = project_with_min_probability(weights, self.budget, self.minimum)
         self._scale = scale
 
     def _checked(self, probabilities: Any) -> torch.Tensor:

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
-from slsam_peft.algorithm.leaks import LeakyStackError, check_cut
+from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut
 
 
 @dataclass(eq=False)
-class Prefix:
+class CachedHiddenState:
     """What enters the floor block in one forward of the stack.
 
     Args:
@@ -49,14 +49,14 @@ class Prefix:
 class _Cursor:
     """Walks through the prefixes of a pass, one a forward of the stack."""
 
-    prefixes: Sequence[Prefix]
+    cached_states: Sequence[CachedHiddenState]
     index: int = 0
     leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
-    def current(self) -> Prefix | None:
-        if self.index < len(self.prefixes) and self.prefixes[self.index].hidden is not None:
-            return self.prefixes[self.index]
+    def current(self) -> CachedHiddenState | None:
+        if self.index < len(self.cached_states) and self.cached_states[self.index].hidden is not None:
+            return self.cached_states[self.index]
         return None
 
 
@@ -94,12 +94,14 @@ class Horizon:
         self.kept_bytes = 0
 
     @contextmanager
-    def truncated(self, floor: int, lowest: int, *, keep: bool) -> Iterator[list[Prefix]]:
-        """Run a pass whose backward stops at block `floor`.
+    def truncated(self, lowest_active: int, lowest_trained: int, *, keep: bool) -> Iterator[list[CachedHiddenState]]:
+        """Run a pass whose backward stops at block `lowest_active`.
 
         Args:
-            floor (`int`): Lowest block whose gradient this pass takes, in [0, L]; L: none.
-            lowest (`int`): Lowest block that builds a graph. Equal to `floor`, or below it where the graph of the
+            lowest_active (`int`): Lowest block whose gradient this pass takes, in [0, L]; L: none.
+            lowest_trained (`int`): Lowest block that builds a graph. Equal to `lowest_active`, or below it where
+                the graph of
+                the
                 blocks below is needed later (sparse ascent, dense descent); -1: so do parameters below the stack.
             keep (`bool`): Whether to keep the hidden states that enter the floor, for `resumed`.
 
@@ -107,58 +109,62 @@ class Horizon:
             `list[Prefix]`: One a forward of the stack, filled as they run.
 
         Raises:
-            LeakyStackError: the pass cannot be cut; it must run whole.
+            CrossLayerDependencyError: the pass cannot be cut; it must run whole.
         """
-        prefixes: list[Prefix] = []
+        cached_states: list[CachedHiddenState] = []
         starts: list[None] = []
-        recorder = self._recorder(floor, lowest, prefixes, keep, starts)
+        recorder = self._recorder(lowest_active, lowest_trained, cached_states, keep, starts)
         counter = self.blocks[0].register_forward_pre_hook(lambda module, args: starts.append(None))
         try:
-            with self._without_graph(lowest), self._hooked(floor, recorder):
-                yield prefixes
+            with self._without_graph(lowest_trained), self._hooked(lowest_active, recorder):
+                yield cached_states
         finally:
             counter.remove()
 
     @contextmanager
-    def resumed(self, floor: int, lowest: int, prefixes: Sequence[Prefix]) -> Iterator[None]:
-        """Run a pass that starts at block `floor` from kept hidden states.
+    def resumed(
+        self, lowest_active: int, lowest_trained: int, cached_states: Sequence[CachedHiddenState]
+    ) -> Iterator[None]:
+        """Run a pass that starts at block `lowest_active` from kept hidden states.
 
-        Its backward stops at the floor where `lowest` equals it; otherwise it goes on through the kept graphs when the
+        Its backward stops at that block where `lowest_trained` equals it; otherwise it goes on through the kept
+        graphs when the
         context ends. Forwards without a kept hidden state run whole.
 
         Args:
-            floor (`int`): As in `truncated`.
-            lowest (`int`): As in `truncated`.
-            prefixes (`Sequence[Prefix]`): What `truncated` yielded for the same closure.
+            lowest_active (`int`): As in `truncated`.
+            lowest_trained (`int`): As in `truncated`.
+            cached_states (`Sequence[Prefix]`): What `truncated` yielded for the same closure.
 
         Raises:
             RuntimeError: the pass entered the floor block another number of times than the first one.
         """
-        cursor = _Cursor(prefixes)
-        through = lowest < floor
+        cursor = _Cursor(cached_states)
+        through = lowest_trained < lowest_active
         with ExitStack() as stack:
-            stack.enter_context(self._without_graph(lowest))
-            for index, block in enumerate(self.blocks[:floor]):
-                skip = _skipping(block, cursor, last=index == floor - 1, through=through)
+            stack.enter_context(self._without_graph(lowest_trained))
+            for index, block in enumerate(self.blocks[:lowest_active]):
+                skip = _skipping(block, cursor, last=index == lowest_active - 1, through=through)
                 stack.enter_context(_shadowed_forward(block, skip))
-            stack.enter_context(self._hooked(floor, self._resumer(floor, cursor, through)))
+            stack.enter_context(self._hooked(lowest_active, self._resumer(lowest_active, cursor, through)))
             yield
-        if cursor.index != len(prefixes):
+        if cursor.index != len(cached_states):
             raise RuntimeError(
-                f"the second pass entered block {floor} {cursor.index} times and the first {len(prefixes)} times, so "
-                "what was kept does not fit. Turn off what skips blocks at random (layerdrop=0), or set "
-                "prefix_limit_mib=0 to run second passes whole."
+                f"the second pass entered block {lowest_active} {cursor.index} times and the first "
+                f"{len(cached_states)} times, so what was kept does not fit. Turn off what skips blocks at "
+                "random (layerdrop=0), or set "
+                "hidden_state_cache_limit_mib=0 to run second passes whole."
             )
         reached = [(source, leaf.grad) for source, leaf in cursor.leaves if leaf.grad is not None]
         if reached:
             torch.autograd.backward([source for source, _ in reached], [gradient for _, gradient in reached])
 
     @contextmanager
-    def noting_kept(self, floor: int) -> Iterator[None]:
+    def noting_kept(self, lowest_active: int) -> Iterator[None]:
         """Note in `shares` whether a resumed pass without a graph holds on to a hidden state that is not its own.
 
         Nothing but the next block should: by the time the last one returns, all but its own input are gone. Hidden
-        states below the one that enters `floor` are wrong in such a pass already, so its loss tells of them.
+        states below the one that enters `lowest_active` are wrong in such a pass already, so its loss tells of them.
         """
         returned: list[weakref.ref[torch.Tensor]] = []
 
@@ -172,34 +178,36 @@ class Horizon:
             returned.clear()
 
         with ExitStack() as stack:
-            for block in self.blocks[floor - 1 : -2]:
+            for block in self.blocks[lowest_active - 1 : -2]:
                 stack.callback(block.register_forward_hook(note).remove)
             stack.callback(self.blocks[-1].register_forward_hook(look).remove)
             yield
 
     @contextmanager
-    def _hooked(self, floor: int, hook: Any) -> Iterator[None]:
+    def _hooked(self, lowest_active: int, hook: Any) -> Iterator[None]:
         """Install `hook` where the hidden state enters the floor block: at the output of the block below."""
-        if floor == 0:
+        if lowest_active == 0:
             yield
             return
-        handle = self.blocks[floor - 1].register_forward_hook(hook, with_kwargs=True)
+        handle = self.blocks[lowest_active - 1].register_forward_hook(hook, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
     @contextmanager
-    def _without_graph(self, lowest: int) -> Iterator[None]:
-        """Keep the blocks below `lowest`, and the input of the stack, from building a graph; -1 leaves all as it is.
+    def _without_graph(self, lowest_trained: int) -> Iterator[None]:
+        """Keep the blocks below `lowest_trained`, and the stack's input, from building a graph; at -1 nothing changes.
 
         Parameters below are off already. What is left is an input that requires grad (`enable_input_require_grads`),
         and reentrant checkpointing, which wraps whatever it is given and complains when nothing requires grad.
         """
-        if lowest < 0 or (lowest == 0 and _is_reentrant(self.blocks[0])):
+        if lowest_trained < 0 or (lowest_trained == 0 and _is_reentrant(self.blocks[0])):
             yield
             return
-        checkpointed: list[Any] = [b for b in self.blocks[:lowest] if getattr(b, "gradient_checkpointing", False)]
+        checkpointed: list[Any] = [
+            b for b in self.blocks[:lowest_trained] if getattr(b, "gradient_checkpointing", False)
+        ]
         for block in checkpointed:
             block.gradient_checkpointing = False
 
@@ -216,38 +224,49 @@ class Horizon:
             for block in checkpointed:
                 block.gradient_checkpointing = True
 
-    def _recorder(self, floor: int, lowest: int, prefixes: list[Prefix], keep: bool, starts: list[None]):
-        needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
+    def _recorder(
+        self,
+        lowest_active: int,
+        lowest_trained: int,
+        cached_states: list[CachedHiddenState],
+        keep: bool,
+        starts: list[None],
+    ):
+        needs_grad = lowest_active < len(self.blocks) and _is_reentrant(self.blocks[lowest_active])
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             self.shares = self.shares or not _immutable((args, *kwargs.values()))
             hidden, tail = _split(output)
             if hidden is None:  # more than a hidden state leaves the block: the second pass cannot start here
-                prefixes.append(Prefix(None, {}, None))
+                cached_states.append(CachedHiddenState(None, {}, None))
                 return None
-            above = (*self.blocks[floor:], *self.above)
-            check_cut(hidden, above, f"block {floor}", opaque=lowest == floor)
-            if lowest < floor and len(prefixes) == len(starts):  # what was cut the last time is below the floor again
-                raise LeakyStackError(f"block {floor} is entered again, and the first block has not run in between")
+            above = (*self.blocks[lowest_active:], *self.above)
+            check_cut(hidden, above, f"block {lowest_active}", opaque=lowest_trained == lowest_active)
+            if lowest_trained < lowest_active and len(cached_states) == len(
+                starts
+            ):  # what was cut the last time is below the floor again
+                raise CrossLayerDependencyError(
+                    f"block {lowest_active} is entered again, and the first block has not run in between"
+                )
             cut, size = hidden.detach(), hidden.numel() * hidden.element_size()
             if keep and self.reuse and self.kept_bytes + size <= self.limit_bytes:
-                source = hidden if lowest < floor and hidden.requires_grad else None
-                prefixes.append(Prefix(cut, rng.snapshot(self.accelerators), tail, source))
+                source = hidden if lowest_trained < lowest_active and hidden.requires_grad else None
+                cached_states.append(CachedHiddenState(cut, rng.snapshot(self.accelerators), tail, source))
                 self.kept_bytes += size
                 self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
             else:
-                prefixes.append(Prefix(None, {}, tail))
+                cached_states.append(CachedHiddenState(None, {}, tail))
             return _joined(cut.detach().requires_grad_(needs_grad and torch.is_grad_enabled()), tail)
 
         return hook
 
-    def _resumer(self, floor: int, cursor: "_Cursor", through: bool):
-        needs_grad = floor < len(self.blocks) and _is_reentrant(self.blocks[floor])
+    def _resumer(self, lowest_active: int, cursor: "_Cursor", through: bool):
+        needs_grad = lowest_active < len(self.blocks) and _is_reentrant(self.blocks[lowest_active])
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            prefix, cursor.index = cursor.current, cursor.index + 1
-            if prefix is not None:
-                rng.restore(prefix.state)
+            cached, cursor.index = cursor.current, cursor.index + 1
+            if cached is not None:
+                rng.restore(cached.state)
             hidden, tail = _split(output)
             if hidden is None or through:
                 return None
@@ -261,15 +280,15 @@ def _skipping(block: nn.Module, cursor: _Cursor, *, last: bool, through: bool):
     original = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        prefix = cursor.current
-        if prefix is None or prefix.hidden is None:
+        cached = cursor.current
+        if cached is None or cached.hidden is None:
             return original(*args, **kwargs)
         if not last:
-            return _joined(args[0] if args else kwargs["hidden_states"], prefix.tail)
-        hidden = prefix.hidden.detach()
-        if through and prefix.source is not None and torch.is_grad_enabled():
-            cursor.leaves.append((prefix.source, hidden.requires_grad_()))
-        return _joined(hidden, prefix.tail)
+            return _joined(args[0] if args else kwargs["hidden_states"], cached.tail)
+        hidden = cached.hidden.detach()
+        if through and cached.source is not None and torch.is_grad_enabled():
+            cursor.leaves.append((cached.source, hidden.requires_grad_()))
+        return _joined(hidden, cached.tail)
 
     return forward
 
@@ -291,7 +310,7 @@ def _shadowed_forward(block: nn.Module, forward: Any) -> Iterator[None]:
 def _cut_input(args: tuple, kwargs: dict[str, Any], check: Callable[[torch.Tensor], None]):
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, torch.Tensor):
-        raise LeakyStackError("the blocks take their hidden state neither first nor as `hidden_states`")
+        raise CrossLayerDependencyError("the blocks take their hidden state neither first nor as `hidden_states`")
     check(hidden)
     if args:
         return (hidden.detach(), *args[1:]), kwargs

@@ -14,7 +14,7 @@ from torch import nn
 REENTRANT = "CheckpointFunctionBackward"  # hides what it has run
 
 
-class LeakyStackError(RuntimeError):
+class CrossLayerDependencyError(RuntimeError):
     """A pass that was cut would have dropped part of the gradient. Raised in the forward, before that happens."""
 
 
@@ -29,7 +29,7 @@ def check_cut(hidden: torch.Tensor, above: Sequence[nn.Module], place: str, *, o
             parameter; `False` where blocks below the cut are trained, and checkpointed, too.
 
     Raises:
-        LeakyStackError: one of them had.
+        CrossLayerDependencyError: one of them had.
     """
     if hidden.grad_fn is None:  # as good as always
         return
@@ -41,7 +41,7 @@ def check_cut(hidden: torch.Tensor, above: Sequence[nn.Module], place: str, *, o
         if node is None or node in seen:
             continue
         if getattr(node, "variable", None) in trained or (opaque and node.name() == REENTRANT):
-            raise LeakyStackError(
+            raise CrossLayerDependencyError(
                 f"what enters {place} depends on parameters above it (blocks that run on their own output, or are fed "
                 "from the side by something trained)"
             )

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
-from slsam_peft.algorithm.horizon import Horizon, Prefix
-from slsam_peft.algorithm.leaks import LeakyStackError
+from slsam_peft.algorithm.horizon import CachedHiddenState, Horizon
+from slsam_peft.algorithm.leaks import CrossLayerDependencyError
 from slsam_peft.algorithm.perturbation import Firings, Shift, ascent_offsets, perturbed, split
 
 logger = logging.getLogger(__name__)
@@ -27,20 +27,20 @@ class Passes:
     """The passes over one micro-batch. Each runs forward and backward and returns the loss.
 
     Args:
-        counted (`Closure`): The whole micro-batch; metrics and logs count it.
-        silent (`Closure`): The same without side effects.
-        part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; silent.
-        probe (`Closure`, *optional*): The whole micro-batch, forward only; silent. Prefix reuse is checked
+        logged (`Closure`): The whole micro-batch; metrics and logs count it.
+        unlogged (`Closure`): The same without side effects.
+        part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; unlogged.
+        forward_only (`Closure`, *optional*): The whole micro-batch, forward only; unlogged. Prefix reuse is checked
             with it once; without one, second passes run whole.
-        rows (`tuple[int, int]`, *optional*): For `ascent="ahead"`: how many sequences of the micro-batch are of this
-            update, and how many, behind them, of the next one.
+        sequences (`tuple[int, int]`, *optional*): For `ascent="ahead"`: how many sequences of the micro-batch are of
+            this step, and how many, behind them, of the next one.
     """
 
-    counted: Closure
-    silent: Closure
+    logged: Closure
+    unlogged: Closure
     part: Closure | None = None
-    probe: Closure | None = None
-    rows: tuple[int, int] | None = None
+    forward_only: Closure | None = None
+    sequences: tuple[int, int] | None = None
 
 
 @dataclass(eq=False)
@@ -49,18 +49,18 @@ class Pending:
 
     passes: Passes
     state: rng.State
-    prefixes: list[Prefix] = field(default_factory=list)
+    cached_states: list[CachedHiddenState] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Update:
+class Step:
     """The update in progress: what is on, what has been computed."""
 
     mask: torch.Tensor  # (L,) boolean, perturbed arms
     trained: torch.Tensor  # (L,) boolean, arms that get a descent gradient
     inclusion: torch.Tensor  # (L,) realised inclusion probabilities of the perturbed arms
-    floor: int  # lowest depth of a perturbed arm; -1: below the blocks, or unknown
-    lowest: int  # lowest depth of a trained arm
+    lowest_active: int  # lowest depth of a perturbed arm; -1: below the blocks, or unknown
+    lowest_trained: int  # lowest depth of a trained arm
     count: int  # micro-batches
     ascents: int = 0  # of which the first so many have an ascent pass
     kept: int = 0  # of which so many start their second pass at the floor
@@ -112,7 +112,7 @@ class PassRunner:
         self.horizon = horizon
         self.firings = Firings()
         self.accelerators = rng.accelerators_of(parameters)
-        self._checked_floors: set[int] = set()
+        self._checked_blocks: set[int] = set()
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
@@ -175,78 +175,78 @@ class PassRunner:
         on = fired.tolist()
         self.firings.fired = {m for m, f in zip(self.linears, on, strict=True) if f and m is not None}
 
-    def ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+    def ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
         try:
-            return self._ascend(update, pending, closure)
-        except LeakyStackError as leak:
-            self._stop_cutting(leak, update, pending)
-            return self._ascend(update, pending, closure)
+            return self._ascend(step, pending, closure)
+        except CrossLayerDependencyError as leak:
+            self._stop_cutting(leak, step, pending)
+            return self._ascend(step, pending, closure)
 
-    def descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+    def descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
         try:
-            return self._descend(update, pending, closure)
-        except LeakyStackError as leak:
-            self._stop_cutting(leak, update, pending)
-            return self._descend(update, pending, closure)
+            return self._descend(step, pending, closure)
+        except CrossLayerDependencyError as leak:
+            self._stop_cutting(leak, step, pending)
+            return self._descend(step, pending, closure)
 
-    def _stop_cutting(self, leak: LeakyStackError, update: Update, pending: Pending) -> None:
+    def _stop_cutting(self, leak: CrossLayerDependencyError, step: Step, pending: Pending) -> None:
         """Run this pass, which has lost nothing yet, and all later ones whole."""
         self.horizon = None
-        if update.count == 1:
+        if step.count == 1:
             self.clear()  # what a closure that accumulates has gathered before the forward that leaks
         rng.restore(pending.state)
         logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", leak)
 
-    def _ascend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
-        horizon = self._horizon(update)
+    def _ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+        horizon = self._horizon(step)
         keep = (
             horizon is not None
-            and (pending.passes.probe is not None or self._is_checked(horizon, update.floor))
-            and closure is not pending.passes.part  # whose rows fit no other pass
+            and (pending.passes.forward_only is not None or self._is_checked(horizon, step.lowest_active))
+            and closure is not pending.passes.part  # whose sequences fit no other pass
         )
-        context = horizon.truncated(update.floor, update.lowest, keep=keep) if horizon else nullcontext([])
-        with self.firings.watch(self.watched_linears(update.mask)), context as prefixes:
+        context = horizon.truncated(step.lowest_active, step.lowest_trained, keep=keep) if horizon else nullcontext([])
+        with self.firings.watch(self.watched_linears(step.mask)), context as cached_states:
             loss = _loss(closure())
-        self.clear(~update.mask)
-        if horizon is not None and keep and update.floor > 0:
-            pending.prefixes = prefixes
-            self._check_reuse(horizon, update, pending, loss)
-            update.kept += any(prefix.hidden is not None for prefix in pending.prefixes)
-        update.ascent_loss = loss if update.ascent_loss is None else update.ascent_loss + loss
+        self.clear(~step.mask)
+        if horizon is not None and keep and step.lowest_active > 0:
+            pending.cached_states = cached_states
+            self._check_reuse(horizon, step, pending, loss)
+            step.kept += any(cached.hidden is not None for cached in pending.cached_states)
+        step.ascent_loss = loss if step.ascent_loss is None else step.ascent_loss + loss
         return loss
 
-    def _descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
-        if update.ascents:
+    def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+        if step.ascents:
             rng.restore(pending.state)
-        horizon = self._horizon(update)
+        horizon = self._horizon(step)
         if horizon is None:
             context = nullcontext()
-        elif pending.prefixes:
-            context = horizon.resumed(update.floor, update.lowest, pending.prefixes)
+        elif pending.cached_states:
+            context = horizon.resumed(step.lowest_active, step.lowest_trained, pending.cached_states)
         else:
-            context = horizon.truncated(max(update.lowest, 0), update.lowest, keep=False)
-        if pending.passes.rows is None:
-            with perturbed(update.shifts), context:
+            context = horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
+        if pending.passes.sequences is None:
+            with perturbed(step.shifts), context:
                 loss = _loss(closure())
         else:
             with context:
-                loss = self._run_split(update, pending.passes.rows, closure)
-        pending.prefixes.clear()
-        self.clear(~update.trained)
-        update.descent_loss = loss if update.descent_loss is None else update.descent_loss + loss
+                loss = self._run_split(step, pending.passes.sequences, closure)
+        pending.cached_states.clear()
+        self.clear(~step.trained)
+        step.descent_loss = loss if step.descent_loss is None else step.descent_loss + loss
         return loss
 
-    def _run_split(self, update: Update, rows: tuple[int, int], closure: Closure) -> torch.Tensor:
+    def _run_split(self, step: Step, sequences: tuple[int, int], closure: Closure) -> torch.Tensor:
         """Run a pass at w + e on the sequences of this update and, for the next one's ascent, at w on the others."""
-        if not update.moved:
-            offsets = {shift.parameter: shift.offset for shift in update.shifts}
+        if not step.moved:
+            offsets = {shift.parameter: shift.offset for shift in step.shifts}
             with torch.no_grad():
-                update.moved = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
-            update.shifts.clear()  # e is not needed beside w + e
-        first, last = ([w.detach().requires_grad_() for w in weights] for weights in (update.moved, self.parameters))
-        with split([linear for linear in self.linears if linear is not None], first, last, rows):
+                step.moved = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
+            step.shifts.clear()  # e is not needed beside w + e
+        first, last = ([w.detach().requires_grad_() for w in weights] for weights in (step.moved, self.parameters))
+        with split([linear for linear in self.linears if linear is not None], first, last, sequences):
             loss = _loss(closure())
         for i, (parameter, *halves) in enumerate(zip(self.parameters, first, last, strict=True)):
             if parameter.grad is not None:
@@ -255,39 +255,42 @@ class PassRunner:
                     "sequences cannot be told apart: ascent='ahead' does not work here, use ascent='partial'."
                 )
             parameter.grad, ahead = (half.grad for half in halves)
-            if rows[1] and ahead is not None:
-                update.ahead[i] = ahead
+            if sequences[1] and ahead is not None:
+                step.ahead[i] = ahead
         return loss
 
-    def _horizon(self, update: Update) -> Horizon | None:
-        return self.horizon if update.floor >= 0 else None
+    def _horizon(self, step: Step) -> Horizon | None:
+        return self.horizon if step.lowest_active >= 0 else None
 
-    def _is_checked(self, horizon: Horizon, floor: int) -> bool:
+    def _is_checked(self, horizon: Horizon, lowest_active: int) -> bool:
         """Whether prefix reuse has been checked: at this floor where more may leave the blocks, at any elsewhere."""
-        anywhere = bool(self._checked_floors) and not horizon.shares and floor < len(horizon.blocks)
-        return floor in self._checked_floors or anywhere
+        anywhere = bool(self._checked_blocks) and not horizon.shares and lowest_active < len(horizon.blocks)
+        return lowest_active in self._checked_blocks or anywhere
 
-    def _check_reuse(self, horizon: Horizon, update: Update, pending: Pending, loss: torch.Tensor) -> None:
+    def _check_reuse(self, horizon: Horizon, step: Step, pending: Pending, loss: torch.Tensor) -> None:
         """Once, or once a floor: does the stack above it depend on anything but the kept hidden state?
 
         The pass is run again at w from the kept hidden state and must give the loss of the first pass. A stack that
         leaks anything else (keys and values shared across layers, router losses) fails, and reuse is turned off.
         """
-        probe = pending.passes.probe
-        if probe is None or self._is_checked(horizon, update.floor):
+        forward_only = pending.passes.forward_only
+        if forward_only is None or self._is_checked(horizon, step.lowest_active):
             return
-        if not any(prefix.hidden is not None for prefix in pending.prefixes):
+        if not any(cached.hidden is not None for cached in pending.cached_states):
             return
         if loss.is_meta:  # no values to compare
-            self._checked_floors.add(update.floor)
+            self._checked_blocks.add(step.lowest_active)
             return
         held = [(p, p.grad) for p in self.parameters]
         after = rng.snapshot(self.accelerators)
         try:
             rng.restore(pending.state)
-            whole = max(update.floor, update.lowest)
-            with horizon.resumed(update.floor, whole, pending.prefixes), horizon.noting_kept(update.floor):
-                again = _loss(probe())
+            whole = max(step.lowest_active, step.lowest_trained)
+            with (
+                horizon.resumed(step.lowest_active, whole, pending.cached_states),
+                horizon.noting_kept(step.lowest_active),
+            ):
+                again = _loss(forward_only())
             same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
         except Exception as error:  # noqa: BLE001 - a leaky stack may fail in any way; the plain pass has just run
@@ -296,13 +299,13 @@ class PassRunner:
             rng.restore(after)
             for parameter, gradient in held:
                 parameter.grad = gradient
-        self._checked_floors.add(update.floor)
+        self._checked_blocks.add(step.lowest_active)
         if not same:
             horizon.reuse = False
-            pending.prefixes = []
+            pending.cached_states = []
             logger.info(
                 "prefix reuse is off: started from the hidden state that enters block %d, %s, so the blocks pass on "
                 "more than a hidden state. Second passes run whole.",
-                update.floor,
+                step.lowest_active,
                 reason,
             )

@@ -102,7 +102,10 @@ def perturbed(shifts: Sequence[Shift]) -> Iterator[None]:
 
 @contextmanager
 def split(
-    linears: Sequence[nn.Module], first: Sequence[torch.Tensor], last: Sequence[torch.Tensor], rows: tuple[int, int]
+    linears: Sequence[nn.Module],
+    first: Sequence[torch.Tensor],
+    last: Sequence[torch.Tensor],
+    sequences: tuple[int, int],
 ) -> Iterator[None]:
     """Run linear modules on the first sequences of a batch with some weights, and on the last ones with others.
 
@@ -113,14 +116,16 @@ def split(
         linears (`Sequence[nn.Module]`): The modules; their own weights are not used and get no gradient.
         first (`Sequence[torch.Tensor]`): Weights for the first sequences.
         last (`Sequence[torch.Tensor]`): Weights for the last sequences.
-        rows (`tuple[int, int]`): How many sequences come first and last; they are the modules' first dimension.
+        sequences (`tuple[int, int]`): How many sequences come first and last; they are the modules' first dimension.
 
     Raises:
         ValueError: a module runs on something else than these sequences; raised by the forward pass.
     """
     try:
         for linear, *weights in zip(linears, first, last, strict=True):
-            linear.forward = partial(_split_forward, linear, weights, rows)  # not a hook: W x itself is not wanted
+            linear.forward = partial(
+                _split_forward, linear, weights, sequences
+            )  # not a hook: W x itself is not wanted
         yield
     finally:
         for linear in linears:
@@ -128,15 +133,16 @@ def split(
 
 
 def _split_forward(
-    linear: Any, weights: Sequence[torch.Tensor], rows: tuple[int, int], input: torch.Tensor
+    linear: Any, weights: Sequence[torch.Tensor], sequences: tuple[int, int], input: torch.Tensor
 ) -> torch.Tensor:
-    if input.shape[0] != sum(rows):
+    if input.shape[0] != sum(sequences):
         raise ValueError(
-            f"an adapter ran on a tensor of shape {tuple(input.shape)} where rows={rows} are {sum(rows)} sequences. "
+            f"an adapter ran on a tensor of shape {tuple(input.shape)} where "
+            f"sequences={sequences} are {sum(sequences)} sequences. "
             "Experts do, and models that flatten their batch; sequences cannot be told apart there, so use "
             "ascent='partial'."
         )
-    parts = zip(input.split(rows), weights, strict=True)
+    parts = zip(input.split(sequences), weights, strict=True)
     return torch.cat([F.linear(part, weight, linear.bias) for part, weight in parts])
 
 

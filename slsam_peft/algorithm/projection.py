@@ -33,16 +33,16 @@ def project(weights: torch.Tensor, budget: float) -> torch.Tensor:
     return torch.empty_like(ordered).scatter_(0, order, ordered)
 
 
-def project_with_floor(weights: torch.Tensor, budget: float, floor: float) -> torch.Tensor:
-    """Project onto {floor <= p <= 1, sum p = budget} in the Kullback-Leibler sense.
+def project_with_min_probability(weights: torch.Tensor, budget: float, minimum: float) -> torch.Tensor:
+    """Project onto {minimum <= p <= 1, sum p = budget} in the Kullback-Leibler sense.
 
-    The result is `clip(c * weights, floor, 1)` for the one `c` that meets the budget, found by Newton's method: its
+    The result is `clip(c * weights, minimum, 1)` for the one `c` that meets the budget, found by Newton's method: its
     sum is increasing and piecewise linear in `c`. A step that leaves the bracket is replaced by a bisection.
 
     Args:
         weights (`torch.Tensor`): Positive weights, shape `(L,)`; some may have vanished.
-        budget (`float`): Sum of the result, in [L * floor, L].
-        floor (`float`): Lower bound, in [0, 1].
+        budget (`float`): Sum of the result, in [L * minimum, L].
+        minimum (`float`): Lower bound, in [0, 1].
 
     Returns:
         `torch.Tensor`: Probabilities, shape `(L,)`.
@@ -51,7 +51,7 @@ def project_with_floor(weights: torch.Tensor, budget: float, floor: float) -> to
     c = budget / float(weights.sum())
     for _ in range(PROJECTION_STEPS):
         scaled = c * weights
-        clipped = scaled.clamp(floor, 1.0)
+        clipped = scaled.clamp(minimum, 1.0)
         missing = budget - float(clipped.sum())
         if abs(missing) <= 1e-14 * len(weights):
             break

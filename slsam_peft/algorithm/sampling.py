@@ -12,7 +12,7 @@ import torch
 
 from slsam_peft.config import SLSAMConfig
 
-Design = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+SamplingScheme = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 TINY = 1e-12  # in the place of a probability of 0, before its logarithm is taken
 MAX_TILT = 64.0  # leaves only the top
@@ -148,12 +148,12 @@ class Depth(_OnePoint):
         floor_share (`float`): Least probability, as a share of the mean of $p$; the bandit's own floor.
     """
 
-    def __init__(self, depths: Sequence[int], floor_share: float) -> None:
+    def __init__(self, depths: Sequence[int], min_share: float) -> None:
         super().__init__(depths)
         _, self.group, sizes = torch.unique(torch.tensor(depths), return_inverse=True, return_counts=True)
         self.sizes = sizes.double()
         self.log_depth = torch.log(torch.arange(1, len(sizes) + 1, dtype=torch.float64) / len(sizes))
-        self.floor_share = floor_share
+        self.min_share = min_share
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -171,12 +171,12 @@ class Depth(_OnePoint):
         means = torch.zeros_like(self.sizes).index_add_(0, self.group, probabilities) / self.sizes
         v = means.clamp(min=TINY).cummax(0).values
         log_v = torch.log(v / v[-1])
-        floor, budget = self.floor_share * float(probabilities.mean()), float(probabilities.sum())
+        minimum, budget = self.min_share * float(probabilities.mean()), float(probabilities.sum())
 
         def at(tilt: float) -> torch.Tensor:
             # from -1 to 0 the shape of v is flattened towards all ones, from 0 on the depth tilts it
             exponent = (1.0 + tilt) * log_v if tilt < 0 else log_v + tilt * self.log_depth
-            return torch.exp(exponent).clamp(min=floor)
+            return torch.exp(exponent).clamp(min=minimum)
 
         low, high = -1.0, MAX_TILT
         for _ in range(TILT_STEPS):
@@ -191,7 +191,7 @@ class Depth(_OnePoint):
 class _Checked(_Stateless):
     """A user's callable as a design; its inclusion probabilities are taken to be those it is given."""
 
-    def __init__(self, draw: Design) -> None:
+    def __init__(self, draw: SamplingScheme) -> None:
         self.draw = draw
 
     def __call__(self, probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -212,11 +212,11 @@ class _Checked(_Stateless):
         return probabilities
 
 
-def build_design(config: SLSAMConfig, depths: Sequence[int | None]):
+def build_scheme(config: SLSAMConfig, depths: Sequence[int | None]):
     """Return the design `config.design` names.
 
     Args:
-        config (`SLSAMConfig`): Read: `design`, `probability_floor`.
+        config (`SLSAMConfig`): Read: `design`, `min_probability`.
         depths (`Sequence[int | None]`): Depth of each arm, `None` in a model without blocks.
 
     Raises:
@@ -234,4 +234,4 @@ def build_design(config: SLSAMConfig, depths: Sequence[int | None]):
             f"design='{config.design}' needs arms with a depth, and this model has no stack of blocks; use "
             "design='bernoulli' or 'fixed_size'."
         )
-    return Window(known) if config.design == "window" else Depth(known, config.probability_floor)
+    return Window(known) if config.design == "window" else Depth(known, config.min_probability)

@@ -21,10 +21,10 @@ from slsam_peft.algorithm.arms import Arm, ArmNorms
 from slsam_peft.algorithm.bandit import Bandit
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.memory import GradientMemory
-from slsam_peft.algorithm.passes import Closure, Passes, PassRunner, Pending, Update
+from slsam_peft.algorithm.passes import Closure, Passes, PassRunner, Pending, Step
 from slsam_peft.algorithm.perturbation import Shift
-from slsam_peft.algorithm.sampling import build_design
-from slsam_peft.algorithm.telemetry import RadiusWatch, update_metrics
+from slsam_peft.algorithm.sampling import build_scheme
+from slsam_peft.algorithm.telemetry import RadiusWatch, step_metrics
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
 
@@ -41,7 +41,7 @@ class SLSAM:
         config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here.
         fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
             where `config.cost_budget` is set.
-        cost (callable, *optional*): `Update` -> predicted cost in plain updates, or `None`; logged.
+        cost (callable, *optional*): `Step` -> predicted cost in plain updates, or `None`; logged.
 
     Attributes:
         active (`torch.Tensor`): Arms perturbed in the last update, boolean, shape `(L,)`.
@@ -84,7 +84,7 @@ class SLSAM:
         config: SLSAMConfig | None = None,
         *,
         fraction: float | None = None,
-        cost: Callable[[Update], float] | None = None,
+        cost: Callable[[Step], float] | None = None,
     ) -> None:
         self.config = config = config or SLSAMConfig()
         self.arms = arms
@@ -99,11 +99,11 @@ class SLSAM:
         depths = [arm.depth for arm in arms]
         self._depths = torch.tensor([-1 if d is None else d for d in depths])
         self.bandit = Bandit(len(arms), len(arms) * self._fraction(fraction), config)
-        self.design = build_design(config, depths)
+        self.design = build_scheme(config, depths)
         self.generator = torch.Generator().manual_seed(config.seed)
         self._check_ahead()
         blocks = getattr(arms, "blocks", ())
-        limit, above = config.prefix_limit_mib * 2**20, getattr(arms, "above", ())
+        limit, above = config.hidden_state_cache_limit_mib * 2**20, getattr(arms, "above", ())
         self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
         self.runner = PassRunner(
             parameters,
@@ -122,7 +122,7 @@ class SLSAM:
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
         self._watch = RadiusWatch(config.rho)
-        self._current: Update | None = None
+        self._current: Step | None = None
         self._before: dict[str, Any] = {}
         self._fired_before: set[torch.nn.Module] = set()
         self._random_before: rng.State = {}
@@ -166,18 +166,19 @@ class SLSAM:
         self,
         closure: Closure,
         ascent_closure: Closure | None = None,
-        probe: Closure | None = None,
-        rows: tuple[int, int] | None = None,
+        forward_only: Closure | None = None,
+        sequences: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Make the gradients of one update from one batch.
 
         Args:
             closure (`Closure`): Runs forward and backward on the batch and returns the loss. Called once or twice.
             ascent_closure (`Closure`, *optional*): The same on a part of the batch, for `ascent="partial"`.
-            probe (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With it the
-                second pass starts at the floor block; it is called once, to check that the model allows that.
-            rows (`tuple[int, int]`, *optional*): For `ascent="ahead"`, whose `closure` runs on sequences of this batch
-                and, behind them, some of the next one: how many of each. Their losses are to be added, each scaled as
+            forward_only (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With
+                it the second pass starts at the floor block; it is called once, to check that the model allows that.
+            sequences (`tuple[int, int]`, *optional*): For `ascent="ahead"`, whose `closure` runs on sequences of this
+                batch and, behind them, some of the next one: how many of each. Their losses are to be added, each
+                scaled as
                 this batch's sequences are without the others; `(n, 0)` where there is no next batch.
 
         Returns:
@@ -185,11 +186,11 @@ class SLSAM:
             than `"two_pass"`).
 
         Raises:
-            ValueError: `ascent="partial"` without `ascent_closure`, `ascent="ahead"` without `rows`.
-            DivergedError: more than `max_skipped_updates` updates in a row had a NaN or infinite loss or gradient; a
+            ValueError: `ascent="partial"` without `ascent_closure`, `ascent="ahead"` without `sequences`.
+            DivergedError: more than `max_skipped_steps` updates in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
-        return self.accumulate(Passes(closure, closure, ascent_closure, probe, rows))
+        return self.accumulate(Passes(closure, closure, ascent_closure, forward_only, sequences))
 
     def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
         """Take in micro-batch `index` of the `count` of an update; the last one completes it.
@@ -210,13 +211,13 @@ class SLSAM:
             ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its update.
         """
         try:
-            update = self._begin(count, passes) if index == 0 else self._current
-            if update is None:
+            step = self._begin(count, passes) if index == 0 else self._current
+            if step is None:
                 raise RuntimeError(f"micro-batch {index} of {count} came before the first; start an update with 0.")
-            with self.runner.switched(update.trained):
-                loss = self._micro_batch(update, passes, index)
+            with self.runner.switched(step.trained):
+                loss = self._micro_batch(step, passes, index)
                 if index == count - 1:
-                    self._finish(update)
+                    self._finish(step)
         except BaseException:
             begun = bool(self._before)
             self._abort()
@@ -225,7 +226,7 @@ class SLSAM:
             raise
         return loss
 
-    def _begin(self, count: int, passes: Passes) -> Update:
+    def _begin(self, count: int, passes: Passes) -> Step:
         config = self.config
         if self._current is not None:  # the last update was never completed: it counts as if it had not begun
             self._abort()
@@ -239,69 +240,69 @@ class SLSAM:
                 "micro-batches, or use ascent='two_pass'."
             )
         ahead = config.ascent == "ahead" and config.rho > 0
-        if ahead and (count > 1 or passes.rows is None or self.reduce is not None):
+        if ahead and (count > 1 or passes.sequences is None or self.reduce is not None):
             raise ValueError(
-                "ascent='ahead' needs an update of one micro-batch on one rank, and its rows=(sequences of this "
+                "ascent='ahead' needs an update of one micro-batch on one rank, and its sequences=(sequences of this "
                 "update, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
             )
-        if passes.rows is not None and not ahead:
-            raise ValueError(f"rows={passes.rows} belong to ascent='ahead' with rho > 0; leave them out.")
+        if passes.sequences is not None and not ahead:
+            raise ValueError(f"sequences={passes.sequences} belong to ascent='ahead' with rho > 0; leave them out.")
         mask = self.design(self.probabilities, self.generator)
         if self.bandit.mean == 1.0:
             mask = torch.ones_like(mask)
         trained = torch.ones_like(mask) if config.descent == "all" else mask
-        update = Update(
+        step = Step(
             mask=mask,
             trained=trained,
             inclusion=self.design.inclusion(self.probabilities),
-            floor=int(self._depths[mask].min()),
-            lowest=int(self._depths[trained].min()),
+            lowest_active=int(self._depths[mask].min()),
+            lowest_trained=int(self._depths[trained].min()),
             count=count,
         )
         if partial:
-            update.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
+            step.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
         elif config.rho > 0 and config.ascent == "two_pass":
-            update.ascents = count
+            step.ascents = count
         elif config.rho > 0:
-            update.shifts = self._recalled(mask)
-        self._current = update
-        return update
+            step.shifts = self._recalled(mask)
+        self._current = step
+        return step
 
-    def _micro_batch(self, update: Update, passes: Passes, index: int) -> torch.Tensor:
-        exact = self.config.ascent == "two_pass" and update.ascents > 0
+    def _micro_batch(self, step: Step, passes: Passes, index: int) -> torch.Tensor:
+        exact = self.config.ascent == "two_pass" and step.ascents > 0
         pending = Pending(passes, rng.snapshot(self.runner.accelerators))
-        if index >= update.ascents:
-            return self._descend(update, pending, passes.counted)
-        alone = update.count == 1 and self.config.ascent == "partial"
-        closure = passes.counted if exact else (alone and passes.part) or passes.silent
-        loss = self.runner.ascend(update, pending, closure)
-        update.pending.append(pending)
-        if index < update.ascents - 1:
+        if index >= step.ascents:
+            return self._descend(step, pending, passes.logged)
+        alone = step.count == 1 and self.config.ascent == "partial"
+        closure = passes.logged if exact else (alone and passes.part) or passes.unlogged
+        loss = self.runner.ascend(step, pending, closure)
+        step.pending.append(pending)
+        if index < step.ascents - 1:
             return loss if exact else torch.zeros_like(loss)
-        self._set_shifts(update)
+        self._set_shifts(step)
         after = rng.snapshot(self.runner.accelerators)
-        losses = [self._descend(update, p, p.passes.silent if exact else p.passes.counted) for p in update.pending]
+        losses = [self._descend(step, p, p.passes.unlogged if exact else p.passes.logged) for p in step.pending]
         rng.restore(after)
-        update.pending.clear()
+        step.pending.clear()
         return loss if exact else torch.stack(losses).sum()
 
-    def _descend(self, update: Update, pending: Pending, closure: Closure) -> torch.Tensor:
+    def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         remembers = self.config.ascent == "remembered" and self.config.rho > 0
         if not remembers:
-            return self.runner.descend(update, pending, closure)
-        with self.runner.firings.watch(self.runner.watched_linears(update.mask)):
-            return self.runner.descend(update, pending, closure)
+            return self.runner.descend(step, pending, closure)
+        with self.runner.firings.watch(self.runner.watched_linears(step.mask)):
+            return self.runner.descend(step, pending, closure)
 
-    def _set_shifts(self, update: Update) -> None:
+    def _set_shifts(self, step: Step) -> None:
         """Turn the ascent gradients in `.grad` into e and clear them."""
-        gradients = self._reduced(update.mask)
-        update.squared = squared = self._norms.squared(gradients, self._device(gradients))
+        gradients = self._reduced(step.mask)
+        step.squared = squared = self._norms.squared(gradients, self._device(gradients))
         found = [(i, g) for i, g in enumerate(gradients) if g is not None]
-        if update.ascents < update.count:  # the loss is scaled for all micro-batches
-            update.squared = squared * (update.count / update.ascents) ** 2
+        if step.ascents < step.count:  # the loss is scaled for all micro-batches
+            step.squared = squared * (step.count / step.ascents) ** 2
         if found:
             members, ascent = zip(*found, strict=True)
-            update.shifts = self.runner.shifts(members, ascent, squared.sum().sqrt(), self.config.rho)
+            step.shifts = self.runner.shifts(members, ascent, squared.sum().sqrt(), self.config.rho)
         self.runner.clear()
 
     def _recalled(self, mask: torch.Tensor) -> list[Shift]:
@@ -328,36 +329,36 @@ class SLSAM:
     def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
         return next((g.device for g in gradients if g is not None), self.runner.parameters[0].device)
 
-    def _finish(self, update: Update) -> None:
+    def _finish(self, step: Step) -> None:
         """Read the update's numbers once, then learn from them, or skip the update if one is not finite."""
-        losses = update.losses()
-        gradients = self._reduced(update.trained, losses)
+        losses = step.losses()
+        gradients = self._reduced(step.trained, losses)
         if self.reduce is not None:
             for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
                 parameter.grad = gradient
         squared = self._norms.squared(gradients, self._device(gradients))
-        ascent_squared = squared if update.squared is None else update.squared
-        numbers = [ascent_squared, self._ahead_norm(update, squared.device), squared.sum()[None], losses]
+        ascent_squared = squared if step.squared is None else step.squared
+        numbers = [ascent_squared, self._ahead_norm(step, squared.device), squared.sum()[None], losses]
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
         values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
         norms, descent, scale_value = values[:-5].sqrt(), values[-4], float(values[-1])
         finite = bool(torch.isfinite(values).all())
-        seen = update.mask if update.squared is not None else update.trained & update.mask
+        seen = step.mask if step.squared is not None else step.trained & step.mask
         norms = norms / scale_value
         self.norms, self.drawn = norms, self.probabilities
         self.loss = float(values[-2 if self.config.ascent == "two_pass" else -3])
         if finite and bool(norms[seen].any()):
-            self.bandit.update(seen, norms, update.inclusion)
+            self.bandit.update(seen, norms, step.inclusion)
         if not finite:
             self._skip(descent, values)
-        self.metrics = update_metrics(self, update, norms, float(values[-2]), float(values[-3]), finite)
+        self.metrics = step_metrics(self, step, norms, float(values[-2]), float(values[-3]), finite)
         if finite:
             self.skipped_in_a_row = 0
-        self._remember(update, finite, scale)
+        self._remember(step, finite, scale)
         if "ascent_gain" in self.metrics:
             self._watch.see(self.metrics["ascent_gain"])
-        self.active = update.mask
+        self.active = step.mask
         self.steps += 1
         self._current = None
         self._before = {}
@@ -374,25 +375,25 @@ class SLSAM:
             self.runner.clear()  # no gradient: the optimizer changes nothing
         elif math.isfinite(float(descent)):  # a gradient scaler must see for itself that this step is void
             self.runner.void()
-        if self.skipped_in_a_row > self.config.max_skipped_updates:
+        if self.skipped_in_a_row > self.config.max_skipped_steps:
             raise DivergedError(
                 f"{self.skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
                 f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
-                f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_updates."
+                f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_steps."
             )
 
-    def _ahead_norm(self, update: Update, device: torch.device) -> torch.Tensor:
+    def _ahead_norm(self, step: Step, device: torch.device) -> torch.Tensor:
         """Return the norm of the ascent gradient that ran ahead, shape `(1,)`; 0 where there is none."""
-        if not update.ahead:
+        if not step.ahead:
             return torch.zeros(1, device=device)  # made there: a copy from the host would wait
-        return torch.stack([n.to(device) for n in torch._foreach_norm(list(update.ahead.values()))]).norm()[None]
+        return torch.stack([n.to(device) for n in torch._foreach_norm(list(step.ahead.values()))]).norm()[None]
 
-    def _remember(self, update: Update, finite: bool, scale: torch.Tensor | None) -> None:
+    def _remember(self, step: Step, finite: bool, scale: torch.Tensor | None) -> None:
         """Keep what the next update's ascent is made of."""
         if self.config.ascent == "ahead":  # of that update's own sequences, or of none
-            self.memory.replace(update.ahead if finite else {}, scale)
+            self.memory.replace(step.ahead if finite else {}, scale)
         elif finite and self.config.ascent == "remembered":
-            trained = self.runner.members(update.trained)
+            trained = self.runner.members(step.trained)
             self.memory.store({i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}, scale)
 
     def _abort(self) -> None:

@@ -10,7 +10,7 @@ MOST_ROWS = 4096
 MOST_CELLS = 2**21  # rows x arms: 9 bytes each, so 19 MB at most
 
 _PER_ARM = {"probabilities": torch.float32, "norms": torch.float32, "active": torch.bool}
-_PER_UPDATE = ("loss", "sharpness", "floor", "cost", "grad_norm")
+_PER_STEP = ("loss", "sharpness", "lowest_active_block", "cost", "grad_norm")
 
 
 class Trace:
@@ -38,12 +38,12 @@ class Trace:
         self.depths = list(depths)
         self.limit = limit or min(MOST_ROWS, max(2, MOST_CELLS // len(self.names)))
         self.stride = 1
-        self.updates = self.last = 0
+        self.steps = self.last = 0
         self.activity = torch.zeros(len(self.names), dtype=torch.int64)
         self.cost_total = 0.0
         self._rows = 0
         self._steps = torch.zeros(0, dtype=torch.int64)
-        self._scalars = torch.zeros(0, len(_PER_UPDATE), dtype=torch.float32)
+        self._scalars = torch.zeros(0, len(_PER_STEP), dtype=torch.float32)
         self._arms = {key: torch.zeros(0, len(self.names), dtype=dtype) for key, dtype in _PER_ARM.items()}
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Trace:
             step (`int`): Its number, from 1.
             slsam (`SLSAM`): Read: its `drawn`, `active`, `norms`, `loss` and `metrics`.
         """
-        self.updates += 1
+        self.steps += 1
         self.last = step
         self.activity += slsam.active
         cost = slsam.metrics.get("cost", math.nan)
@@ -75,7 +75,13 @@ class Trace:
         self._arms["norms"][row] = slsam.norms
         self._arms["active"][row] = slsam.active
         metrics = slsam.metrics
-        scalars = (slsam.loss, metrics.get("sharpness", math.nan), metrics["floor"], cost, metrics["grad_norm_ascent"])
+        scalars = (
+            slsam.loss,
+            metrics.get("sharpness", math.nan),
+            metrics["lowest_active_block"],
+            cost,
+            metrics["grad_norm_ascent"],
+        )
         self._scalars[row] = torch.tensor(scalars)
         self._rows += 1
 
@@ -102,14 +108,15 @@ class Trace:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return copies of the rows kept, oldest first, and of the counts.
 
-        `step` int64 and `loss`, `sharpness`, `floor`, `cost`, `grad_norm` float32 of shape `(rows,)`, NaN where an
+        `step` int64 and `loss`, `sharpness`, `lowest_active_block`, `cost`, `grad_norm` float32 of shape
+        `(rows,)`, NaN where an
         update has no such number; `probabilities` and `norms` float32 and `active` bool of shape `(rows, L)`;
         `activity` int64 of shape `(L,)`; `cost_total` float64 of shape `(1,)`.
         """
         rows = slice(0, self._rows)
         return {
             "step": self._steps[rows].clone(),
-            **{name: self._scalars[rows, i].clone() for i, name in enumerate(_PER_UPDATE)},
+            **{name: self._scalars[rows, i].clone() for i, name in enumerate(_PER_STEP)},
             **{name: table[rows].clone() for name, table in self._arms.items()},
             "activity": self.activity.clone(),
             "cost_total": torch.tensor([self.cost_total], dtype=torch.float64),
@@ -122,7 +129,7 @@ class Trace:
             "depths": self.depths,
             "limit": self.limit,
             "stride": self.stride,
-            "updates": self.updates,
+            "steps": self.steps,
             "last": self.last,
         }
 
@@ -134,7 +141,7 @@ class Trace:
             KeyError, ValueError: something is missing, or of another shape or dtype.
         """
         trace = cls(plain["names"], plain["depths"], plain["limit"])
-        trace.stride, trace.updates, trace.last = (int(plain[key]) for key in ("stride", "updates", "last"))
+        trace.stride, trace.steps, trace.last = (int(plain[key]) for key in ("stride", "steps", "last"))
         rows = len(tensors["step"])
         empty = trace.tensors()
         for key, like in empty.items():
@@ -145,7 +152,7 @@ class Trace:
         trace._replace(
             [
                 tensors["step"].clone(),
-                torch.stack([tensors[name] for name in _PER_UPDATE], dim=1),
+                torch.stack([tensors[name] for name in _PER_STEP], dim=1),
                 *(tensors[name].clone() for name in _PER_ARM),
             ]
         )

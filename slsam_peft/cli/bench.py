@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=_positive, default=2, help="sequences a micro-batch (default: 2)")
     add("--seq_len", type=_positive, default=128, help="tokens a sequence (default: 128)")
     add("--gradient_accumulation_steps", type=_positive, default=1, help="micro-batches an update (default: 1)")
-    add("--updates", type=_positive, default=16, help="updates of each mode a round (default: 16)")
+    add("--steps", type=_positive, default=16, help="updates of each mode a round (default: 16)")
     add("--rounds", type=_positive, default=3, help="rounds, of which the median is reported (default: 3)")
     add("--modes", nargs="+", metavar="MODE", help="modes to time beside plain LoRA, by their names in the table")
     add("--output", type=Path, default=Path("slsam-bench.json"), help="JSON file (default: slsam-bench.json)")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch_size,
             length=args.seq_len,
             accumulation=args.gradient_accumulation_steps,
-            updates=args.updates,
+            steps=args.steps,
             rounds=args.rounds,
             modes=modes,
             tell=status.update,

@@ -22,7 +22,14 @@ HELP = "Cost of an update and memory, by part, from a model's configuration alon
 
 GIB = 2**30
 _NAMES = {"ascent": ASCENTS, "descent": DESCENTS, "design": DESIGNS, "granularity": GRANULARITIES}
-_NUMBERS = ("rho", "active_fraction", "ascent_fraction", "cost_budget", "probability_floor", "prefix_limit_mib")
+_NUMBERS = (
+    "rho",
+    "active_fraction",
+    "ascent_fraction",
+    "cost_budget",
+    "min_probability",
+    "hidden_state_cache_limit_mib",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +155,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         four_bit=args.load_in_4bit,
         nested=args.use_bnb_nested_quant,
         compute_dtype=dtype,
-        prefix_limit_bytes=config.prefix_limit_mib * 2**20,
+        hidden_state_cache_limit_bytes=config.hidden_state_cache_limit_mib * 2**20,
     )
     memory = memory_of(model, cost, shapes, rule_of(config), settings)
     return {

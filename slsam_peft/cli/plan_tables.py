@@ -19,7 +19,7 @@ _PARTS = {
     "activations": "kept for the backward pass",
     "block": "one block's graph, unpacked weight included",
     "logits": "logits tile of the fused head",
-    "prefix": "hidden states kept between the passes",
+    "hidden_state_cache": "hidden states kept between the passes",
     "runtime": "CUDA context and workspaces (assumed)",
 }
 

@@ -19,7 +19,7 @@ HELP = "fine-tune a 4-bit SmolLM2-135M on the Python documentation: minutes on t
 
 # Name, type, default, help.
 NUMBERS = (
-    ("max_steps", int, 64, "updates"),
+    ("max_steps", int, 64, "steps"),
     ("batch_size", int, 4, "sequences per update"),
     ("learning_rate", float, 2e-3, "peak learning rate; it falls linearly to 0"),
     ("lora_r", int, 8, "rank of the adapters, on all linear layers"),

@@ -19,7 +19,7 @@ DPI = 150
 NAMED_ARMS = 36  # with more, blocks are named instead of arms
 MOST_TICKS = 20
 MOST_COLUMNS = 800  # of a heat map; neighbouring updates are averaged
-MARKED_UPDATES = 60  # with more, a heat map does not mark which arms were active in which
+MARKED_STEPS = 60  # with more, a heat map does not mark which arms were active in which
 MOST_DOTS = 400  # of the cost panel
 SMOOTHED = 20  # curves of so many updates are smoothed
 COLOURS = "cividis"  # perceptually uniform, the same in greyscale
@@ -83,9 +83,9 @@ def build(traces: Sequence[TraceData]) -> Figure:
     _draw_sharpness(axes[1], traces)
     _draw_cost(axes[2], traces)
     for axis in axes:
-        axis.set_xlabel(_update_label(traces))
+        axis.set_xlabel(_step_label(traces))
         axis.set_xlim(*_span(traces))
-        _count_updates(axis, 5)
+        _count_steps(axis, 5)
         axis.grid(color="0.92", linewidth=0.7)
         axis.set_axisbelow(True)
     if runs > 1:
@@ -105,7 +105,7 @@ def _subtitle(trace: TraceData) -> str:
     config, plain = trace.plain["config"], trace.plain
     parts = [
         f"{len(trace.names)} arms",
-        f"{plain['updates']:,} updates",
+        f"{plain['steps']:,} steps",
         f"rho {config['rho']:g}",
         f"design {config['design']}",
         f"bandit {config['bandit']}",
@@ -116,7 +116,7 @@ def _subtitle(trace: TraceData) -> str:
     return ", ".join(parts)
 
 
-def _update_label(traces: Sequence[TraceData]) -> str:
+def _step_label(traces: Sequence[TraceData]) -> str:
     strides = {trace.plain["stride"] for trace in traces}
     stride = max(strides)
     return "update" if stride == 1 else f"update (every {stride}{_ordinal(stride)} is shown)"
@@ -129,7 +129,7 @@ def _span(traces: Sequence[TraceData]) -> tuple[float, float]:
     return first - margin, last + margin
 
 
-def _count_updates(axis: Axes, ticks: int) -> None:
+def _count_steps(axis: Axes, ticks: int) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
@@ -149,7 +149,7 @@ def _draw_maps(figure: Any, traces: Sequence[TraceData]) -> None:
         image = _draw_map(left, trace, norm)
         name = f"{trace.label}: " if runs > 1 else ""
         left.set_title(name + _subtitle(trace) + (", dots: active" if _marked(trace) else ""), loc="left")
-        left.set_xlabel(_update_label([trace]))
+        left.set_xlabel(_step_label([trace]))
         _draw_activity(right, trace, most)
         bar = figure.colorbar(image, ax=(left, right), pad=0.01, fraction=0.03, aspect=28)
         bar.set_label("probability p, learned by the bandit")
@@ -159,7 +159,7 @@ def _draw_maps(figure: Any, traces: Sequence[TraceData]) -> None:
 
 
 def _marked(trace: TraceData) -> bool:
-    return len(trace) <= MARKED_UPDATES and len(trace.names) <= NAMED_ARMS
+    return len(trace) <= MARKED_STEPS and len(trace.names) <= NAMED_ARMS
 
 
 def _draw_map(axis: Axes, trace: TraceData, norm: Normalize) -> AxesImage:
@@ -179,7 +179,7 @@ def _draw_map(axis: Axes, trace: TraceData, norm: Normalize) -> AxesImage:
         extent=(first, first + len(starts) * width * stride, -0.5, len(trace.names) - 0.5),
     )
     axis.set_xlim(first, first + rows * stride)
-    _count_updates(axis, 8)
+    _count_steps(axis, 8)
     if _marked(trace):
         at, arm = np.nonzero(trace.active)
         axis.plot(

@@ -26,19 +26,19 @@ class LinearCost:
     const: float
     reached: tuple[float, ...]
     active: tuple[float, ...]
-    floor: tuple[float, ...]
+    lowest_active: tuple[float, ...]
 
     def expected(self, reach: Sequence[float], inclusion: Sequence[float]) -> float:
         """Expected cost for `reach`, $P(f <= l)$, and `inclusion`, $p_l$, both with one entry a block."""
         at = [later - earlier for later, earlier in zip(reach, [0.0, *reach[:-1]], strict=True)]
-        terms = zip(self.reached, reach, self.active, inclusion, self.floor, at, strict=True)
+        terms = zip(self.reached, reach, self.active, inclusion, self.lowest_active, at, strict=True)
         return self.const + math.fsum(r * q + a * p + s * d for r, q, a, p, s, d in terms)
 
     def depth_terms(self) -> tuple[float, tuple[float, ...]]:
         """Return `(const, c)` such that the nested design, every block above a floor, costs `const + sum(c * p)`."""
-        above = [*self.floor[1:], 0.0]
+        above = [*self.lowest_active[1:], 0.0]
         return self.const, tuple(
-            r + a + s - n for r, a, s, n in zip(self.reached, self.active, self.floor, above, strict=True)
+            r + a + s - n for r, a, s, n in zip(self.reached, self.active, self.lowest_active, above, strict=True)
         )
 
 
@@ -58,8 +58,8 @@ def independent_reach(probabilities: Sequence[float]) -> tuple[list[float], list
 def reach_of(draws: Sequence[Sequence[bool]]) -> tuple[list[float], list[float]]:
     """Return `(reach, inclusion)`, the frequencies in a sample of active sets of one flag a block."""
     blocks = range(len(draws[0]))
-    floors = [next(i for i, on in enumerate(draw) if on) for draw in draws]
-    reach = [sum(floor <= i for floor in floors) / len(draws) for i in blocks]
+    lowest_blocks = [next(i for i, on in enumerate(draw) if on) for draw in draws]
+    reach = [sum(lowest_active <= i for lowest_active in lowest_blocks) / len(draws) for i in blocks]
     return reach, [sum(bool(draw[i]) for draw in draws) / len(draws) for i in blocks]
 
 

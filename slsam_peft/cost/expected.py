@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from slsam_peft.algorithm.arms import Arm
-from slsam_peft.algorithm.sampling import build_design
+from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.budget import independent_reach, reach_of, solve_active_fraction
 from slsam_peft.cost.model import CostModel, Rule, Shapes
@@ -23,8 +23,8 @@ def rule_of(config: SLSAMConfig, kept_micro_batches: int | None = None) -> Rule:
 
     Args:
         config (`SLSAMConfig`): Read: `ascent`, `ascent_fraction`, `descent`, `rho`.
-        kept_micro_batches (`int`, *optional*): Micro-batches whose hidden states fit `prefix_limit_mib`; 0 where
-            prefix reuse is off. Defaults to all.
+        kept_micro_batches (`int`, *optional*): Micro-batches whose hidden states fit
+            `hidden_state_cache_limit_mib`; 0 where hidden-state reuse is off. Defaults to all.
     """
     return Rule(
         ascent=config.ascent,
@@ -46,7 +46,7 @@ class ExpectedCost:
     Args:
         model (`CostModel`): The model's costs.
         arms (`Sequence[Arm]`): Its arms.
-        config (`SLSAMConfig`): Read: `design`, `probability_floor` and what `rule_of` reads.
+        config (`SLSAMConfig`): Read: `design`, `min_probability` and what `rule_of` reads.
         shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of the micro-batches of a typical update.
         rule (`Rule`, *optional*): How an update runs. Defaults to `rule_of(config)`.
 
@@ -64,7 +64,7 @@ class ExpectedCost:
         self._linear = None
         if [frozenset(arm.parameter_names) for arm in arms] == blocks:
             self._linear = model.linear_terms(self.shapes, self.rule)
-        build_design(config, self._depths)
+        build_scheme(config, self._depths)
 
     @property
     def least_fraction(self) -> float:
@@ -73,7 +73,7 @@ class ExpectedCost:
 
     def inclusion(self, fraction: float) -> torch.Tensor:
         """Return the inclusion probabilities the design realises at `fraction`, shape `(L,)`."""
-        return build_design(self.config, self._depths).inclusion(self._probabilities(fraction))
+        return build_scheme(self.config, self._depths).inclusion(self._probabilities(fraction))
 
     def __call__(self, fraction: float) -> float:
         """Return the expected cost at `fraction`, in (0, 1]."""
@@ -105,7 +105,7 @@ class ExpectedCost:
     def _draws(self, p: torch.Tensor) -> list[tuple[bool, ...]]:
         if bool((p == 1.0).all()):
             return [(True,) * len(p)]
-        design, generator = build_design(self.config, self._depths), torch.Generator().manual_seed(SEED)
+        design, generator = build_scheme(self.config, self._depths), torch.Generator().manual_seed(SEED)
         return [tuple(design(p, generator).tolist()) for _ in range(DRAWS)]
 
     def _cost(self, mask: tuple[bool, ...]) -> float:

@@ -61,7 +61,7 @@ class MemorySettings:
     four_bit: bool = False
     nested: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
-    prefix_limit_bytes: float = 2.0**30
+    hidden_state_cache_limit_bytes: float = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def memory_of(
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, hidden, rule),
         "block": (block.saved if cost.checkpointing else 0.0) + 2 * block.largest + unpacked,
-        "prefix": _prefix_bytes(hidden, rule, settings.prefix_limit_bytes),
+        "hidden_state_cache": _hidden_state_cache_bytes(hidden, rule, settings.hidden_state_cache_limit_bytes),
         "logits": _head_bytes(model, largest, settings.compute_dtype),
         "runtime": RUNTIME_BYTES,
     }
@@ -202,12 +202,12 @@ def _frozen_bytes(model: nn.Module, settings: MemorySettings) -> tuple[float, fl
     packed = NF4_NESTED_BYTES if settings.nested else NF4_BYTES
     total, unpacked, seen = 0.0, 0.0, set()
     for module in model.modules():
-        quantised = settings.four_bit and module is not head and features_of(module) is not None
+        quantized = settings.four_bit and module is not head and features_of(module) is not None
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad or id(p) in seen:
                 continue
             seen.add(id(p))
-            if quantised and name == "weight":
+            if quantized and name == "weight":
                 total += p.numel() * packed
                 unpacked = max(unpacked, float(p.numel() * settings.compute_dtype.itemsize))
             else:
@@ -232,7 +232,7 @@ def _kept_graph(cost: CostModel, block: Activations, hidden: list[float], rule: 
     return len(cost) * per_block * max(1.0, kept)
 
 
-def _prefix_bytes(hidden: list[float], rule: Rule, limit: float) -> float:
+def _hidden_state_cache_bytes(hidden: list[float], rule: Rule, limit: float) -> float:
     """Bytes of the hidden states kept between the passes, up to the limit."""
     kept = 0.0
     for size in hidden[: rule.reusable(len(hidden))]:

@@ -150,7 +150,7 @@ class CostModel:
         """FLOPs of a SAM update of all adapters: two plain ones."""
         return 2 * self.plain(shapes)
 
-    def update(
+    def step(
         self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
     ) -> float:
         """FLOPs of an update.
@@ -168,19 +168,19 @@ class CostModel:
         """
         per_block, below, head = self._split(active)
         parts = rule.parts(shapes)
-        floor = 0 if below else next((i for i, names in enumerate(per_block) if names), len(self))
+        lowest_active = 0 if below else next((i for i, names in enumerate(per_block) if names), len(self))
         total = self._const(parts, rule, head)
-        for i in range(floor, len(self)):
+        for i in range(lowest_active, len(self)):
             names = per_block[i]
             moved = names if branches is None else names.intersection(branches)
-            total += self._term(i, names, i == floor and not below, parts, rule, moved)
+            total += self._term(i, names, i == lowest_active and not below, parts, rule, moved)
         return total
 
     def ratio(
         self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
     ) -> float:
-        """Cost of an update in units of a plain LoRA update on the same micro-batches; arguments as in `update`."""
-        return self.update(active, shapes, rule, branches) / self.plain(shapes)
+        """Cost of an update in units of a plain LoRA update on the same micro-batches; arguments as in `step`."""
+        return self.step(active, shapes, rule, branches) / self.plain(shapes)
 
     def forward_flops(self, names: Collection[str], shapes: Shapes) -> float:
         """FLOPs of one forward pass of what an arm adapts: its blocks if it holds all of theirs, else its modules.
@@ -198,23 +198,23 @@ class CostModel:
                 total += 2 * size.tokens * sum(x.base.features + sum(f.features for f in x.factors) for x in own)
         return total
 
-    def reuse_check(self, floor: int, shape: tuple[int, int]) -> float:
-        """FLOPs of one forward pass of the blocks from `floor` on and the head, on a micro-batch of `shape`."""
+    def reuse_check(self, lowest_active: int, shape: tuple[int, int]) -> float:
+        """FLOPs of one forward pass of the blocks from `lowest_active` on and the head, on one micro-batch."""
         size = Size.of([shape])
-        above = sum(self._passes(i, NONE, True).forward.on(size) for i in range(floor, len(self)))
+        above = sum(self._passes(i, NONE, True).forward.on(size) for i in range(lowest_active, len(self)))
         return above + 2 * self.decoder.head * size.scored
 
     def linear_terms(self, shapes: Shapes, rule: Rule = TWO_PASS) -> LinearCost:
-        """Return the terms of the expected cost with block arms; arguments as in `update`."""
+        """Return the terms of the expected cost with block arms; arguments as in `step`."""
         unit, parts = self.plain(shapes), rule.parts(shapes)
-        reached, active, floor = [], [], []
+        reached, active, lowest_active = [], [], []
         for i, block in enumerate(self.decoder.blocks):
             inactive = self._term(i, NONE, False, parts, rule)
             chosen = self._term(i, block.trainable, False, parts, rule)
             reached.append(inactive / unit)
             active.append((chosen - inactive) / unit)
-            floor.append((self._term(i, block.trainable, True, parts, rule) - chosen) / unit)
-        return LinearCost(self._const(parts, rule, False) / unit, tuple(reached), tuple(active), tuple(floor))
+            lowest_active.append((self._term(i, block.trainable, True, parts, rule) - chosen) / unit)
+        return LinearCost(self._const(parts, rule, False) / unit, tuple(reached), tuple(active), tuple(lowest_active))
 
     def _split(self, active: Active) -> tuple[list[frozenset[str]], bool, bool]:
         """Split the active set into names per block, whether anything below them and whether the head is active."""
@@ -248,7 +248,7 @@ class CostModel:
         self,
         index: int,
         names: frozenset[str],
-        is_floor: bool,
+        is_lowest: bool,
         parts: _Parts,
         rule: Rule,
         branches: frozenset[str] | None = None,
@@ -258,11 +258,11 @@ class CostModel:
         branches = (names if branches is None else branches) if branched else NONE
         dense = rule.descent == "all"
         trained = self.decoder.blocks[index].trainable if dense else names
-        at_floor = not is_floor or self.reentrant or (dense and index == 0 and self._uncut)
+        at_lowest = not is_lowest or self.reentrant or (dense and index == 0 and self._uncut)
         at_bottom = index > 0 or self.reentrant or self._uncut
-        ascent = self._passes(index, trained, at_floor)
-        plain = self._passes(index, trained, at_bottom if dense else at_floor)
-        moved = self._passes(index, trained, at_bottom if dense else at_floor, branches)
+        ascent = self._passes(index, trained, at_lowest)
+        plain = self._passes(index, trained, at_bottom if dense else at_lowest)
+        moved = self._passes(index, trained, at_bottom if dense else at_lowest, branches)
         # A dense descent runs below the floor too: only the branch comes on top of what `_const` counts.
         back = moved.back.minus(plain.back) if dense else moved.back
         rest = parts.total.minus(parts.reused)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from slsam_peft.data.load import load_eval_split, load_split
-from slsam_peft.data.scoring import Tokens, pair_of, tokenise
+from slsam_peft.data.scoring import Tokens, pair_of, tokenize
 from slsam_peft.errors import UserError
 
 
@@ -45,4 +45,4 @@ def _tokens(tokenizer: Any, row: dict[str, Any], where: str, max_length: int) ->
         raise UserError(
             f"{where} is a conversation, and the tokenizer has no chat template; use prompt and completion texts."
         )
-    return tokenise(tokenizer, pair, max_length)
+    return tokenize(tokenizer, pair, max_length)

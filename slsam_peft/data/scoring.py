@@ -69,7 +69,7 @@ def pair_of(row: dict[str, Any], where: str) -> Pair:
     raise UserError(f"{where}: it needs a prompt and one answer: 'prompt' and 'completion', or 'messages'.")
 
 
-def tokenise(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | None = None) -> Tokens:
+def tokenize(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | None = None) -> Tokens:
     """Turn a pair into tokens: the conversation in its template, the answer, the end of the sequence.
 
     Args:
@@ -92,7 +92,7 @@ def tokenise(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | N
 
 def answered(tokenizer: Any, pairs: Sequence[Pair], max_length: int, prompt_format: str | None = None) -> list[Tokens]:
     """Return the pairs as tokens, see `tokenise`, without those whose answer is cut off whole: they teach nothing."""
-    rows = (tokenise(tokenizer, pair, max_length, prompt_format) for pair in pairs)
+    rows = (tokenize(tokenizer, pair, max_length, prompt_format) for pair in pairs)
     return [row for row in rows if row.prompt < len(row.ids)]
 
 

@@ -25,7 +25,7 @@ def load_base(name: str | None, in_4bit: bool, tell: Callable[[str], None] = lam
         UserError: it cannot be fetched, found or read.
     """
     source = name or str(fetch_smollm2(tell))
-    return (load_nf4 if in_4bit else load_unquantised)(source, compute_dtype("auto"))
+    return (load_nf4 if in_4bit else load_unquantized)(source, compute_dtype("auto"))
 
 
 def load_nf4(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -35,14 +35,14 @@ def load_nf4(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         UserError: it cannot be found or read. The message holds the loader's own words.
     """
     tokenizer = load_tokenizer(source)
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     place = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = _load_model(source, dtype, quantization_config=quantised, device_map={"": place})
+    model = _load_model(source, dtype, quantization_config=quantized, device_map={"": place})
     keep_trainable(model)  # it may be evaluated before it is trained
     return model, tokenizer
 
 
-def load_unquantised(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_unquantized(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a model as it is, and its tokenizer.
 
     Raises:

@@ -76,7 +76,7 @@ class Measured:
         """Return the medians, with the rounds they come from."""
         return {
             "mode": self.mode,
-            "seconds_per_update": statistics.median(self.seconds),
+            "seconds_per_step": statistics.median(self.seconds),
             "ratio": statistics.median(self.ratios),
             "predicted": statistics.median(self.predicted) if self.predicted else 1.0,
             "peak_bytes": max(self.peak_bytes),
@@ -113,7 +113,7 @@ def run_bench(
     batch: int = 2,
     length: int = 128,
     accumulation: int = 1,
-    updates: int = 16,
+    steps: int = 16,
     rounds: int = 3,
     modes: dict[str, Mode] | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -127,7 +127,7 @@ def run_bench(
         batch (`int`, *optional*, defaults to `2`): Sequences a micro-batch.
         length (`int`, *optional*, defaults to `128`): Tokens a sequence.
         accumulation (`int`, *optional*, defaults to `1`): Micro-batches an update.
-        updates (`int`, *optional*, defaults to `16`): Updates of each mode a round; the first is not timed.
+        steps (`int`, *optional*, defaults to `16`): Updates of each mode a round; the first is not timed.
         rounds (`int`, *optional*, defaults to `3`): Rounds.
         modes (`dict[str, Mode]`, *optional*): By name, `REFERENCE` first. Defaults to those of `MODES` that an update
             has parts for.
@@ -139,12 +139,12 @@ def run_bench(
     modes = modes or select_modes(None, batch, accumulation)
     parts = _parts(batch, accumulation)
     peft_model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
-    rows = _random_rows(tokenizer, batch * accumulation * (updates + 1), length)
+    rows = _random_rows(tokenizer, batch * accumulation * (steps + 1), length)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {}
         for name, mode in modes.items():
             sizes = (batch, parts - mode.fewer) if accumulation > 1 else (parts - mode.fewer, 1)
-            trainers[name] = _trainer(peft_model, tokenizer, _arguments(folder, *sizes, updates), rows, mode.config)
+            trainers[name] = _trainer(peft_model, tokenizer, _arguments(folder, *sizes, steps), rows, mode.config)
         if _emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
             restore_float32(peft_model, {})
         measured = {name: Measured(name) for name in modes}
@@ -196,12 +196,12 @@ def _missing(mode: Mode, batch: int, accumulation: int) -> str | None:
     return None if enough else f"--batch_size {least} or more, or --gradient_accumulation_steps {least} or more"
 
 
-def _arguments(folder: str, batch: int, accumulation: int, updates: int) -> SFTConfig:
+def _arguments(folder: str, batch: int, accumulation: int, steps: int) -> SFTConfig:
     return SFTConfig(
         folder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        max_steps=updates + 1,
+        max_steps=steps + 1,
         max_length=None,
         bf16=torch.cuda.is_available(),
         logging_strategy="no",

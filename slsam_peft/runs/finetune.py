@@ -20,7 +20,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.models.smollm2 import fetch_smollm2
 from slsam_peft.runs.signals import StopOnSignal
-from slsam_peft.saving.resume import last_whole_checkpoint, what_is_missing, whole_checkpoint
+from slsam_peft.saving.resume import intact_checkpoint, last_intact_checkpoint, what_is_missing
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def find_checkpoint(args: SFTConfig, *, sampler: bool = True) -> str | None:
     Args:
         args (`SFTConfig`): The run.
         sampler (`bool`, *optional*, defaults to `True`): Whether the sampler's state counts, see
-            `last_whole_checkpoint`.
+            `last_intact_checkpoint`.
 
     Raises:
         UserError: there is none, or the one named is not whole.
@@ -146,7 +146,7 @@ def find_checkpoint(args: SFTConfig, *, sampler: bool = True) -> str | None:
     if asked is None or wish in ("false", "none", "no"):
         return None
     if wish == "auto":
-        return last_whole_checkpoint(str(args.output_dir), sampler=sampler)
+        return last_intact_checkpoint(str(args.output_dir), sampler=sampler)
     if wish == "true":
         asked = True
     else:
@@ -159,7 +159,7 @@ def find_checkpoint(args: SFTConfig, *, sampler: bool = True) -> str | None:
             )
         asked = str(folder)
     try:
-        return whole_checkpoint(asked, str(args.output_dir), sampler=sampler)
+        return intact_checkpoint(asked, str(args.output_dir), sampler=sampler)
     except ValueError as error:
         raise UserError(str(error)) from error
 

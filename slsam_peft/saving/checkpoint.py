@@ -16,7 +16,7 @@ FILE_NAME = "slsam.safetensors"
 SCHEMA = 2
 
 # Settings that do not change what an update computes.
-_FREE_SETTINGS = {"prefix_limit_mib", "max_skipped_updates", "accept_state_mismatch", "trace"}
+_FREE_SETTINGS = {"hidden_state_cache_limit_mib", "max_skipped_steps", "accept_state_mismatch", "trace"}
 
 
 class StateMismatchError(ValueError):

@@ -71,7 +71,7 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
         record = {
             "schema": SCHEMA,
             "method": {"name": "sl-sam", **trainer.slsam_config.to_dict()},
-            "training": {"updates": trainer.state.global_step} | {n: _plain(trainer.args, n) for n in _TRAINING},
+            "training": {"steps": trainer.state.global_step} | {n: _plain(trainer.args, n) for n in _TRAINING},
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "base": describe_base(model),
             "probe": probe(model),
@@ -100,15 +100,15 @@ def write_text(path: Path, text: str) -> None:
 def describe_base(model: PeftModel) -> dict[str, Any]:
     """Return what tells a base model from others: name, shape, dtype, quantisation and some of its values."""
     base: Any = model.get_base_model()
-    quantisation = getattr(base.config, "quantization_config", None)
-    if quantisation is not None and not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
+    quantization = getattr(base.config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
     return {
         "name": base.config.name_or_path,
         "shape": shape_of(base.config),
         "dtype": str(base.dtype).removeprefix("torch."),
-        "quantisation": None if quantisation is None else json.loads(json.dumps(quantisation, default=str)),
-        "unquantised": None if quantisation is None else sorted(_plain_linears(model)),
+        "quantisation": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
+        "unquantised": None if quantization is None else sorted(_plain_linears(model)),
         "values": sample_base(model),
     }
 

@@ -50,14 +50,14 @@ def _check(record: Any) -> None:
     """Raise `ValueError` naming the first value that is missing or of another kind."""
     for name in ("method", "training", "versions"):
         _entries(record, name, _is_scalar, "a plain value")
-    _get(record, "training.updates", lambda v: type(v) is int, "an integer")
+    _get(record, "training.steps", lambda v: type(v) is int, "an integer")
     _get(record, "training.learning_rate", lambda v: v is None or _is_number(v), "a number")
     _get(record, "base.name", lambda v: v is None or isinstance(v, str), "a text")
     _get(record, "base.dtype", _is_dtype, "the name of a floating dtype of torch")
     _get(record, "base.shape", _is_shape, f"a mapping of some of {', '.join(SHAPE_FIELDS)} to their values")
-    quantisation = _get(record, "base.quantisation", lambda v: v is None or isinstance(v, dict), "a mapping or null")
+    quantization = _get(record, "base.quantisation", lambda v: v is None or isinstance(v, dict), "a mapping or null")
     names = _get(record, "base.unquantised", lambda v: v is None or _is_list(v, str), "a list of texts, or null")
-    if quantisation is not None and names is None:
+    if quantization is not None and names is None:
         raise ValueError("base.unquantised is null; for a quantised base it must be a list of texts")
     _entries(record, "base.values", _are_samples, f"a list of {SAMPLED_VALUES} numbers")
     _get(

@@ -33,10 +33,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
 
-def last_whole_checkpoint(folder: str | os.PathLike, *, sampler: bool = True) -> str | None:
+def last_intact_checkpoint(folder: str | os.PathLike, *, sampler: bool = True) -> str | None:
     """Return the newest checkpoint of a run that was saved whole. Newer ones are logged as warnings, with the reason.
 
-    `trainer.train(resume_from_checkpoint=last_whole_checkpoint("out"))` goes on after a kill at any moment, also in
+    `trainer.train(resume_from_checkpoint=last_intact_checkpoint("out"))` goes on after a kill at any moment, also in
     the middle of a save, and starts afresh where there is nothing to go on from.
 
     Args:
@@ -53,7 +53,7 @@ def last_whole_checkpoint(folder: str | os.PathLike, *, sampler: bool = True) ->
     return newest
 
 
-def whole_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) -> str:
+def intact_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) -> str:
     """Return the checkpoint that `resume_from_checkpoint=asked` means: a path, or `True` for the newest whole one.
 
     A damaged or missing sampler state in one that is named is left to `load_state`, which can be told to accept it.
@@ -61,7 +61,7 @@ def whole_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) ->
     Args:
         asked (`str` or `bool`): A path, or `True`.
         folder (`str`): The run's `output_dir`.
-        sampler (`bool`, *optional*, defaults to `True`): For `True`, as in `last_whole_checkpoint`.
+        sampler (`bool`, *optional*, defaults to `True`): For `True`, as in `last_intact_checkpoint`.
 
     Raises:
         ValueError: `True`, and `folder` has no whole checkpoint; or the one asked for is not whole.

@@ -13,9 +13,9 @@ from slsam_peft.errors import UserError
 from slsam_peft.saving.checksum import unseal
 
 FILE_NAME = "slsam_trace.safetensors"
-SCHEMA = 2
+SCHEMA = 3
 
-_PER_UPDATE = ("step", "loss", "sharpness", "floor", "cost", "grad_norm")
+_PER_STEP = ("step", "loss", "sharpness", "lowest_active_block", "cost", "grad_norm")
 _PER_ARM = ("probabilities", "norms", "active")
 
 
@@ -55,12 +55,12 @@ class TraceData:
     @property
     def share(self) -> np.ndarray:
         """Share of all updates in which each arm was active, shape `(L,)`."""
-        return self.values["activity"] / self.plain["updates"]
+        return self.values["activity"] / self.plain["steps"]
 
     @property
     def mean_cost(self) -> float:
         """Mean predicted cost over every update, in plain LoRA updates; NaN where none was predicted."""
-        return float(self.values["cost_total"][0]) / self.plain["updates"]
+        return float(self.values["cost_total"][0]) / self.plain["steps"]
 
 
 def trace_path(run: Path) -> Path:
@@ -115,7 +115,7 @@ def read_trace(path: Path, label: str = "") -> TraceData:
 
 def _check_shapes(values: dict[str, np.ndarray], plain: dict[str, Any]) -> None:
     rows, arms = len(values["step"]), len(plain["names"])
-    expected: dict[str, tuple[int, ...]] = {name: (rows,) for name in _PER_UPDATE}
+    expected: dict[str, tuple[int, ...]] = {name: (rows,) for name in _PER_STEP}
     expected |= {name: (rows, arms) for name in _PER_ARM}
     expected |= {"activity": (arms,), "cost_total": (1,)}
     for name, shape in expected.items():
@@ -123,7 +123,7 @@ def _check_shapes(values: dict[str, np.ndarray], plain: dict[str, Any]) -> None:
             raise ValueError(f"{name} has shape {values[name].shape} instead of {shape}")
     if len(plain["depths"]) != arms:
         raise ValueError(f"{len(plain['depths'])} depths of {arms} arms")
-    for key in ("updates", "last", "stride", "total"):
+    for key in ("steps", "last", "stride", "total"):
         if not isinstance(plain[key], int):
             raise ValueError(f"{key} is {plain[key]!r}")
     for key in ("config", "fraction", "budget", "done"):

@@ -60,7 +60,7 @@ class TraceFile:
 
     def finish(self) -> None:
         """Write the whole of it, as that of a run that is done."""
-        if not self._broken and self.trace.updates:
+        if not self._broken and self.trace.steps:
             self._write(self._folder, done=True)
 
     def _write(self, folder: Path, done: bool) -> None:

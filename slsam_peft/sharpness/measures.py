@@ -223,7 +223,7 @@ def average_rise(
     return AverageRise(mean, math.sqrt(variance / draws), math.sqrt(sum(squares) / draws))
 
 
-def filter_normalised(space: Space, generator: torch.Generator) -> list[torch.Tensor]:
+def filter_normalized(space: Space, generator: torch.Generator) -> list[torch.Tensor]:
     """Return a random direction in which every filter is as long as the weight's (Li et al., NeurIPS 2018).
 
     A filter is a row of a weight, what one output sees. Vectors (biases, norms) stay where they are, as there, unless

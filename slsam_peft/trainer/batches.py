@@ -69,19 +69,19 @@ class Joined(NamedTuple):
 
     Args:
         inputs (`dict`): The joined batch.
-        rows (`tuple[int, int]`): How many sequences come from each.
+        sequences (`tuple[int, int]`): How many sequences come from each.
         tokens (`int`): Tokens of the next batch's sequences, padding not counted.
     """
 
     inputs: dict[str, Any]
-    rows: tuple[int, int]
+    sequences: tuple[int, int]
     tokens: int
 
     @property
     def own_share(self) -> torch.Tensor:
         """Share of the scored positions that is this batch's own, shape `()`, not read by the host."""
         scored = self.inputs["labels"][:, 1:] != IGNORED
-        return scored[: self.rows[0]].sum() / scored.sum().clamp(min=1)
+        return scored[: self.sequences[0]].sum() / scored.sum().clamp(min=1)
 
 
 def join(inputs: Mapping[str, Any], coming: Mapping[str, Any] | None, fraction: float) -> Joined:

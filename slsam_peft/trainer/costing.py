@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import Arms
-from slsam_peft.algorithm.passes import Update
+from slsam_peft.algorithm.passes import Step
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.expected import active_names, rule_of
 from slsam_peft.cost.model import CostModel, Rule
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slsam_peft.trainer.trainer import SLSAMMixin
 
 
-class UpdateCost:
+class StepCost:
     """Predicts the cost of each update from its active set and the shapes of its micro-batches.
 
     Args:
@@ -34,12 +34,12 @@ class UpdateCost:
         self.shapes: list[tuple[int, int]] = []
         self.joined: tuple[int, int] | None = None
 
-    def __call__(self, update: Update) -> float:
+    def __call__(self, step: Step) -> float:
         """Return the cost in plain LoRA updates; the one-off check of prefix reuse is not in it."""
-        names, rule = active_names(self.arms, update.mask), rule_of(self.config, update.kept)
+        names, rule = active_names(self.arms, step.mask), rule_of(self.config, step.kept)
         if self.joined is None:
             return self.model.ratio(names, self.shapes, rule)
-        return self.model.update(names, [self.joined], Rule(perturbed=False)) / self.model.plain(self.shapes)
+        return self.model.step(names, [self.joined], Rule(perturbed=False)) / self.model.plain(self.shapes)
 
 
 def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:

@@ -17,14 +17,14 @@ Snapshot = dict[str, torch.Tensor]
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def is_quantised(model: Any) -> bool:
+def is_quantized(model: Any) -> bool:
     """Whether bitsandbytes holds the base weights in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def float32_adapters(model: Any) -> Snapshot:
     """Return copies of the trainable float32 parameters of a quantised model that already carries an adapter."""
-    if not isinstance(model, nn.Module) or not is_quantised(model):
+    if not isinstance(model, nn.Module) or not is_quantized(model):
         return {}
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float32}
 
@@ -39,7 +39,7 @@ def restore_float32(model: nn.Module, before: Snapshot) -> None:
         model (`nn.Module`): The trainer's model.
         before (`dict[str, torch.Tensor]`): What `float32_adapters` returned before the trainer was built.
     """
-    if not is_quantised(model):
+    if not is_quantized(model):
         return
     factors = _adapter_parameters(model)
     for name, parameter in model.named_parameters():

@@ -21,11 +21,11 @@ from slsam_peft.saving.card import describe
 from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
 from slsam_peft.saving.hashes import RECORD_NAME, write_hashes
 from slsam_peft.saving.record import write_record
-from slsam_peft.saving.resume import STATE_NAMES, whole_checkpoint
+from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
 from slsam_peft.trainer.batches import Joined, Lookahead, check_ahead, join
-from slsam_peft.trainer.costing import UpdateCost, cost_model_of, shape_of
+from slsam_peft.trainer.costing import StepCost, cost_model_of, shape_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
 from slsam_peft.trainer.muting import forward_only, muted
 from slsam_peft.trainer.precision import (
@@ -122,7 +122,7 @@ class SLSAMMixin(_Base):
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
         model = cost_model_of(self, self.slsam_arms)
-        self._slsam_cost = None if model is None else UpdateCost(model, self.slsam_arms, self.slsam_config)
+        self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, self.slsam_config)
         fraction = None
         if model is not None and (budget := self.slsam_config.cost_budget) is not None:
             shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
@@ -194,7 +194,7 @@ class SLSAMMixin(_Base):
             self._slsam_index = 0
             raise
         if index == count - 1:
-            self._log_update()
+            self._log_step()
             if self._slsam_trace is not None:
                 self._slsam_trace.see(self.state.global_step + 1, self.slsam)
         return loss
@@ -202,14 +202,14 @@ class SLSAMMixin(_Base):
     def _passes(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Passes:
         step = super().training_step
 
-        def counted() -> torch.Tensor:
+        def logged() -> torch.Tensor:
             return step(model, dict(inputs), num_items)
 
-        def silent() -> torch.Tensor:
+        def unlogged() -> torch.Tensor:
             with muted(self):
                 return step(model, dict(inputs), num_items)
 
-        def probe() -> torch.Tensor:
+        def forward() -> torch.Tensor:
             with muted(self), forward_only(self):
                 return step(model, dict(inputs), num_items)
 
@@ -219,7 +219,7 @@ class SLSAMMixin(_Base):
                 return step(model, rows, None if num_items is None else num_items * share)
 
         if not self._runs_ahead:
-            return Passes(counted, silent, part, probe)
+            return Passes(logged, unlogged, part, forward)
         coming = None if self._slsam_batches is None else self._slsam_batches.coming
         joined = join(inputs, coming, self.slsam_config.ascent_fraction)
         if self._slsam_cost is not None:
@@ -232,9 +232,9 @@ class SLSAMMixin(_Base):
         def both() -> torch.Tensor:
             loss = step(model, dict(joined.inputs), num_items)
             self._uncount(joined)
-            return loss * joined.own_share if joined.rows[1] else loss
+            return loss * joined.own_share if joined.sequences[1] else loss
 
-        return Passes(both, both, rows=joined.rows)
+        return Passes(both, both, sequences=joined.sequences)
 
     def _uncount(self, joined: Joined) -> None:
         """Take tokens off TRL's count of those trained on: their batch is still to come."""
@@ -251,7 +251,7 @@ class SLSAMMixin(_Base):
             self._slsam_cost.shapes.clear()
         self._slsam_cost.shapes.append(shape_of(inputs))
 
-    def _log_update(self) -> None:
+    def _log_step(self) -> None:
         """Hand the update's numbers, read already, to TRL's averages."""
         metrics = getattr(self, "_metrics", None)
         if metrics is None:
@@ -273,7 +273,7 @@ class SLSAMMixin(_Base):
         """
         if resume_from_checkpoint:
             sampler = not self.slsam_config.accept_state_mismatch
-            resume_from_checkpoint = whole_checkpoint(
+            resume_from_checkpoint = intact_checkpoint(
                 resume_from_checkpoint, str(self.args.output_dir), sampler=sampler
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)

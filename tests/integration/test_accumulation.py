@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, arms_of
-from tests.reference import reference_update
+from tests.reference import reference_step
 from tests.sft import llama, train
 from tests.tiny import build
 from tests.tolerances import FUSED_HEAD
@@ -23,14 +23,14 @@ class Recording(SLSAMTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.start = copy.deepcopy(self.model.state_dict())
-        self.updates = [[]]
+        self.steps = [[]]
         self.masks = []
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.updates[-1].append({k: v.clone() for k, v in inputs.items()})
+        self.steps[-1].append({k: v.clone() for k, v in inputs.items()})
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._slsam_index == 0:
-            self.updates.append([])
+            self.steps.append([])
             self.masks.append(self.slsam.active.clone())
         return loss
 
@@ -58,14 +58,14 @@ def test_training_follows_a_plain_reference(settings, tmp_path):
         config,
         double=True,
         dropout=0.0,
-        updates=4,
+        steps=4,
         gradient_accumulation_steps=3,
         optim="sgd",
         learning_rate=RATE,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
     )
-    batches = trainer.updates[:-1]
+    batches = trainer.steps[:-1]
     assert [len(parts) for parts in batches] == [3] * 4
     assert len({p["input_ids"].shape[1] for parts in batches for p in parts}) > 3
     model, losses = get_peft_model(llama(torch.float64), LoraConfig(r=4, target_modules="all-linear")).double(), []
@@ -79,7 +79,7 @@ def test_training_follows_a_plain_reference(settings, tmp_path):
             return loss
 
         trained = torch.ones_like(mask) if config.descent == "all" else mask
-        loss, gradients = reference_update(arms, mask, config.rho, closure, trained)
+        loss, gradients = reference_step(arms, mask, config.rho, closure, trained)
         losses.append(float(loss))
         with torch.no_grad():
             for p, g in zip([p for arm in arms for p in arm.parameters], gradients, strict=True):
@@ -115,7 +115,7 @@ ASCENT, DESCENT = (6, 7), (8, 9)
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("bad", [ASCENT[:1], ASCENT[1:], DESCENT[1:]], ids=["first ascent", "last ascent", "descent"])
-def test_a_bad_micro_batch_skips_its_update_whole(bad, optimizer, tmp_path):
+def test_a_bad_micro_batch_skips_its_step_whole(bad, optimizer, tmp_path):
     """The second of four: weights, decay, moments and probabilities stay, training goes on."""
     config = SLSAMConfig(rho=0.05, active_fraction=0.6, design="depth")
     seen = []
@@ -151,10 +151,10 @@ def _same(a, b):
     return a == b
 
 
-def test_too_many_bad_updates_in_a_row_stop_training(tmp_path):
-    config = SLSAMConfig(rho=0.05, max_skipped_updates=1)
+def test_too_many_bad_steps_in_a_row_stop_training(tmp_path):
+    config = SLSAMConfig(rho=0.05, max_skipped_steps=1)
     trainer = build(faulty(*range(4, 100)), tmp_path, config, max_steps=10)
-    with pytest.raises(RuntimeError, match=r"2 updates in a row had a NaN or infinite.*max_skipped_updates"):
+    with pytest.raises(RuntimeError, match=r"2 updates in a row had a NaN or infinite.*max_skipped_steps"):
         trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())

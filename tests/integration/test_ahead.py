@@ -42,16 +42,16 @@ def unpadded(batch, row):
     return batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
 
 
-def test_each_update_is_one_pass_over_its_batch_and_a_row_of_the_next(tmp_path):
+def test_each_step_is_one_pass_over_its_batch_and_a_row_of_the_next(tmp_path):
     """Ten rows are four batches of three an epoch, the last of one row; nothing runs ahead into the next epoch."""
     settings = {"per_device_train_batch_size": 3, "max_steps": -1, "num_train_epochs": 2, "data": texts(10)}
     trainer = build(Recording, tmp_path / "ours", CONFIG, **settings)
     trainer.train()
     assert len(trainer.passes) == trainer.slsam.steps == 8
     coming = [*trainer.batches[1:], None]
-    for update, (own, following, both) in enumerate(zip(trainer.batches, coming, trainer.passes, strict=True)):
+    for step, (own, following, both) in enumerate(zip(trainer.batches, coming, trainer.passes, strict=True)):
         rows = len(own["input_ids"])
-        last = update % 4 == 3
+        last = step % 4 == 3
         assert len(both["input_ids"]) == rows + (not last)
         for row in range(rows):
             assert unpadded(both, row) == unpadded(own, row)
@@ -76,7 +76,7 @@ def test_training_follows_a_plain_reference(reentrant, tmp_path):
         CONFIG,
         double=True,
         dropout=0.0,
-        updates=6,
+        steps=6,
         per_device_train_batch_size=3,
         activation_checkpointing=reentrant is not None,
         activation_checkpointing_kwargs=None if reentrant is None else {"use_reentrant": reentrant},
@@ -210,7 +210,7 @@ def test_padding_before_the_text_is_kept_and_needless_padding_cut():
     coming["attention_mask"] = torch.tensor([[0, 0, 1, 1, 0], [1] * 5])
     coming["labels"] = torch.where(coming["attention_mask"] == 1, coming["input_ids"], -100)
     joined = join(own, coming, 0.5)
-    assert joined.rows == (1, 1)
+    assert joined.sequences == (1, 1)
     assert joined.tokens == 2
     assert joined.inputs["input_ids"].tolist() == [[0, 5, 6, 0], [0, 0, 7, 8]]
     assert joined.inputs["attention_mask"].tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]

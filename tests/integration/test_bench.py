@@ -26,7 +26,7 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     told = []
     measured = run_bench(
-        model, tokenizer(), lora_r=4, batch=4, length=16, updates=2, rounds=2, modes=MODES, tell=told.append
+        model, tokenizer(), lora_r=4, batch=4, length=16, steps=2, rounds=2, modes=MODES, tell=told.append
     )
     assert [m.mode for m in measured] == list(MODES)
     assert told == [f"round {n} of 2: {mode}" for n in (1, 2) for mode in MODES]
@@ -50,7 +50,7 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
 def test_under_accumulation_a_micro_batch_pays_for_the_ascent():
     modes = {name: MODES[name] for name in (REFERENCE, "fewer")}
     plain, fewer = run_bench(
-        llama(), tokenizer(), lora_r=4, batch=1, length=16, accumulation=4, updates=2, rounds=1, modes=modes
+        llama(), tokenizer(), lora_r=4, batch=1, length=16, accumulation=4, steps=2, rounds=1, modes=modes
     )
     assert math.isclose(fewer.summary()["predicted"], 1.0, rel_tol=0.1)  # four passes of one row, as plain LoRA's
     assert plain.summary()["predicted"] == 1.0

@@ -99,7 +99,7 @@ RECORDED = {
     "no base": ("base",),
     "a list for a base": ("base", []),
     "a list as a setting": ("method.rho", [1]),
-    "no number of updates": ("training.updates",),
+    "no number of updates": ("training.steps",),
     "a word for a rate": ("training.learning_rate", "fast"),
     "no versions": ("versions",),
     "unknown dtype": ("base.dtype", "float33"),

@@ -109,7 +109,7 @@ def build(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no_checkpointing"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_plain_updates(build, family, checkpointing):
+def test_plain_steps(build, family, checkpointing):
     trainer = build(CONFIGS[family], steps=1, checkpointing=checkpointing)
     predicted = CostModel.from_model(trainer.model, checkpointing).plain([(4, LENGTH)])
     with counter() as count:
@@ -163,39 +163,39 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
     cost, arms = CostModel.from_model(trainer.model, checkpointing), trainer.slsam.arms
     shapes, rule = [(batch, LENGTH)] * micro_batches, rule_of(config)
     known, predicted = set(), 0.0
-    for update, mask in enumerate(masks.seen, 1):
+    for step, mask in enumerate(masks.seen, 1):
         names = active_names(arms, mask)
-        if config.ascent == "ahead" and update == len(masks.seen):  # no batch is left to run ahead of
+        if config.ascent == "ahead" and step == len(masks.seen):  # no batch is left to run ahead of
             rule = Rule(perturbed=False)
         # Nothing is remembered of an arm before its first update, so it has no branch then.
-        predicted += cost.update(names, shapes, rule, known if config.ascent == "remembered" else None)
+        predicted += cost.step(names, shapes, rule, known if config.ascent == "remembered" else None)
         known |= names
-    floors = [min(a.depth for a, on in zip(arms, mask.tolist(), strict=True) if on) for mask in masks.seen]
-    checked = next((floor for floor in floors if floor > 0), None)
+    lowest_blocks = [min(a.depth for a, on in zip(arms, mask.tolist(), strict=True) if on) for mask in masks.seen]
+    checked = next((lowest_active for lowest_active in lowest_blocks if lowest_active > 0), None)
     if rule.reusable(micro_batches) and checked is not None:
         predicted += cost.reuse_check(checked, shapes[0])
     return predicted, count.get_total_flops()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_our_updates_for_the_floors_drawn(build, mode):
+def test_our_steps_for_the_lowest_blocks_drawn(build, mode):
     predicted, counted = _predicted_and_counted(build, MODES[mode])
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
 @pytest.mark.parametrize("mode", ["depth", "partial", "remembered", "dense_descent"])
-def test_our_updates_under_accumulation(build, mode):
+def test_our_steps_under_accumulation(build, mode):
     predicted, counted = _predicted_and_counted(build, MODES[mode], batch=2, micro_batches=4)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
 @pytest.mark.parametrize("mode", ["depth", "dense_descent"])
-def test_our_updates_without_checkpointing(build, mode):
+def test_our_steps_without_checkpointing(build, mode):
     predicted, counted = _predicted_and_counted(build, MODES[mode], checkpointing=False)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt2", "opt"])
-def test_our_updates_in_other_families(build, family):
+def test_our_steps_in_other_families(build, family):
     predicted, counted = _predicted_and_counted(build, MODES["depth"], family=family)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)

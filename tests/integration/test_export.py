@@ -156,7 +156,7 @@ def test_a_failure_leaves_nothing(folders, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory):
+def quantized(tmp_path_factory):
     """An adapter trained by `SLSAMTrainer` on an NF4 base, and that base in 16 bits."""
     folder = tmp_path_factory.mktemp("nf4")
     save_base(folder / "base", torch.bfloat16)
@@ -176,20 +176,20 @@ def quantised(tmp_path_factory):
     return folder
 
 
-def test_a_merge_into_a_quantised_base_asks_for_a_choice(quantised, capsys):
-    command = ["export", str(quantised / "adapter"), "--out", str(quantised / "none"), "--merge"]
+def test_a_merge_into_a_quantized_base_asks_for_a_choice(quantized, capsys):
+    command = ["export", str(quantized / "adapter"), "--out", str(quantized / "none"), "--merge"]
     assert main(command) == 2
     said = " ".join(capsys.readouterr().err.split())
     for part in ("trained on a quantised base", "--base original", "--base dequantised"):
         assert part in said
-    assert not (quantised / "none").exists()
+    assert not (quantized / "none").exists()
 
 
 @pytest.mark.parametrize("way", ["original", "dequantised"])
-def test_both_ways_are_measured_before_one_is_written(way, quantised, tmp_path, capsys, monkeypatch):
+def test_both_ways_are_measured_before_one_is_written(way, quantized, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    words = ["--merge", "--base", way, "--dtype", "float32", "--data", str(quantised / "held.jsonl")]
-    assert export(quantised / "adapter", tmp_path / way, *words) == 0
+    words = ["--merge", "--base", way, "--dtype", "float32", "--data", str(quantized / "held.jsonl")]
+    assert export(quantized / "adapter", tmp_path / way, *words) == 0
     shown = capsys.readouterr().out
     rows = {n: line for n in ("original", "dequantised") for line in shown.splitlines() if f" {n} " in line}
     assert set(rows) == {"original", "dequantised"}
@@ -201,11 +201,11 @@ def test_both_ways_are_measured_before_one_is_written(way, quantised, tmp_path, 
     assert abs(change["dequantised"]) <= 1e-4 < abs(change["original"])
 
 
-def test_the_dequantised_merge_is_what_was_trained(quantised, tmp_path):
+def test_the_dequantized_merge_is_what_was_trained(quantized, tmp_path):
     words = ["--merge", "--base", "dequantised", "--dtype", "float32", "--no_measure"]
-    assert export(quantised / "adapter", tmp_path / "out", *words) == 0
+    assert export(quantized / "adapter", tmp_path / "out", *words) == 0
     base = AutoModelForCausalLM.from_pretrained(
-        quantised / "base",
+        quantized / "base",
         dtype=torch.float32,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -213,7 +213,7 @@ def test_the_dequantised_merge_is_what_was_trained(quantised, tmp_path):
         device_map={"": "cpu"},
     )
     keep_trainable(base)  # repacking fails on layers of fewer inputs than a block has, on a CPU with AVX512-BF16
-    trained = logits(peft.PeftModel.from_pretrained(base, quantised / "adapter"))
+    trained = logits(peft.PeftModel.from_pretrained(base, quantized / "adapter"))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert torch.allclose(merged, trained, rtol=0, atol=MERGED_LOGITS)
 

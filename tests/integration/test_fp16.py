@@ -46,10 +46,10 @@ def train(tmp_path, monkeypatch):
     """Return a function that trains with a given first loss scale."""
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "no")
 
-    def run(scale, updates=4, config=CONFIG, growth_interval=10**6, **settings):
+    def run(scale, steps=4, config=CONFIG, growth_interval=10**6, **settings):
         cls = type("Half", (Half,), {"scale": scale, "growth_interval": growth_interval})
         adapter = lora(target_modules=["q_proj", "down_proj"])
-        settings = {"max_steps": updates, "weight_decay": 0.1, "max_grad_norm": 1.0, **settings}
+        settings = {"max_steps": steps, "weight_decay": 0.1, "max_grad_norm": 1.0, **settings}
         trainer = build(cls, tmp_path / str(scale), config, peft_config=adapter, **settings)
         try:
             trainer.train()
@@ -89,7 +89,7 @@ def assert_same_training(low, high):
 
 def test_an_overflow_leaves_everything_as_it_was(train):
     """A scale far too large: updates are skipped and it is halved until gradients are finite."""
-    trainer = train(2.0**22, updates=9)
+    trainer = train(2.0**22, steps=9)
     skipped = trainer.slsam.skipped
     assert 0 < skipped < 9
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (22 - skipped)

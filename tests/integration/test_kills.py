@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.kill_worker import SAVE_STEPS, UPDATES
+from tests.kill_worker import SAVE_STEPS, STEPS
 
 WORKER = Path(__file__).parents[1] / "kill_worker.py"
 KILLS = 20
@@ -121,7 +121,7 @@ def test_kills_at_random_moments(server, undisturbed, tmp_path):
         if kills % 2:
             when = {"nth": chance.randint(1, 40)}
         else:
-            when = {"after": chance.uniform(0.0, seconds * 6 * SAVE_STEPS / UPDATES)}
+            when = {"after": chance.uniform(0.0, seconds * 6 * SAVE_STEPS / STEPS)}
         killed = live_and_check(server, folder, **when)["killed"]
         kills += killed
         if killed:

@@ -16,7 +16,7 @@ from tests.watch import hooks
 
 pytestmark = pytest.mark.slow
 
-UPDATES, FIRST, WARM, WINDOW = 5_000, 50, 500, 60
+STEPS, FIRST, WARM, WINDOW = 5_000, 50, 500, 60
 # Of the process over 4,500 updates, below 3 KiB an update. It is flat but for steps of 2 to 4 MiB, the same in each
 # run, where a kind of active set comes for the first time: two or three of them after the warm-up.
 GROWTH_BYTES = 12 * 2**20
@@ -49,7 +49,7 @@ def live_tensors():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_last_update_is_like_the_fiftieth(name, record_property):
+def test_the_last_step_is_like_the_fiftieth(name, record_property):
     model = decoder("llama", dropout=0.1, checkpointing=False, dtype=torch.float32)
     slsam = SLSAM(arms_of(model, "block"), SLSAMConfig(**SETTINGS[name]))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
@@ -57,24 +57,24 @@ def test_the_last_update_is_like_the_fiftieth(name, record_property):
     before, process = hooks(model), psutil.Process()
     early, late, seconds = {}, {}, []
 
-    def update():
-        slsam.update(closure, probe=probe)
+    def step():
+        slsam.update(closure, forward_only=probe)
         optimizer.step()
         optimizer.zero_grad()
 
-    for number in range(1, UPDATES + 1):
+    for number in range(1, STEPS + 1):
         start = time.perf_counter()
-        if not (FIRST < number <= FIRST + WINDOW or number > UPDATES - WINDOW):
-            update()
+        if not (FIRST < number <= FIRST + WINDOW or number > STEPS - WINDOW):
+            step()
         else:
             with Operations() as operations:
-                update()
+                step()
             where = early if number <= WARM else late
             where[tuple(slsam.active.tolist())] = operations
         seconds.append(time.perf_counter() - start)
         if number == WARM:
             tensors, resident = live_tensors(), process.memory_info().rss
-    assert slsam.steps == UPDATES
+    assert slsam.steps == STEPS
     assert slsam.skipped == 0
     assert late.keys() & early.keys()
     for active in late.keys() & early.keys():

@@ -51,7 +51,7 @@ def build(case, folder, config=None, **settings):
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
-def test_three_updates(case, checkpointing, tmp_path):
+def test_three_steps(case, checkpointing, tmp_path):
     """The right arms move, what is logged of the first update is what the trainer logs without SL-SAM, and nothing is
     left behind.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.rank_worker import AGAINST_ONE, UPDATES, adapters, own_loop, train_against_one
+from tests.rank_worker import AGAINST_ONE, STEPS, adapters, own_loop, train_against_one
 from tests.tolerances import EXACT_FLOAT64, FUSED_HEAD, TRAJECTORY
 
 pytestmark = pytest.mark.ranks
@@ -67,7 +67,7 @@ def test_ranks_stay_together(seen):
     ranks = seen("long")
     assert_ranks_agree(ranks)
     report = ranks[0][0]
-    assert len(report["masks"]) == UPDATES
+    assert len(report["masks"]) == STEPS
     assert len({tuple(mask) for mask in report["masks"]}) > 5
     assert report["probabilities"][0] != report["probabilities"][-1]
 
@@ -75,7 +75,7 @@ def test_ranks_stay_together(seen):
 def test_what_is_logged_is_the_mean_over_ranks(seen):
     """Each rank has a loss of its own; sharpness is that of the whole batch."""
     (one, _), (two, _) = seen("long")
-    assert len(one["sharpness"]) == UPDATES
+    assert len(one["sharpness"]) == STEPS
     assert one["sharpness"] == two["sharpness"]
 
 
@@ -123,7 +123,7 @@ def test_only_gradients_of_active_arms_travel(seen):
 
 
 @pytest.mark.parametrize("name", ["nan loss", "nan gradient"])
-def test_what_is_not_finite_on_one_rank_skips_the_update_on_all(name, seen):
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(name, seen):
     """Also where only the loss of one rank is NaN or infinite and every gradient is finite."""
     ranks = seen(name)
     for bad in ("3", "4"):  # passes: the ascent and the descent of the second update

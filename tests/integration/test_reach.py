@@ -13,7 +13,7 @@ from slsam_peft import SLSAMConfig, SLSAMTrainer
 
 pytestmark = pytest.mark.slow
 
-UPDATES, BATCH, LENGTH, WORDS = 16, 4, 64, 500
+STEPS, BATCH, LENGTH, WORDS = 16, 4, 64, 500
 
 # settings, least and most allowed ratio to plain SFTTrainer
 REACH = {
@@ -48,11 +48,11 @@ def train(cls, **kwargs):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w1", eos_token="w2"
     )
-    rows = torch.randint(3, WORDS, (BATCH * UPDATES, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = torch.randint(3, WORDS, (BATCH * STEPS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     args = SFTConfig(
         kwargs.pop("folder"),
         per_device_train_batch_size=BATCH,
-        max_steps=UPDATES,
+        max_steps=STEPS,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -85,17 +85,17 @@ def test_counted_cost_is_within_reach_and_as_predicted(name, plain, tmp_path):
     ratio = flops / plain
     assert least <= ratio <= most
     predicted = [log["slsam/cost"] for log in trainer.state.log_history if "slsam/cost" in log]
-    assert len(predicted) == UPDATES
-    assert sum(predicted) / UPDATES == pytest.approx(ratio, rel=PREDICTION)
+    assert len(predicted) == STEPS
+    assert sum(predicted) / STEPS == pytest.approx(ratio, rel=PREDICTION)
 
 
 @pytest.mark.parametrize("name", ["exact, at plain LoRA's price", "ascent on a quarter", "remembered ascent"])
-def test_every_arm_is_trained_in_some_updates(name, tmp_path):
+def test_every_arm_is_trained_in_some_steps(name, tmp_path):
     """No saving by never training the lower blocks: the least inclusion probability is a tenth of the mean."""
     config, _, _ = REACH[name]
     trainer, _ = train(SLSAMTrainer, folder=str(tmp_path), slsam_config=config)
     slsam = trainer.slsam
     inclusion = slsam.design.inclusion(slsam.probabilities)
-    assert inclusion.min() >= config.probability_floor * slsam.bandit.mean - 1e-12
+    assert inclusion.min() >= config.min_probability * slsam.bandit.mean - 1e-12
     drawn = torch.stack([slsam.design(slsam.probabilities, slsam.generator) for _ in range(400)])
     assert drawn.any(0).all()

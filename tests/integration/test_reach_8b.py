@@ -16,7 +16,7 @@ from tests.tolerances import COUNTED_FLOPS_8B
 
 pytestmark = pytest.mark.slow
 
-BATCH, LENGTH, UPDATES = 4, 256, 3
+BATCH, LENGTH, STEPS = 4, 256, 3
 
 # settings, least and most allowed expected cost in plain LoRA updates
 MODES = {
@@ -68,13 +68,13 @@ def plain(model):
     return counter.get_total_flops()
 
 
-def test_a_plain_update_is_as_predicted(model, plain):
+def test_a_plain_step_is_as_predicted(model, plain):
     predicted = CostModel.from_model(model, checkpointing=True).plain([(BATCH, LENGTH)])
     assert predicted == pytest.approx(plain, rel=COUNTED_FLOPS_8B)
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_updates_cost_what_is_expected_and_what_is_predicted(name, model, plain, monkeypatch, record_property):
+def test_steps_cost_what_is_expected_and_what_is_predicted(name, model, plain, monkeypatch, record_property):
     """The expectation meets the budget; each update's count meets its prediction, so their mean does as well."""
     config, least, most = MODES[name]
     monkeypatch.setattr(SLSAM, "_read", lambda self, values: torch.ones(values.shape, dtype=torch.float64))
@@ -88,15 +88,13 @@ def test_updates_cost_what_is_expected_and_what_is_predicted(name, model, plain,
     closure, probe = closures(model, inputs)
     part, _ = closures(model, ascent_part(inputs, config.ascent_fraction)[0])
     known, counted, predicted = set(), [], []
-    for _ in range(UPDATES):
+    for _ in range(STEPS):
         with FlopCounterMode(display=False) as counter:
             slsam.update(closure, part, probe)
         names = active_names(arms, slsam.active)
         counted.append(counter.get_total_flops())
-        predicted.append(
-            costs.update(names, shapes, rule_of(config), known if config.ascent == "remembered" else None)
-        )
+        predicted.append(costs.step(names, shapes, rule_of(config), known if config.ascent == "remembered" else None))
         known |= names
         model.zero_grad()
     assert counted == pytest.approx(predicted, rel=COUNTED_FLOPS_8B)
-    record_property("expected and counted", (expected(fraction), sum(counted) / UPDATES / plain))
+    record_property("expected and counted", (expected(fraction), sum(counted) / STEPS / plain))

@@ -17,7 +17,7 @@ from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError
 from tests.tiny import build, llama, lora, texts, tokenizer, train
 
-UPDATES, CUT = 6, 3
+STEPS, CUT = 6, 3
 
 
 def logits(model):
@@ -82,7 +82,7 @@ def run(folder, config, resume=None, more=None, **settings):
         folder,
         config,
         parts={"callbacks": [draws, Worse()], **(more or {})},
-        **{"max_steps": UPDATES, "save_strategy": "steps", "save_steps": CUT, **settings},
+        **{"max_steps": STEPS, "save_strategy": "steps", "save_steps": CUT, **settings},
     )
     draws.trainer = trainer
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -123,7 +123,7 @@ def assert_goes_on(folder, config, checkpoint=lambda path: path / f"checkpoint-{
     assert torch.equal(whole.slsam.probabilities, parted.slsam.probabilities)
     for (name, p), q in zip(whole.model.named_parameters(), parted.model.parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert logs(whole)[-(UPDATES - CUT) :] == logs(parted)[-(UPDATES - CUT) :]
+    assert logs(whole)[-(STEPS - CUT) :] == logs(parted)[-(STEPS - CUT) :]
     first, second = (t.optimizer.state_dict()["state"] for t in (whole, parted))
     assert first.keys() == second.keys()
     for key, state in first.items():
@@ -168,7 +168,7 @@ def test_going_on_from_the_last_checkpoint_that_transformers_finds(tmp_path):
     """As scripts do that know nothing of `resume_from_checkpoint=True`."""
 
     def last(folder):
-        shutil.rmtree(folder / f"checkpoint-{UPDATES}")
+        shutil.rmtree(folder / f"checkpoint-{STEPS}")
         return get_last_checkpoint(str(folder))
 
     assert_goes_on(tmp_path, SLSAMConfig(rho=0.1, active_fraction=0.5), last, peft_config=lora(lora_dropout=0.2))
@@ -183,7 +183,7 @@ def test_the_best_model_comes_with_its_sampler(low, tmp_path):
     trainers = assert_goes_on(tmp_path, config, more={"eval_dataset": texts(4, 1)}, **model, **evaluation)
     saved = load_file(tmp_path / "whole" / f"checkpoint-{CUT}" / "adapter_model.safetensors")
     for trainer in trainers:
-        assert trainer.state.global_step == UPDATES
+        assert trainer.state.global_step == STEPS
         assert trainer.state.best_global_step == trainer.slsam.steps == CUT
         assert dtypes(trainer) == {torch.bfloat16 if low else torch.float32}
         loaded = get_peft_model_state_dict(trainer.model)
@@ -198,8 +198,8 @@ def checkpoint(tmp_path_factory):
     return folder / "checkpoint-2"
 
 
-def resume(checkpoint, folder, config, peft_config="lora", updates=4):
-    trainer = build(SLSAMTrainer, folder, config, peft_config=peft_config, max_steps=updates)
+def resume(checkpoint, folder, config, peft_config="lora", steps=4):
+    trainer = build(SLSAMTrainer, folder, config, peft_config=peft_config, max_steps=steps)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     return trainer
 
@@ -217,8 +217,8 @@ def test_other_settings_are_refused_by_name(checkpoint, tmp_path):
     assert "accept_state_mismatch=True" in str(caught.value)
 
 
-def test_settings_that_change_no_update_are_not_compared(checkpoint, tmp_path):
-    config = SLSAMConfig(rho=0.1, active_fraction=0.5, prefix_limit_mib=1, max_skipped_updates=3)
+def test_settings_that_change_no_step_are_not_compared(checkpoint, tmp_path):
+    config = SLSAMConfig(rho=0.1, active_fraction=0.5, hidden_state_cache_limit_mib=1, max_skipped_steps=3)
     assert resume(checkpoint, tmp_path, config).slsam.steps == 4
 
 

@@ -42,9 +42,9 @@ def case():
 
 def load_examples_of(data):
     words = tokenizer()
-    from slsam_peft.data.scoring import tokenise
+    from slsam_peft.data.scoring import tokenize
 
-    return [tokenise(words, (row["prompt"], row["completion"]), 64) for row in data]
+    return [tokenize(words, (row["prompt"], row["completion"]), 64) for row in data]
 
 
 def test_the_loss_is_the_one_of_the_answers(case):
@@ -130,7 +130,7 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert f"Plot: {outputs['png']}" in shown.replace("\n", "")
 
 
-def test_a_quantised_base_is_measured_as_it_was_trained(folder, tmp_path, monkeypatch):
+def test_a_quantized_base_is_measured_as_it_was_trained(folder, tmp_path, monkeypatch):
     base = LlamaForCausalLM.from_pretrained(
         folder / "base",
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),

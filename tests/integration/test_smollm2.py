@@ -113,7 +113,7 @@ def leftovers(cache: Path) -> list[Path]:
     return [path for path in cache.rglob("*") if path.is_file() or path.name.startswith(".partial")]
 
 
-def test_unpacked_model_holds_the_dequantised_weights(cache: Path, tiny) -> None:
+def test_unpacked_model_holds_the_dequantized_weights(cache: Path, tiny) -> None:
     folder = smollm2.fetch_smollm2()
     assert folder == smollm2.smollm2_folder()
     assert cache in folder.parents

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slsam_peft import SLSAM, last_whole_checkpoint
+from slsam_peft import SLSAM, last_intact_checkpoint
 from slsam_peft.cli.main import main
 from slsam_peft.errors import DivergedError
 from slsam_peft.runs import finetune
@@ -72,7 +72,7 @@ def test_training_stops_with_a_checkpoint_and_goes_on_from_it(number, command, s
     said = capsys.readouterr().err
     assert f"{number.name}: stopped after update 2. Checkpoint: out/checkpoint-2; go on with" in said
     assert "Traceback" not in said
-    assert last_whole_checkpoint("out") == "out/checkpoint-2"
+    assert last_intact_checkpoint("out") == "out/checkpoint-2"
     assert not Path("out/adapter_model.safetensors").exists(), "an adapter that is not done"
     assert [signal.getsignal(n) for n in CODES] == handlers
     signals.clear()
@@ -96,7 +96,7 @@ def test_a_second_signal_stops_at_once(command, signals, capsys):
     assert not list(Path("out").glob("checkpoint-*"))
 
 
-def test_a_signal_in_the_last_update_stops_nothing(command, signals):
+def test_a_signal_in_the_last_step_stops_nothing(command, signals):
     signals[5] = [signal.SIGTERM]
     assert main([*command, "--output_dir", "out"]) == 0
     assert Path("out/adapter_model.safetensors").exists()
@@ -115,10 +115,10 @@ def test_training_that_diverges_ends_with_its_message(command, capsys):
     with torch.no_grad():
         model.lm_head.weight[7, 3] = float("nan")
     model.save_pretrained("model")
-    assert main([*command, "--output_dir", "out", "--max_skipped_updates", "2"]) == 1
+    assert main([*command, "--output_dir", "out", "--max_skipped_steps", "2"]) == 1
     said = capsys.readouterr().err
     assert "slsam-peft: training has diverged: 3 updates in a row had a NaN or infinite loss or gradient" in said
     assert "Traceback" not in said
     assert not Path("out/adapter_model.safetensors").exists()
     with pytest.raises(DivergedError):
-        main([*command, "--output_dir", "out", "--max_skipped_updates", "0", "--debug"])
+        main([*command, "--output_dir", "out", "--max_skipped_steps", "0", "--debug"])

@@ -24,10 +24,10 @@ def same_weights(first, second):
     return all(torch.equal(p, q) for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("prefix_limit_mib", [0, 256])
-def test_neftune_noise_is_that_of_the_first_pass(prefix_limit_mib, tmp_path):
+@pytest.mark.parametrize("hidden_state_cache_limit_mib", [0, 256])
+def test_neftune_noise_is_that_of_the_first_pass(hidden_state_cache_limit_mib, tmp_path):
     """At a tiny radius both passes have the same loss, unless they drew different noise."""
-    config = SLSAMConfig(rho=1e-6, active_fraction=0.5, prefix_limit_mib=prefix_limit_mib)
+    config = SLSAMConfig(rho=1e-6, active_fraction=0.5, hidden_state_cache_limit_mib=hidden_state_cache_limit_mib)
     settings = {"neftune_noise_alpha": 50.0}
     trainer = build(SLSAMTrainer, tmp_path / "a", config, **settings)
     trainer.train()

@@ -20,7 +20,7 @@ from slsam_peft.saving.trace_data import FILE_NAME, read_trace
 from tests.tiny import build, lora, train
 
 CONFIG = SLSAMConfig(rho=0.1, active_fraction=0.5, design="depth", bandit_rate=0.5)
-UPDATES, CUT = 6, 3
+STEPS, CUT = 6, 3
 
 
 class Draws(TrainerCallback):
@@ -35,7 +35,7 @@ class Draws(TrainerCallback):
 
 
 def run(folder, config=CONFIG, resume=None, draws=None, **settings):
-    settings = {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": CUT, **settings}
+    settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CUT, **settings}
     trainer = build(SLSAMTrainer, folder, config, parts={"callbacks": [draws] if draws else []}, **settings)
     if draws:
         draws.trainer = trainer
@@ -63,7 +63,7 @@ def test_the_file_tells_what_the_sampler_did(tmp_path):
     draws = Draws()
     trainer = run(tmp_path, draws=draws, gradient_accumulation_steps=2)
     trace = read_trace(tmp_path / FILE_NAME)
-    assert trace.step.tolist() == list(range(1, UPDATES + 1))
+    assert trace.step.tolist() == list(range(1, STEPS + 1))
     assert trace.active.tolist() == draws.masks
     assert trace.activity.tolist() == np.sum(draws.masks, 0).tolist()
     assert trace.names == [arm.name for arm in trainer.slsam.arms]
@@ -71,12 +71,12 @@ def test_the_file_tells_what_the_sampler_did(tmp_path):
     np.testing.assert_array_equal(trace.probabilities[0], np.full(5, 0.5, np.float32))
     np.testing.assert_array_equal(trace.probabilities[1:], draws.probabilities[:-1])
     logs = [log for log in trainer.state.log_history if "slsam/cost" in log]
-    for key in ("sharpness", "floor", "cost"):
+    for key in ("sharpness", "lowest_active_block", "cost"):
         np.testing.assert_array_equal(trace.values[key], np.float32([log[f"slsam/{key}"] for log in logs]))
     np.testing.assert_allclose(trace.loss, [log["loss"] for log in logs], rtol=1e-3)  # TRL rounds to 4 digits
     assert (trace.norms > 0).tolist() == draws.masks
     assert trace.plain["config"] == CONFIG.to_dict()
-    assert (trace.plain["total"], trace.plain["done"], trace.plain["fraction"]) == (UPDATES, True, 0.5)
+    assert (trace.plain["total"], trace.plain["done"], trace.plain["fraction"]) == (STEPS, True, 0.5)
 
 
 class Listener(TrainerCallback):
@@ -98,11 +98,12 @@ def test_callbacks_receive_every_number_of_the_sampler(every, tmp_path):
     listener = Listener()
     run(tmp_path, draws=listener, logging_steps=every, save_strategy="no", peft_config=lora(target_modules=["q_proj"]))
     logs = [logs for logs in listener.logs if logs]
-    names = "active_fraction ascent_gain cost entropy floor grad_norm_ascent prefix_mib sharpness skipped"
-    assert [" ".join(sorted(entry)) for entry in logs] == [names] * (UPDATES // every)
+    names = "active_fraction ascent_gain cost entropy grad_norm_ascent hidden_state_cache_mib "
+    names += "lowest_active_block sharpness skipped"
+    assert [" ".join(sorted(entry)) for entry in logs] == [names] * (STEPS // every)
     for i, entry in enumerate(logs):
-        updates = listener.metrics[i * every : (i + 1) * every]
-        assert entry == pytest.approx({name: np.mean([u[name] for u in updates]) for name in entry}, rel=1e-9)
+        steps = listener.metrics[i * every : (i + 1) * every]
+        assert entry == pytest.approx({name: np.mean([u[name] for u in steps]) for name in entry}, rel=1e-9)
 
 
 def test_the_budget_and_what_it_was_solved_for(tmp_path):
@@ -142,20 +143,20 @@ def test_without_a_checkpoints_trace_the_recording_begins_there(damage, whole, t
     elif damage == "cut off":
         file.write_bytes(file.read_bytes()[:-10])
     else:
-        old, new = (b"layers.4", b"layers.9") if damage == "of other arms" else (b'"schema":"2"', b'"schema":"7"')
+        old, new = (b"layers.4", b"layers.9") if damage == "of other arms" else (b'"schema":"3"', b'"schema":"7"')
         assert old in file.read_bytes()
         file.write_bytes(seal(file.read_bytes().replace(old, new)))
     run(tmp_path / "out", resume=checkpoint, gradient_accumulation_steps=2)
     trace = read_trace(tmp_path / "out" / FILE_NAME)
-    assert trace.step.tolist() == list(range(CUT + 1, UPDATES + 1))
-    assert trace.plain["updates"] == UPDATES - CUT
+    assert trace.step.tolist() == list(range(CUT + 1, STEPS + 1))
+    assert trace.plain["steps"] == STEPS - CUT
     assert (f"begins after update {CUT}" in caplog.text) is (damage in ("cut off", "of another schema"))
 
 
 def test_a_sampler_that_starts_afresh_starts_a_trace(whole, tmp_path):
     config = SLSAMConfig(rho=0.2, active_fraction=0.5, accept_state_mismatch=True)
     run(tmp_path, config, resume=whole / f"checkpoint-{CUT}", gradient_accumulation_steps=2)
-    assert read_trace(tmp_path / FILE_NAME).step.tolist() == list(range(CUT + 1, UPDATES + 1))
+    assert read_trace(tmp_path / FILE_NAME).step.tolist() == list(range(CUT + 1, STEPS + 1))
 
 
 def test_recording_changes_nothing_that_is_trained(tmp_path):
@@ -170,7 +171,7 @@ def test_recording_changes_nothing_that_is_trained(tmp_path):
 def test_trace_may_be_switched_when_resuming(whole, tmp_path):
     off = SLSAMConfig(**{**CONFIG.to_dict(), "trace": False})
     trainer = run(tmp_path, off, resume=whole / f"checkpoint-{CUT}", gradient_accumulation_steps=2)
-    assert trainer.state.global_step == UPDATES
+    assert trainer.state.global_step == STEPS
 
 
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
@@ -199,7 +200,7 @@ def test_writes_are_rare_and_bounded_by_what_they_take(tmp_path, monkeypatch):
             file.see(step, trainer.slsam)
         assert most - 2 <= len(writes) <= most
         assert sum(takes for _ in writes) < 0.005 * clock[0]
-        assert file.trace.updates == step
+        assert file.trace.steps == step
 
 
 def test_a_folder_that_cannot_be_written_is_told_once_and_training_goes_on(tmp_path, monkeypatch, caplog):

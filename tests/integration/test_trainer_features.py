@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from tests.tiny import build, completions, conversations, llama, lora, texts, train
-from tests.watch import UPDATES, Watch, check, hooks
+from tests.watch import STEPS, Watch, check, hooks
 
 CONFIG = SLSAMConfig(rho=0.05, active_fraction=0.4)
 
@@ -60,8 +60,8 @@ def test_label_smoothing(tmp_path):
 def test_learning_rate_schedulers(scheduler, tmp_path):
     trainer, _ = run(tmp_path, lr_scheduler_type=scheduler)
     rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
-    assert len(rates) == UPDATES
-    assert trainer.lr_scheduler.last_epoch == UPDATES
+    assert len(rates) == STEPS
+    assert trainer.lr_scheduler.last_epoch == STEPS
 
 
 ADAPTERS = {
@@ -131,7 +131,7 @@ def saved_base(tmp_path):
     return folder
 
 
-QUANTISED = {
+QUANTIZED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "nf4, double": {
         "load_in_4bit": True,
@@ -144,8 +144,8 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("adapter_dtype", ["float32", "keep"])
-@pytest.mark.parametrize("settings", QUANTISED.values(), ids=QUANTISED.keys())
-def test_quantised_base_weights(settings, adapter_dtype, saved_base, tmp_path):
+@pytest.mark.parametrize("settings", QUANTIZED.values(), ids=QUANTIZED.keys())
+def test_quantized_base_weights(settings, adapter_dtype, saved_base, tmp_path):
     model = LlamaForCausalLM.from_pretrained(
         saved_base, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu", dtype=torch.float32
     )
@@ -153,8 +153,8 @@ def test_quantised_base_weights(settings, adapter_dtype, saved_base, tmp_path):
     trainer, watch = run(tmp_path / "out", config, model=model, learning_rate=0.05)
     expected = torch.float32 if adapter_dtype == "float32" else torch.bfloat16
     assert {weight.dtype for weight in watch.after.values()} == {expected}
-    quantised = [n for n, weight in watch.frozen.items() if weight.dtype in (torch.uint8, torch.int8)]
-    assert len(quantised) == 7 * len(trainer.slsam.arms)
+    quantized = [n for n, weight in watch.frozen.items() if weight.dtype in (torch.uint8, torch.int8)]
+    assert len(quantized) == 7 * len(trainer.slsam.arms)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit"])
@@ -171,7 +171,7 @@ def test_8_bit_optimizers(optimizer, tmp_path):
 def test_evaluation_in_the_middle(tmp_path):
     trainer, _ = run(tmp_path, parts={"eval_dataset": texts(6, seed=5)}, eval_strategy="steps", eval_steps=1)
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
-    assert len(losses) == UPDATES
+    assert len(losses) == STEPS
     assert all(math.isfinite(x) for x in losses)
 
 
@@ -210,14 +210,14 @@ def test_load_best_model_at_end(tmp_path):
     )
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     best = 1 + losses.index(min(losses))
-    assert best < UPDATES == trainer.state.global_step
+    assert best < STEPS == trainer.state.global_step
     assert trainer.slsam.steps == best
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     saved = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
     here = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert here.keys() == saved.keys()
     assert all(torch.equal(here[n], saved[n]) for n in saved)
-    last = load_file(tmp_path / f"checkpoint-{UPDATES}" / "adapter_model.safetensors")
+    last = load_file(tmp_path / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     assert any(not torch.equal(last[n], saved[n]) for n in saved)
 
 
@@ -233,9 +233,9 @@ def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
 
     descend = type(trainer.slsam.runner).descend
 
-    def failing(runner, update, pending, closure):
+    def failing(runner, step, pending, closure):
         if trainer.slsam.steps < 1:
-            return descend(runner, update, pending, closure)
+            return descend(runner, step, pending, closure)
         seen["probabilities"] = trainer.slsam.probabilities.clone()
 
         def interrupted():
@@ -245,7 +245,7 @@ def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
             finally:
                 handle.remove()
 
-        return descend(runner, update, pending, interrupted)
+        return descend(runner, step, pending, interrupted)
 
     monkeypatch.setattr(type(trainer.slsam.runner), "descend", failing)
     with pytest.raises(RuntimeError, match="no luck"):

@@ -202,9 +202,9 @@ def _() -> None:
 
 @relied_on("transformers: order of an update", "the descent passes would run at the wrong micro-batch, or unclipped")
 def _(run: Run) -> None:
-    update = ["training_step", "training_step", "optimizer step"]
+    step = ["training_step", "training_step", "optimizer step"]
     begin = run.first.index("train begins")
-    assert run.first[begin + 1 : begin + 7] == update * 2
+    assert run.first[begin + 1 : begin + 7] == step * 2
 
 
 @relied_on("transformers: current_gradient_accumulation_steps", "the last micro-batch of an update would not be known")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slsam_peft import SLSAMConfig, SLSAMTrainer, last_whole_checkpoint
+from slsam_peft import SLSAMConfig, SLSAMTrainer, last_intact_checkpoint
 from slsam_peft.saving.checkpoint import StateMismatchError
 from slsam_peft.saving.hashes import write_hashes
 from slsam_peft.saving.resume import what_is_missing
@@ -82,14 +82,14 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, reason, run):
     assert what_is_missing(run / "checkpoint-4") is None
     spoil(run / "checkpoint-4")
     assert what_is_missing(run / "checkpoint-4").startswith(reason)
-    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+    assert last_intact_checkpoint(run) == str(run / "checkpoint-2")
 
 
 def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
     train(SLSAMTrainer, tmp_path, CONFIG, peft_config=lora(target_modules=["q_proj"]), **settings)
     assert not (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert last_intact_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     with pytest.raises(StateMismatchError, match=r"holds no state.*accept_state_mismatch=True"):
         trainer_over(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
@@ -116,7 +116,7 @@ def test_a_save_over_an_earlier_one_forgets_its_hashes(run):
 
 def test_a_recording_cut_short_costs_no_checkpoint(run):
     cut(run / "checkpoint-4" / "slsam_trace.safetensors")
-    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+    assert last_intact_checkpoint(run) == str(run / "checkpoint-4")
 
 
 def test_names_in_the_record_are_not_followed(run):
@@ -134,13 +134,13 @@ def test_each_adapter_of_several_must_be_there(run):
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    assert last_whole_checkpoint(tmp_path / "none") is None
+    assert last_intact_checkpoint(tmp_path / "none") is None
     (tmp_path / "checkpoint-x").mkdir()
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_intact_checkpoint(tmp_path) is None
 
 
-def trainer_over(folder, updates=6):
-    return build(SLSAMTrainer, folder, CONFIG, peft_config=lora(target_modules=["q_proj"]), max_steps=updates)
+def trainer_over(folder, steps=6):
+    return build(SLSAMTrainer, folder, CONFIG, peft_config=lora(target_modules=["q_proj"]), max_steps=steps)
 
 
 def test_true_goes_on_from_the_newest_whole_one(run):
@@ -198,13 +198,13 @@ def test_an_earlier_run_does_not_vouch_for_a_save_that_is_cut_short(run, monkeyp
 
 
 @pytest.mark.parametrize("epochs", [None, 1], ids=["in the middle of an epoch", "at the end of one"])
-def test_resumed_behind_the_last_update_none_is_made(epochs, tmp_path):
+def test_resumed_behind_the_last_step_none_is_made(epochs, tmp_path):
     """A kill between the last checkpoint and the end of the process must not add to the training."""
     length = {"max_steps": 2} if epochs is None else {"num_train_epochs": epochs}
     options = {"peft_config": lora(target_modules=["q_proj"]), "save_strategy": "steps", "save_steps": 1, **length}
     once = train(SLSAMTrainer, tmp_path, CONFIG, **options)
     again = build(SLSAMTrainer, tmp_path, CONFIG, **options)
-    again.train(resume_from_checkpoint=last_whole_checkpoint(tmp_path))
+    again.train(resume_from_checkpoint=last_intact_checkpoint(tmp_path))
 
     assert again.state.global_step == once.state.global_step == once.state.max_steps
     assert torch.equal(again.slsam.probabilities, once.slsam.probabilities)
@@ -216,9 +216,9 @@ def test_without_the_samplers_state_only_what_accepts_it_goes_on(run, caplog):
     """Checkpoints of the plain trainer, or of which `slsam.safetensors` alone was lost."""
     for state in run.glob("checkpoint-*/slsam.safetensors"):
         state.unlink()
-    assert last_whole_checkpoint(run) is None
+    assert last_intact_checkpoint(run) is None
     assert "checkpoint-4 is passed over: slsam.safetensors is missing" in caplog.text
-    assert last_whole_checkpoint(run, sampler=False) == str(run / "checkpoint-4")
+    assert last_intact_checkpoint(run, sampler=False) == str(run / "checkpoint-4")
     with pytest.raises(ValueError, match=r"checkpoint-4, slsam.safetensors is missing.*accept_state_mismatch"):
         trainer_over(run, 5).train(resume_from_checkpoint=True)
     accepting = build(

@@ -12,13 +12,13 @@ from transformers import GPT2Config, TrainerCallback
 
 from slsam_peft.cli.compare import add_arguments, run
 from slsam_peft.cli.parsing import Parser
-from slsam_peft.data.scoring import Tokens, score, tokenise
+from slsam_peft.data.scoring import Tokens, score, tokenize
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.checks import _check_rows
 from slsam_peft.runs.compare.jobs import Plan
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.run import build_trainer, expected_costs, load_model, row_order
-from slsam_peft.runs.compare.settings import QUANTISATIONS, Candidate, TrainingSettings
+from slsam_peft.runs.compare.settings import QUANTIZATIONS, Candidate, TrainingSettings
 from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 from slsam_peft.runs.compare.worker import next_row
@@ -88,7 +88,7 @@ def test_costs_are_counted(done: Path) -> None:
     assert costs["sam"] == pytest.approx(2.0, rel=0.1)  # its branch comes on top, on a thin model not a little
 
 
-@pytest.mark.parametrize("quantise", QUANTISATIONS)
+@pytest.mark.parametrize("quantise", QUANTIZATIONS)
 def test_methods_start_from_the_same_adapter_and_batches(
     quantise: str, tmp_path: Path, tiny_model: Path, chats: Path
 ) -> None:
@@ -101,7 +101,7 @@ def test_methods_start_from_the_same_adapter_and_batches(
         job = plan.job("sums", method, "updates", Candidate(1e-2), 3)
         model, tokenizer = load_model(settings.model, settings.training)
         pairs = load_task(settings.tasks["sums"], 3).train
-        rows = [tokenise(tokenizer, pair, 48) for pair in pairs]
+        rows = [tokenize(tokenizer, pair, 48) for pair in pairs]
         trainer = build_trainer(model, tokenizer, rows, job.settings, str(tmp_path), lambda *_: None)
         adapter = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         batches = [{k: v.clone() for k, v in batch.items()} for batch in trainer.get_train_dataloader()]
@@ -119,7 +119,7 @@ def test_scores_are_those_of_the_model_and_of_greedy_decoding(tiny_model: Path) 
     """The loss is the model's own on each row by itself, and an exact answer is one that greedy decoding gives."""
     model, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bcd", "efghijk", "l m")]
-    rows = [tokenise(tokenizer, (prompt, "xyz"), 64) for prompt in prompts]
+    rows = [tokenize(tokenizer, (prompt, "xyz"), 64) for prompt in prompts]
     starts = [row.ids[: row.prompt] for row in rows]
     answers = [model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0].tolist() for ids in starts]
     rows[1], rows[2] = (Tokens(answers[i], len(starts[i])) for i in (1, 2))
@@ -137,9 +137,9 @@ def test_scores_are_those_of_the_model_and_of_greedy_decoding(tiny_model: Path) 
 
 def test_cut_answers_keep_the_prompt_apart(tiny_model: Path) -> None:
     _, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
-    row = tokenise(tokenizer, ("abc", "xyz"), 5)
+    row = tokenize(tokenizer, ("abc", "xyz"), 5)
     assert row.columns()["completion_mask"] == [0, 0, 0, 1, 1]
-    formatted = tokenise(tokenizer, ([{"role": "user", "content": "abc"}], "xyz"), 64, "Q: {} A: ")
+    formatted = tokenize(tokenizer, ([{"role": "user", "content": "abc"}], "xyz"), 64, "Q: {} A: ")
     assert tokenizer.decode(formatted.ids) == "Q: abc A: xyz<eos>"
 
 
@@ -147,7 +147,7 @@ def test_random_perturbation_has_its_norm_and_leaves_weights(tmp_path: Path, tin
     settings = parse_settings(comparison(tiny_model, chats))
     job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", RANDOM, "updates", Candidate(1e-2), 3)
     model, tokenizer = load_model(settings.model, settings.training)
-    rows = [tokenise(tokenizer, pair, 48) for pair in load_task(settings.tasks["sums"], 3).train]
+    rows = [tokenize(tokenizer, pair, 48) for pair in load_task(settings.tasks["sums"], 3).train]
     trainer = build_trainer(model, tokenizer, rows, job.settings, str(tmp_path), lambda *_: None)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]

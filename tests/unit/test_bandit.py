@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.algorithm.bandit import Bandit
-from slsam_peft.algorithm.projection import project, project_with_floor
+from slsam_peft.algorithm.projection import project, project_with_min_probability
 from tests.tolerances import BANDIT_SCALE, SUM
 
 ARMS, FRACTION, ROUNDS = 30, 0.2, 2000
@@ -17,15 +17,15 @@ weights = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40).map(lambda v: 
 
 @given(weights, st.floats(0.02, 1.0), st.floats(0.0, 0.99))
 @settings(max_examples=200, deadline=None)
-def test_projection_with_a_floor(w, fraction, share):
-    budget, floor = fraction * len(w), share * fraction
-    p = project_with_floor(w, budget, floor)
+def test_projection_with_a_minimum(w, fraction, share):
+    budget, minimum = fraction * len(w), share * fraction
+    p = project_with_min_probability(w, budget, minimum)
     assert abs(float(p.sum()) - budget) <= SUM
-    assert float(p.min()) >= floor
+    assert float(p.min()) >= minimum
     assert float(p.max()) <= 1.0
     order = torch.argsort(w)
     assert bool((p[order].diff() >= 0).all())
-    torch.testing.assert_close(project_with_floor(p, budget, floor), p, rtol=0, atol=SUM)
+    torch.testing.assert_close(project_with_min_probability(p, budget, minimum), p, rtol=0, atol=SUM)
 
 
 @given(weights, st.floats(0.02, 1.0))
@@ -62,7 +62,7 @@ def test_scale_free_learns_at_every_scale(scale):
     p = bandit.probabilities
     assert better_half(p) > 0.7  # in proportion to the norms it is 0.76
     assert torch.corrcoef(torch.stack([p, torch.arange(ARMS, dtype=torch.float64)]))[0, 1] > 0.95
-    assert float(p.min()) >= bandit.floor - SUM
+    assert float(p.min()) >= bandit.minimum - SUM
     assert abs(float(p.sum()) - FRACTION * ARMS) <= SUM
 
 
@@ -114,9 +114,9 @@ def test_what_a_callable_rule_returns_is_checked(returned):
     assert bandit.probabilities.tolist() == [0.5] * 4
 
 
-def test_without_a_floor_probabilities_may_vanish():
+def test_without_a_minimum_probabilities_may_vanish():
     """exp underflows to 0 for arms that are never drawn again; the others go on."""
-    bandit = Bandit(3, 1.0, SLSAMConfig(probability_floor=0.0, bandit_rate=50.0))
+    bandit = Bandit(3, 1.0, SLSAMConfig(min_probability=0.0, bandit_rate=50.0))
     norms = torch.tensor([1.0, 1e-9, 1e-9], dtype=torch.float64)
     for _ in range(300):
         bandit.update(torch.tensor([True, False, False]), norms, bandit.probabilities.clone())

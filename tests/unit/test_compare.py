@@ -152,7 +152,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 # Jobs
 
 
-def test_updates_are_matched_by_cost() -> None:
+def test_steps_are_matched_by_cost() -> None:
     plan = Plan(settings(), COSTS)
     assert [plan.updates("docs", method, "cost") for method in COSTS] == [12, 6, 16]
     assert [plan.updates("docs", method, "updates") for method in COSTS] == [12, 12, 12]

@@ -58,7 +58,7 @@ TOKENS, PAIRS, SCORED = 4 * 64, 4 * 64 * 64, 4 * 63
 HEAD = 3 * 2 * WORDS * WIDTH * SCORED
 
 
-def test_plain_update_is_the_sum_written_out(cost):
+def test_plain_step_is_the_sum_written_out(cost):
     forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
     again = forward - 2 * LAST * TOKENS
     backward = 2 * (BASE + 2 * ADAPTERS) * TOKENS + 8 * WIDTH * PAIRS
@@ -74,36 +74,38 @@ def test_without_checkpointing_nothing_runs_again_and_block_0_needs_no_input_gra
 
 def test_two_passes_over_everything(cost):
     branches = 3 * 2 * ADAPTERS * TOKENS  # forward, again, input gradient; pass 2 only
-    floor = (2 * 2 * INPUTS + 2 * 3 * RANK * WIDTH) * TOKENS  # both passes; the branches beside q, k and v's A once
-    assert cost.update([True] * BLOCKS, SHAPES) == 2 * cost.plain(SHAPES) + BLOCKS * branches - floor
+    lowest_active = (
+        2 * 2 * INPUTS + 2 * 3 * RANK * WIDTH
+    ) * TOKENS  # both passes; the branches beside q, k and v's A once
+    assert cost.step([True] * BLOCKS, SHAPES) == 2 * cost.plain(SHAPES) + BLOCKS * branches - lowest_active
     assert cost.lora_sam(SHAPES) == 2 * cost.plain(SHAPES)
 
 
-def test_one_pass_above_a_floor(cost):
+def test_one_pass_above_a_lowest_active(cost):
     """Below the floor forward only; an inactive block above it passes gradients on but makes none."""
     active = [False, False, True, False, True, True]
     forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
     through = forward - 2 * LAST * TOKENS + 2 * (BASE + ADAPTERS) * TOKENS + 8 * WIDTH * PAIRS
     expected = BLOCKS * forward + 4 * through + 3 * 2 * ADAPTERS * TOKENS - 2 * INPUTS * TOKENS + HEAD
-    assert cost.update(active, SHAPES, Rule(perturbed=False)) == expected
+    assert cost.step(active, SHAPES, Rule(perturbed=False)) == expected
 
 
-def test_prefix_reuse_saves_the_forward_below_the_floor(cost):
+def test_prefix_reuse_saves_the_forward_below_the_lowest_active(cost):
     active = [False] * 4 + [True] * 2
     forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
-    whole, reused = (cost.update(active, SHAPES, Rule(reused=kept)) for kept in (0, None))
+    whole, reused = (cost.step(active, SHAPES, Rule(reused=kept)) for kept in (0, None))
     assert whole - reused == 4 * forward
     assert cost.reuse_check(4, SHAPES[0]) == 2 * forward + HEAD / 3
 
 
 def test_partial_ascent_is_two_passes_where_it_sees_everything(cost):
     active, shapes = [False] * 3 + [True] * 3, [(2, 32)] * 4
-    assert cost.update(active, shapes, Rule(ascent="partial", ascent_fraction=1.0)) == cost.update(active, shapes)
+    assert cost.step(active, shapes, Rule(ascent="partial", ascent_fraction=1.0)) == cost.step(active, shapes)
     quarter = Rule(ascent="partial", ascent_fraction=0.25)
     one = Rule(perturbed=False)
-    first, rest = cost.update(active, shapes[:1]), 3 * cost.update(active, shapes[:1], Rule(ascent="remembered"))
-    assert cost.update(active, shapes, one) < cost.update(active, shapes, quarter)
-    assert cost.update(active, shapes, quarter) == pytest.approx(first + rest, rel=EXACT_FLOAT64)
+    first, rest = cost.step(active, shapes[:1]), 3 * cost.step(active, shapes[:1], Rule(ascent="remembered"))
+    assert cost.step(active, shapes, one) < cost.step(active, shapes, quarter)
+    assert cost.step(active, shapes, quarter) == pytest.approx(first + rest, rel=EXACT_FLOAT64)
 
 
 def test_parts_of_a_partial_ascent():
@@ -131,10 +133,10 @@ RULES = [
     shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(2, 40)), min_size=1, max_size=3),
 )
 @settings(max_examples=60, deadline=None)
-def test_linear_form_and_names_agree_with_the_update(cost, active, rule, shapes):
+def test_linear_form_and_names_agree_with_the_step(cost, active, rule, shapes):
     exact = cost.ratio(active, shapes, rule)
-    floor = active.index(True)
-    reach = [float(i >= floor) for i in range(BLOCKS)]
+    lowest_active = active.index(True)
+    reach = [float(i >= lowest_active) for i in range(BLOCKS)]
     assert cost.linear_terms(shapes, rule).expected(reach, active) == pytest.approx(exact, rel=EXACT_FLOAT64)
     names = [name for block, on in zip(cost.decoder.blocks, active, strict=True) if on for name in block.trainable]
     assert cost.ratio(names, shapes, rule) == pytest.approx(exact, rel=EXACT_FLOAT64)
@@ -143,26 +145,29 @@ def test_linear_form_and_names_agree_with_the_update(cost, active, rule, shapes)
 @pytest.mark.parametrize("rule", RULES)
 def test_nested_design_is_linear_in_its_probabilities(cost, rule):
     const, c = cost.linear_terms(SHAPES, rule).depth_terms()
-    floors = [0.1, 0.0, 0.2, 0.3, 0.15, 0.25]
-    p = list(itertools.accumulate(floors))
+    lowest_blocks = [0.1, 0.0, 0.2, 0.3, 0.15, 0.25]
+    p = list(itertools.accumulate(lowest_blocks))
     exact = sum(
-        share * cost.ratio([i >= floor for i in range(BLOCKS)], SHAPES, rule) for floor, share in enumerate(floors)
+        share * cost.ratio([i >= lowest_active for i in range(BLOCKS)], SHAPES, rule)
+        for lowest_active, share in enumerate(lowest_blocks)
     )
     assert const + sum(a * b for a, b in zip(c, p, strict=True)) == pytest.approx(exact, rel=EXACT_FLOAT64)
 
 
-def test_a_higher_floor_never_costs_more(cost):
+def test_a_higher_lowest_active_never_costs_more(cost):
     for rule in RULES:
-        costs = [cost.update([i >= floor for i in range(BLOCKS)], SHAPES, rule) for floor in range(BLOCKS)]
+        costs = [
+            cost.step([i >= lowest_active for i in range(BLOCKS)], SHAPES, rule) for lowest_active in range(BLOCKS)
+        ]
         assert costs == sorted(costs, reverse=True)
 
 
 def test_branches_cost_only_where_they_are(cost):
     everything = [True] * BLOCKS
     rule = Rule(ascent="remembered")
-    assert cost.update(everything, SHAPES, rule, branches=()) == cost.update(everything, SHAPES, Rule(perturbed=False))
+    assert cost.step(everything, SHAPES, rule, branches=()) == cost.step(everything, SHAPES, Rule(perturbed=False))
     names = cost.decoder.blocks[3].trainable
-    more = cost.update(everything, SHAPES, rule, branches=names) - cost.update(everything, SHAPES, rule, branches=())
+    more = cost.step(everything, SHAPES, rule, branches=names) - cost.step(everything, SHAPES, rule, branches=())
     assert more == 3 * 2 * ADAPTERS * TOKENS
 
 
@@ -222,11 +227,11 @@ def test_solver_names_what_is_reachable():
 
 def test_wrong_active_sets_are_refused(cost):
     with pytest.raises(ValueError, match="3 flags; the model has 6 blocks"):
-        cost.update([True] * 3, SHAPES)
+        cost.step([True] * 3, SHAPES)
     with pytest.raises(ValueError, match="empty"):
-        cost.update([False] * BLOCKS, SHAPES)
+        cost.step([False] * BLOCKS, SHAPES)
     with pytest.raises(ValueError, match="empty"):
-        cost.update(["no.such.parameter"], SHAPES)
+        cost.step(["no.such.parameter"], SHAPES)
 
 
 def test_a_model_without_blocks_is_refused():
@@ -251,7 +256,7 @@ def test_only_the_active_adapter_counts(cost):
     assert CostModel.from_model(model, True).plain(SHAPES) == cost.plain(SHAPES)
 
 
-def test_trained_embeddings_send_the_floor_to_the_bottom():
+def test_trained_embeddings_send_the_lowest_active_to_the_bottom():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_llama().config)
         lora = LoraConfig(
@@ -263,9 +268,9 @@ def test_trained_embeddings_send_the_floor_to_the_bottom():
     assert len(below) == len(head) == 1
     assert "embed_tokens" in next(iter(below))
     top = cost.decoder.blocks[-1].trainable
-    low, high = cost.update([*below, *top], SHAPES), cost.update(top, SHAPES)
+    low, high = cost.step([*below, *top], SHAPES), cost.step(top, SHAPES)
     assert low > high
-    assert cost.update([*top, *head], SHAPES) - high == pytest.approx(2 * HEAD / 3, rel=EXACT_FLOAT64)
+    assert cost.step([*top, *head], SHAPES) - high == pytest.approx(2 * HEAD / 3, rel=EXACT_FLOAT64)
 
 
 def test_packed_four_bit_weights_count_like_dense_ones(cost):

@@ -25,7 +25,7 @@ class Training:
         self.model = decoder(checkpointing=False, use_dora=adapter == "in place", target_modules=["q_proj", "up_proj"])
         config = {"rho": 0.2, "active_fraction": 0.5, "design": "depth", "seed": 5, **settings}
         self.slsam = SLSAM(arms_of(self.model), SLSAMConfig(**config))
-        self.slsam.cost = lambda update: 1.0
+        self.slsam.cost = lambda step: 1.0
         self.optimizer = torch.optim.AdamW([p for arm in self.slsam.arms for p in arm.parameters], lr=0.01)
         self.block = next(m for n, m in self.model.named_modules() if n.endswith("layers.4"))
         self.calls, self.at_call = 0, {}
@@ -196,7 +196,9 @@ def test_a_fault_leaves_everything_as_it_was(adapter, point, monkeypatch):
     """The bits of the update that follows are those of a training that has seen no fault."""
     disturbed, other = Training(adapter), Training(adapter)
     assert_unmoved_by(POINTS[point], disturbed, other, monkeypatch)
-    assert disturbed.slsam.metrics["floor"] == 2.0, "the case shows less where nothing lies below the floor"
+    assert disturbed.slsam.metrics["lowest_active_block"] == 2.0, (
+        "the case shows less where nothing lies below the floor"
+    )
     for p, q in zip(disturbed.model.parameters(), other.model.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         assert p.grad is None or torch.equal(p.grad, q.grad)

@@ -16,7 +16,7 @@ from slsam_peft.sharpness.measures import (
     Objective,
     Space,
     average_rise,
-    filter_normalised,
+    filter_normalized,
     line,
     plane,
     worst_case,
@@ -222,17 +222,17 @@ def test_a_wrong_second_derivative_is_noticed(wrong):
 def test_directions_are_as_long_as_the_weights_row_by_row():
     weight = torch.randn(4, 6, generator=generator(1))
     bias, zero = torch.ones(4), torch.zeros(3, 2)
-    direction = filter_normalised(Space([nn.Parameter(t) for t in (weight, bias, zero)]), generator())
+    direction = filter_normalized(Space([nn.Parameter(t) for t in (weight, bias, zero)]), generator())
     assert torch.allclose(direction[0].norm(dim=1), weight.norm(dim=1))
     assert not direction[1].any()
     assert not direction[2].any()
-    assert filter_normalised(Space([nn.Parameter(bias)]), generator())[0].norm() == pytest.approx(2)
+    assert filter_normalized(Space([nn.Parameter(bias)]), generator())[0].norm() == pytest.approx(2)
 
 
 def test_directions_follow_the_weight_that_a_branch_belongs_to():
     weight = torch.randn(4, 6, generator=generator(1))
     branch = nn.Parameter(torch.zeros(4, 6))
-    direction = filter_normalised(Space([branch], lambda i: weight), generator())
+    direction = filter_normalized(Space([branch], lambda i: weight), generator())
     assert torch.allclose(direction[0].norm(dim=1), weight.norm(dim=1))
 
 

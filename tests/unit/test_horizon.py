@@ -10,15 +10,15 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from tests.decoders import FAMILIES, WORDS, batch, closures, decoder, passes_of
-from tests.reference import assert_update_is_exact
+from tests.reference import assert_step_is_exact
 
 RHO = 0.1
 
 
 def masks(count):
     """Floors at the bottom, in the middle and at the top, and a set with gaps."""
-    for floor in (0, count // 2, count - 1):
-        yield torch.arange(count) >= floor
+    for lowest_active in (0, count // 2, count - 1):
+        yield torch.arange(count) >= lowest_active
     yield torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor([count // 3, count - 1]), True)
 
 
@@ -32,13 +32,13 @@ def test_gradients_equal_the_plain_two_pass(family, checkpointing):
         for mask, descent, check in product(masks(len(arms)), ("active", "all"), (None, probe)):
             config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
             slsam = SLSAM(arms, config)
-            assert_update_is_exact(slsam, mask, closure, check)
+            assert_step_is_exact(slsam, mask, closure, check)
             reused = check is not None and int(arms[int(mask.nonzero()[0])].depth) > 0
             assert (slsam.horizon.peak_bytes > 0) == reused
             assert slsam.runner.horizon is slsam.horizon
 
 
-def test_nothing_below_the_floor_builds_a_graph():
+def test_nothing_below_the_lowest_active_builds_a_graph():
     model = decoder("llama", dropout=0.0)
     arms = arms_of(model)
     seen = []
@@ -46,7 +46,7 @@ def test_nothing_below_the_floor_builds_a_graph():
         block.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
     mask = torch.arange(len(arms)) >= 3
     closure, probe = closures(model, batch())
-    SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask)).update(closure, probe=probe)
+    SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask)).update(closure, forward_only=probe)
     ascent, descent = seen[:5], seen[-5:]
     assert ascent == [False, False, False, True, True]
     assert descent[3:] == [True, True]
@@ -58,8 +58,10 @@ def test_prefixes_beyond_the_limit_are_computed_again():
     arms = arms_of(model)
     mask = torch.arange(len(arms)) >= 3
     closure, probe = closures(model, batch())
-    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask, prefix_limit_mib=0.0))
-    assert_update_is_exact(slsam, mask, closure, probe)
+    slsam = SLSAM(
+        arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask, hidden_state_cache_limit_mib=0.0)
+    )
+    assert_step_is_exact(slsam, mask, closure, probe)
     assert slsam.horizon.peak_bytes == 0
 
 
@@ -100,7 +102,7 @@ def test_a_stack_that_leaks_falls_back_with_one_log_line(caplog):
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
     for _ in range(2):
         with caplog.at_level(logging.INFO, logger="slsam_peft"):
-            assert_update_is_exact(slsam, mask, closure, probe)
+            assert_step_is_exact(slsam, mask, closure, probe)
     assert not slsam.horizon.reuse
     assert sum("prefix reuse is off" in record.message for record in caplog.records) == 1
 
@@ -128,7 +130,7 @@ def test_router_losses_turn_reuse_off():
     arms = arms_of(model)
     mask = torch.arange(len(arms)) >= 2
     slsam = SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask))
-    slsam.update(closure, probe=probe)
+    slsam.update(closure, forward_only=probe)
     assert not slsam.horizon.reuse
 
 
@@ -141,7 +143,7 @@ def test_forwards_outside_a_pass_are_left_alone():
     mask = torch.arange(len(arms)) >= 3
     closure, probe = closures(model, inputs)
     slsam = SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask))
-    slsam.update(closure, probe=probe)
+    slsam.update(closure, forward_only=probe)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
     assert all("forward" not in block.__dict__ for block in arms.blocks)
@@ -149,7 +151,7 @@ def test_forwards_outside_a_pass_are_left_alone():
 
 
 @pytest.mark.parametrize("settings", [{}, {"ascent": "remembered"}, {"descent": "all"}, {"granularity": "module"}])
-def test_whole_updates_run_on_the_meta_device(settings, monkeypatch):
+def test_whole_steps_run_on_the_meta_device(settings, monkeypatch):
     """No value is read by the host but the one vector of norms, and no CPU tensor slips in."""
     model = decoder("llama", dropout=0.0, device="meta", dtype=torch.float32)
     monkeypatch.setattr(SLSAM, "_read", lambda self, values: torch.ones(values.shape, dtype=torch.float64))
@@ -157,6 +159,6 @@ def test_whole_updates_run_on_the_meta_device(settings, monkeypatch):
     slsam = SLSAM(arms, SLSAMConfig(design="depth", active_fraction=0.5, **settings))
     closure, probe = closures(model, batch(device="meta"))
     for _ in range(6):
-        slsam.update(closure, probe=probe)
+        slsam.update(closure, forward_only=probe)
     assert slsam.steps == 6
     assert slsam.skipped == 0

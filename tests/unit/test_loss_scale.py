@@ -74,7 +74,7 @@ def assert_same_training(plain, scaled):
 
 
 @pytest.mark.parametrize("bad_pass", [1, 2])
-def test_an_overflow_skips_the_update_and_lowers_the_scale(bad_pass):
+def test_an_overflow_skips_the_step_and_lowers_the_scale(bad_pass):
     run = Run(2.0**12)
     run.update()
     weights, probabilities = run.weights(), run.slsam.probabilities.clone()

@@ -19,7 +19,7 @@ from transformers import (
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from tests.decoders import FAMILIES, WORDS, batch, closures, decoder, passes_of
-from tests.reference import assert_update_is_exact
+from tests.reference import assert_step_is_exact
 
 RHO = 0.1
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -37,9 +37,9 @@ def adapted(model, **lora):
     return model
 
 
-def above(floor):
+def above(lowest_active):
     """Return a design that draws every arm from the one at `floor` up."""
-    return lambda p, generator: torch.arange(len(p)) >= floor
+    return lambda p, generator: torch.arange(len(p)) >= lowest_active
 
 
 def sharing(family):
@@ -65,20 +65,20 @@ def sharing(family):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
-def test_keys_shared_across_blocks_are_found_at_whichever_floor_they_matter(family, checkpointing, caplog):
+def test_keys_shared_across_blocks_are_found_at_whichever_lowest_active_they_matter(family, checkpointing, caplog):
     """Below the shared blocks a second pass may start anywhere; between source and reader it must run whole."""
     model = sharing(family)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    floor = [0]
+    lowest_active = [0]
     arms = arms_of(model)
-    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: above(floor[0])(p, g)))
+    slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: above(lowest_active[0])(p, g)))
     closure, probe = closures(model, batch())
     reuse = []
     with caplog.at_level(logging.INFO, logger="slsam_peft"):
-        for floor[0] in (1, 2, 1, 3, 5, 4, 2):
-            assert_update_is_exact(slsam, above(floor[0])(arms, None), closure, probe)
+        for lowest_active[0] in (1, 2, 1, 3, 5, 4, 2):
+            assert_step_is_exact(slsam, above(lowest_active[0])(arms, None), closure, probe)
             reuse.append(slsam.horizon.reuse)
     assert slsam.horizon.shares
     assert reuse == [True, True, True, False, False, False, False]
@@ -90,26 +90,26 @@ def test_ordinary_blocks_share_nothing_so_one_check_is_enough(family):
     model = decoder(family)
     closure, probe = closures(model, batch())
     probes = []
-    floors = iter(range(1, 5))
-    design = lambda p, g: torch.arange(len(p)) >= next(floors)  # noqa: E731
+    lowest_blocks = iter(range(1, 5))
+    design = lambda p, g: torch.arange(len(p)) >= next(lowest_blocks)  # noqa: E731
     slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=0.9, design=design))
     for _ in range(4):
-        slsam.update(closure, probe=lambda: probes.append(1) or probe())
+        slsam.update(closure, forward_only=lambda: probes.append(1) or probe())
     assert slsam.horizon.reuse
     assert not slsam.horizon.shares
     assert len(probes) == 1
 
 
-def test_a_cache_that_blocks_could_write_to_is_checked_at_each_floor():
+def test_a_cache_that_blocks_could_write_to_is_checked_at_each_lowest_active():
     model = decoder("llama")
     inputs = {**batch(), "use_cache": True}
     closure, probe = closures(model, inputs)
     probes = []
-    floors = iter([1, 2, 1, 2, 4])
-    design = lambda p, g: torch.arange(len(p)) >= next(floors)  # noqa: E731
+    lowest_blocks = iter([1, 2, 1, 2, 4])
+    design = lambda p, g: torch.arange(len(p)) >= next(lowest_blocks)  # noqa: E731
     slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=0.9, design=design))
     for _ in range(5):
-        slsam.update(closure, probe=lambda: probes.append(1) or probe())
+        slsam.update(closure, forward_only=lambda: probes.append(1) or probe())
     assert slsam.horizon.shares
     assert len(probes) == 3
 
@@ -130,7 +130,7 @@ def test_encoder_and_decoder_run_whole_and_exact(granularity, descent):
     slsam = SLSAM(arms, config)
     assert slsam.horizon is None
     closure, probe = closures(model, batch())
-    assert_update_is_exact(slsam, mask, closure, probe)
+    assert_step_is_exact(slsam, mask, closure, probe)
 
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
@@ -146,7 +146,7 @@ def test_factors_that_are_read_without_their_module_are_moved_in_place(granulari
     arms = arms_of(model, granularity)
     mask = torch.arange(len(arms)) >= len(arms) // 2
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
-    assert_update_is_exact(slsam, mask, *closures(model, batch()))
+    assert_step_is_exact(slsam, mask, *closures(model, batch()))
     fired = slsam.runner.fired()
     names = [name for arm in arms for name in arm.parameter_names]
     on = mask[slsam.runner.owner]
@@ -168,7 +168,7 @@ class Skipping(nn.Module):
         return x.square().mean()
 
 
-def test_a_second_pass_that_skips_the_way_into_the_floor_is_an_error_not_a_wrong_gradient():
+def test_a_second_pass_that_skips_the_way_into_the_lowest_active_is_an_error_not_a_wrong_gradient():
     """As LayerDrop may: the kept hidden state would never be put in."""
     torch.manual_seed(0)
     model, x = Skipping().double(), torch.randn(5, 6, dtype=torch.float64)
@@ -188,15 +188,17 @@ def test_a_second_pass_that_skips_the_way_into_the_floor_is_an_error_not_a_wrong
     arms = arms_of(model)
     mask = torch.arange(4) >= 2
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.5, design=lambda p, g: mask))
-    slsam.update(closure, probe=probe)
+    slsam.update(closure, forward_only=probe)
     probabilities = slsam.probabilities.clone()
-    with pytest.raises(RuntimeError, match=r"entered block 2 0 times and the first 1 times.*prefix_limit_mib=0"):
-        slsam.update(closure, probe=probe)
+    with pytest.raises(
+        RuntimeError, match=r"entered block 2 0 times and the first 1 times.*hidden_state_cache_limit_mib=0"
+    ):
+        slsam.update(closure, forward_only=probe)
     assert torch.equal(slsam.probabilities, probabilities)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
     passes.extend([1] * 2)
-    assert_update_is_exact(slsam, mask, closure, probe)
+    assert_step_is_exact(slsam, mask, closure, probe)
 
 
 class Block(nn.Module):
@@ -281,23 +283,23 @@ HARMLESS = {
 
 @pytest.mark.parametrize("descent", ["active", "all"])
 @pytest.mark.parametrize("rho", [RHO, 0.0])
-@pytest.mark.parametrize("floor", range(5))
+@pytest.mark.parametrize("lowest_active", range(5))
 @pytest.mark.parametrize("kind", HARMLESS)
-def test_passes_run_whole_where_a_cut_would_drop_a_gradient(kind, floor, rho, descent, caplog):
+def test_passes_run_whole_where_a_cut_would_drop_a_gradient(kind, lowest_active, rho, descent, caplog):
     torch.manual_seed(0)
     model, x = kind().double(), torch.randn(5, 6, dtype=torch.float64)
     arms = arms_of(model)
     assert [arm.depth for arm in arms] == [0, 1, 2, 3, 4, 4]
-    mask = torch.arange(6) >= floor
+    mask = torch.arange(6) >= lowest_active
     slsam = SLSAM(arms, SLSAMConfig(rho=rho, active_fraction=0.9, design=lambda p, g: mask, descent=descent))
     with caplog.at_level(logging.INFO, logger="slsam_peft"):
         for _ in range(2):
-            assert_update_is_exact(slsam, mask, *passes_of(lambda: model(x)))
+            assert_step_is_exact(slsam, mask, *passes_of(lambda: model(x)))
     told = [r.message for r in caplog.records if "passes are not cut" in r.message]
     assert len(told) == (slsam.runner.horizon is None)
     assert all("every pass runs whole" in message.lower() for message in told)
     if descent == "active":
-        assert (slsam.runner.horizon is not None) == (floor in HARMLESS[kind]), told
+        assert (slsam.runner.horizon is not None) == (lowest_active in HARMLESS[kind]), told
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -315,7 +317,7 @@ def test_what_a_closure_gathered_before_a_leak_is_not_counted_twice():
     arms = arms_of(model)
     mask = torch.arange(6) >= 2
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
-    assert_update_is_exact(slsam, mask, closure, None)
+    assert_step_is_exact(slsam, mask, closure, None)
     assert slsam.runner.horizon is None
 
 
@@ -350,16 +352,18 @@ class LossBelowTheTop(DeepLoss):
 
 @pytest.mark.parametrize("descent", ["active", "all"])
 @pytest.mark.parametrize("kind", [LongSkip, DeepLoss, LossBelowTheTop])
-def test_hidden_states_that_are_kept_are_found_at_whichever_floor_they_matter(kind, descent):
+def test_hidden_states_that_are_kept_are_found_at_whichever_lowest_active_they_matter(kind, descent):
     """The first floor's check is passed, since nothing below it is kept."""
     torch.manual_seed(0)
     model, x = kind().double(), torch.randn(5, 6, dtype=torch.float64)
-    arms, floor = arms_of(model), [0]
-    config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: above(floor[0])(p, g), descent=descent)
+    arms, lowest_active = arms_of(model), [0]
+    config = SLSAMConfig(
+        rho=RHO, active_fraction=0.9, design=lambda p, g: above(lowest_active[0])(p, g), descent=descent
+    )
     slsam = SLSAM(arms, config)
     reuse = []
-    for floor[0] in (1, 2, 3, 4, 1):
-        assert_update_is_exact(slsam, torch.arange(6) >= floor[0], *passes_of(lambda: model(x)))
+    for lowest_active[0] in (1, 2, 3, 4, 1):
+        assert_step_is_exact(slsam, torch.arange(6) >= lowest_active[0], *passes_of(lambda: model(x)))
         reuse.append(slsam.horizon.reuse)
     assert reuse[0]
     assert not reuse[3]
@@ -380,5 +384,5 @@ def test_training_without_adapters_is_exact(family, tied):
             for descent in ("active", "all"):
                 config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
                 slsam = SLSAM(arms, config)
-                assert_update_is_exact(slsam, mask, closure, probe)
+                assert_step_is_exact(slsam, mask, closure, probe)
                 assert slsam.runner.horizon is not None

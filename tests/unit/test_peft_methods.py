@@ -6,7 +6,7 @@ import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from tests.decoders import FAMILIES, batch, closures
-from tests.reference import assert_update_is_exact
+from tests.reference import assert_step_is_exact
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 METHODS = {
@@ -42,7 +42,7 @@ def adapted(method):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_the_update_is_exact(method):
+def test_the_step_is_exact(method):
     model = adapted(method)
     closure, probe = closures(model, batch())
     for granularity in ("block", "module"):
@@ -51,7 +51,7 @@ def test_the_update_is_exact(method):
         for mask in (positions >= len(arms) // 2, positions % 2 == 1, positions == len(arms) - 1):
             for descent in ("active", "all"):
                 config = SLSAMConfig(rho=0.3, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
-                assert_update_is_exact(SLSAM(arms, config), mask, closure, probe)
+                assert_step_is_exact(SLSAM(arms, config), mask, closure, probe)
 
 
 @pytest.mark.parametrize("method", [peft.PrefixTuningConfig, peft.PromptTuningConfig])

@@ -89,9 +89,14 @@ def test_flags_change_what_they_should(capsys):
         plain["adapters"]
         == 2 * planned(capsys, *base, "--load_in_4bit", "--adapter_dtype", "keep")["memory"]["adapters"]
     )
-    assert planned(capsys, *base, "--gradient_accumulation", "3")["memory"]["prefix"] == 3 * plain["prefix"]
-    limited = planned(capsys, *base, "--gradient_accumulation", "3", "--prefix_limit_mib", "1")["memory"]["prefix"]
-    assert limited == plain["prefix"] == 2 * 256 * 576 * 2
+    assert (
+        planned(capsys, *base, "--gradient_accumulation", "3")["memory"]["hidden_state_cache"]
+        == 3 * plain["hidden_state_cache"]
+    )
+    limited = planned(capsys, *base, "--gradient_accumulation", "3", "--hidden_state_cache_limit_mib", "1")["memory"][
+        "hidden_state_cache"
+    ]
+    assert limited == plain["hidden_state_cache"] == 2 * 256 * 576 * 2
 
 
 def test_tables_name_the_parts_and_the_verdict(capsys, folder):

@@ -40,10 +40,10 @@ def lines(axis):
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 @pytest.mark.parametrize(
-    ("arms", "updates"), [(blocks(30), 200), (modules(43), 30), (blocks(5), 1)], ids=["30", "301", "1 update"]
+    ("arms", "steps"), [(blocks(30), 200), (modules(43), 30), (blocks(5), 1)], ids=["30", "301", "1 update"]
 )
-def test_pictures_of_few_and_of_many_arms(arms, updates, suffix, folder, capsys):
-    write_trace(folder / "run", arms, updates)
+def test_pictures_of_few_and_of_many_arms(arms, steps, suffix, folder, capsys):
+    write_trace(folder / "run", arms, steps)
     assert main(["plot", "run", "--out", f"a{suffix}"]) == 0
     assert capsys.readouterr().out == f"Written: a{suffix}\n"
     content = (folder / f"a{suffix}").read_bytes()
@@ -88,7 +88,7 @@ def test_every_axis_has_title_and_unit(folder):
 def test_heat_map_and_activity_show_the_trace(folder):
     trace = write_trace(folder / "run", blocks(6), 50)
     made = figure(folder / "run")
-    left = next(axis for title, axis in panels(made).items() if "6 arms, 50 updates" in title)
+    left = next(axis for title, axis in panels(made).items() if "6 arms, 50 steps" in title)
     shown = left.get_images()[0]
     np.testing.assert_allclose(shown.get_array(), trace.tensors()["probabilities"].T)
     assert shown.get_extent() == [0.5, 50.5, -0.5, 5.5]
@@ -102,7 +102,7 @@ def test_a_long_run_is_averaged_over_columns_and_counted_exactly(folder):
     trace = write_trace(folder / "run", blocks(3), 10_000)
     assert trace.stride == 4
     made = figure(folder / "run")
-    left = next(axis for title, axis in panels(made).items() if "10,000 updates" in title)
+    left = next(axis for title, axis in panels(made).items() if "10,000 steps" in title)
     shown = left.get_images()[0]
     width = -(-2500 // trace_plot.MOST_COLUMNS)
     expected = trace.tensors()["probabilities"][:width].mean(0)
@@ -130,7 +130,7 @@ def test_budget_runs_and_numbers_that_are_not_known(folder):
         assert words in alone[title].texts[0].get_text()
 
 
-def test_few_updates_mark_what_was_active(folder):
+def test_few_steps_mark_what_was_active(folder):
     trace = write_trace(folder / "run", blocks(4), 6)
     made = figure(folder / "run")
     left = next(axis for title, axis in panels(made).items() if "dots: active" in title)
@@ -180,7 +180,7 @@ def foreign(folder):
 def newer(folder):
     write_trace(folder / "newer", blocks(3), 5)
     file = folder / "newer" / FILE_NAME
-    file.write_bytes(seal(file.read_bytes().replace(b'"schema":"2"', b'"schema":"9"')))
+    file.write_bytes(seal(file.read_bytes().replace(b'"schema":"3"', b'"schema":"9"')))
 
 
 def inconsistent(folder):
@@ -199,7 +199,7 @@ def inconsistent(folder):
         (damaged, ["good", "damaged"], "is not a trace of SL-SAM, or is damaged ("),
         (empty, ["empty"], "is empty: no update has been recorded yet"),
         (foreign, ["foreign"], "is not a trace of SL-SAM, or is damaged (it holds no checksum"),
-        (newer, ["newer"], "has schema 9; this version reads schema 2"),
+        (newer, ["newer"], "has schema 9; this version reads schema 3"),
         (inconsistent, ["inconsistent"], "or is damaged ('last')"),
         (
             None,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slsam_peft import SLSAMConfig, arms_of
-from slsam_peft.algorithm.projection import project, project_with_floor
-from slsam_peft.algorithm.sampling import build_design
+from slsam_peft.algorithm.projection import project, project_with_min_probability
+from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.config import ADAPTER_DTYPES, ASCENTS, BANDITS, DESCENTS, DESIGNS, GRANULARITIES
 from tests.tolerances import EXACT_FLOAT64, SUM
 
@@ -23,25 +23,25 @@ slow = settings(max_examples=60, deadline=None)
 # Projections. Bounds, sums and order are checked in test_bandit.py.
 
 
-def assert_divergence_is_least(p, w, floor):
+def assert_divergence_is_least(p, w, minimum):
     """One factor c for all: p = c w inside the bounds, p >= c w at the floor, p <= c w at 1. These conditions are
     those of Karush, Kuhn and Tucker for the least Kullback-Leibler divergence, so no other p of that sum is closer.
     """
     ratio = p / w
-    inside = (p > floor + SUM) & (p < 1 - SUM)
+    inside = (p > minimum + SUM) & (p < 1 - SUM)
     if not inside.any():
         return
     c = ratio[inside].mean()
     torch.testing.assert_close(ratio[inside], c.expand(int(inside.sum())), rtol=SUM, atol=0)
-    assert bool((ratio[p <= floor + SUM] >= c * (1 - SUM)).all())
+    assert bool((ratio[p <= minimum + SUM] >= c * (1 - SUM)).all())
     assert bool((ratio[p >= 1 - SUM] <= c * (1 + SUM)).all())
 
 
 @given(weights, fractions, st.floats(0.0, 0.99))
 @slow
-def test_the_projection_with_a_floor_is_the_closest_point(w, fraction, share):
-    floor = share * fraction
-    assert_divergence_is_least(project_with_floor(w, fraction * len(w), floor), w, floor)
+def test_the_projection_with_a_minimum_is_the_closest_point(w, fraction, share):
+    minimum = share * fraction
+    assert_divergence_is_least(project_with_min_probability(w, fraction * len(w), minimum), w, minimum)
 
 
 @given(weights, fractions)
@@ -58,7 +58,7 @@ def test_projections_do_not_depend_on_the_unit_of_the_weights(w, fraction, power
     budget = fraction * len(w)
     assume(float(w.min()) * 2.0**power > 1e-4)  # below, the reference's guard lets the sum fall short
     torch.testing.assert_close(project(w * 2.0**power, budget), project(w, budget), rtol=SUM, atol=SUM)
-    one, other = (project_with_floor(v, budget, 0.1 * fraction) for v in (w, w * 2.0**power))
+    one, other = (project_with_min_probability(v, budget, 0.1 * fraction) for v in (w, w * 2.0**power))
     torch.testing.assert_close(one, other, rtol=SUM, atol=SUM)
 
 
@@ -70,11 +70,11 @@ def probabilities(draw, most=12):
     """Probabilities as a bandit leaves them: a floor of a tenth of their mean, at most 1, at least one arm's worth."""
     w = torch.tensor(draw(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=most)), dtype=torch.float64)
     fraction = draw(st.floats(1 / len(w), 1.0))
-    return project_with_floor(w, fraction * len(w), 0.1 * fraction)
+    return project_with_min_probability(w, fraction * len(w), 0.1 * fraction)
 
 
 def design_of(name, arms):
-    return build_design(SLSAMConfig(design=name), list(range(arms)))
+    return build_scheme(SLSAMConfig(design=name), list(range(arms)))
 
 
 @given(st.sampled_from(DESIGNS), probabilities(), st.integers(0, 2**31))
@@ -158,11 +158,11 @@ SETTINGS = {
     "ascent_fraction": st.floats(0, 1, **open_unit),
     "descent": st.sampled_from(DESCENTS),
     "cost_budget": st.floats(0, 1e9, **open_unit) | st.none(),
-    "probability_floor": st.floats(0, 1, exclude_max=True),
+    "min_probability": st.floats(0, 1, exclude_max=True),
     "bandit_rate": st.floats(0, 1e9, **open_unit),
-    "prefix_limit_mib": st.floats(0, 1e9),
+    "hidden_state_cache_limit_mib": st.floats(0, 1e9),
     "adapter_dtype": st.sampled_from(ADAPTER_DTYPES),
-    "max_skipped_updates": st.integers(0, 10**9),
+    "max_skipped_steps": st.integers(0, 10**9),
     "accept_state_mismatch": st.booleans(),
     "trace": st.booleans(),
     "seed": st.integers(0, 2**63 - 1),

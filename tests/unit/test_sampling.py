@@ -9,13 +9,13 @@ from scipy import stats
 from slsam_peft import SLSAM, SLSAMConfig
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.bandit import Bandit
-from slsam_peft.algorithm.sampling import build_design
+from slsam_peft.algorithm.sampling import build_scheme
 
 DRAWS, ARMS = 100_000, 12
 
 
 def design_of(name, arms=ARMS):
-    return build_design(SLSAMConfig(design=name, active_fraction=0.3), list(range(arms)))
+    return build_scheme(SLSAMConfig(design=name, active_fraction=0.3), list(range(arms)))
 
 
 def uneven(arms=ARMS, mean=0.3):
@@ -50,7 +50,7 @@ def test_these_designs_realise_the_sum_they_are_given(name):
     assert float(design_of(name).inclusion(p).sum()) == pytest.approx(float(p.sum()), rel=0.02)
 
 
-def test_depth_is_every_arm_above_a_floor_and_keeps_the_sum():
+def test_depth_is_every_arm_above_a_minimum_and_keeps_the_sum():
     design, generator = design_of("depth", 32), torch.Generator().manual_seed(0)
     for mean in (0.1, 0.4, 0.8):
         p = uneven(32, mean)
@@ -67,7 +67,7 @@ def test_depth_is_every_arm_above_a_floor_and_keeps_the_sum():
 def test_arms_of_one_depth_go_together_and_lower_ones_are_still_drawn():
     """Module arms: several to a block, some outside the blocks."""
     depths = torch.tensor([-1, 0, 0, 0, 1, 1, 2, 2, 2, 3])
-    design = build_design(SLSAMConfig(design="depth", active_fraction=0.4), depths.tolist())
+    design = build_scheme(SLSAMConfig(design="depth", active_fraction=0.4), depths.tolist())
     generator, p = torch.Generator().manual_seed(0), uneven(10, 0.4)
     counts = torch.zeros(10, dtype=torch.float64)
     for _ in range(4000):
@@ -84,7 +84,7 @@ def test_drawing_and_learning_stay_cheap_with_many_arms():
     """
     arms = 10_000
     for name in ("bernoulli", "fixed_size", "window", "depth"):
-        design = build_design(SLSAMConfig(design=name, active_fraction=0.2), list(range(arms)))
+        design = build_scheme(SLSAMConfig(design=name, active_fraction=0.2), list(range(arms)))
         bandit = Bandit(arms, 0.2 * arms, SLSAMConfig(active_fraction=0.2))
         generator, norms = torch.Generator().manual_seed(0), torch.rand(arms, dtype=torch.float64)
         times = []
@@ -122,7 +122,7 @@ def test_full_fraction_forces_every_arm(name):
 
 @pytest.mark.parametrize("mask", [torch.zeros(4, dtype=torch.bool), torch.ones(3, dtype=torch.bool), torch.ones(4)])
 def test_a_callable_design_is_checked(mask):
-    design = build_design(SLSAMConfig(design=lambda p, g: mask), [None] * 4)
+    design = build_scheme(SLSAMConfig(design=lambda p, g: mask), [None] * 4)
     with pytest.raises(ValueError, match=r"boolean mask of shape \(4,\)"):
         design(torch.full((4,), 0.5, dtype=torch.float64), torch.Generator())
 
@@ -130,7 +130,7 @@ def test_a_callable_design_is_checked(mask):
 @pytest.mark.parametrize("name", ["window", "depth"])
 def test_designs_in_depth_need_a_depth(name):
     with pytest.raises(ValueError, match="needs arms with a depth"):
-        build_design(SLSAMConfig(design=name), [0, None])
+        build_scheme(SLSAMConfig(design=name), [0, None])
 
 
 @pytest.mark.parametrize("name", ["window", "depth"])

@@ -58,7 +58,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
 
 
-def trained(updates: int, seed: int = 0) -> SLSAM:
+def trained(steps: int, seed: int = 0) -> SLSAM:
     """A sampler of four arms after some updates; `"remembered"` keeps gradients in its state."""
     model = network()
     config = SLSAMConfig(active_fraction=0.5, ascent="remembered", seed=seed)
@@ -69,7 +69,7 @@ def trained(updates: int, seed: int = 0) -> SLSAM:
         loss.backward()
         return loss
 
-    for _ in range(updates):
+    for _ in range(steps):
         slsam.update(closure)
     return slsam
 
@@ -86,9 +86,9 @@ def state_file(folder: Path) -> bytes:
 
 
 @IN_ONE_FOLDER
-@given(updates=st.integers(0, 6), seed=st.integers(0, 2**31 - 1))
-def test_states_come_back_bit_for_bit(tmp_path: Path, updates: int, seed: int) -> None:
-    slsam, other = trained(updates, seed), trained(0, seed)
+@given(steps=st.integers(0, 6), seed=st.integers(0, 2**31 - 1))
+def test_states_come_back_bit_for_bit(tmp_path: Path, steps: int, seed: int) -> None:
+    slsam, other = trained(steps, seed), trained(0, seed)
     save_state(slsam, tmp_path)
     load_state(other, tmp_path)
     assert_same(slsam.state_dict(), other.state_dict())

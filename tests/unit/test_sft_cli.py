@@ -69,8 +69,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(folder: Path) -> Non
 def test_every_setting_of_slsam_can_be_given(folder: Path) -> None:
     wanted = SLSAMConfig(
         rho=0.2, granularity="module", bandit="paper", design="depth", ascent="partial", ascent_fraction=0.5,
-        descent="all", cost_budget=1.5, probability_floor=0.2, bandit_rate=0.1, prefix_limit_mib=5.0,
-        adapter_dtype="keep", max_skipped_updates=3, accept_state_mismatch=True, trace=False, seed=4,
+        descent="all", cost_budget=1.5, min_probability=0.2, bandit_rate=0.1, hidden_state_cache_limit_mib=5.0,
+        adapter_dtype="keep", max_skipped_steps=3, accept_state_mismatch=True, trace=False, seed=4,
     )  # fmt: skip
     default = SLSAMConfig()
     unchanged = {f.name for f in fields(SLSAMConfig) if getattr(wanted, f.name) == getattr(default, f.name)}

@@ -10,7 +10,7 @@ from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm.passes import Passes
 from slsam_peft.algorithm.telemetry import RadiusWatch
 from tests.decoders import batch, decoder
-from tests.reference import assert_gradients_are, reference_update
+from tests.reference import assert_gradients_are, reference_step
 from tests.tolerances import EXACT_FLOAT64
 
 
@@ -95,7 +95,7 @@ def test_partial_ascent_needs_a_part():
     slsam.update(closure, ascent_closure=closure)
 
 
-def test_the_design_is_called_once_an_update():
+def test_the_design_is_called_once_an_step():
     drawn = []
 
     def design(p, generator):
@@ -145,8 +145,8 @@ def test_an_exception_leaves_everything_as_it_was(ascent, call, where):
 
 @pytest.mark.parametrize("bad_pass", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_skips_the_whole_update(bad_pass, value):
-    model, slsam, closure, calls = problem(active_fraction=1.0, max_skipped_updates=1)
+def test_a_value_that_is_not_finite_skips_the_whole_step(bad_pass, value):
+    model, slsam, closure, calls = problem(active_fraction=1.0, max_skipped_steps=1)
     before = slsam.probabilities.clone()
 
     def faulty():
@@ -168,9 +168,9 @@ def test_a_value_that_is_not_finite_skips_the_whole_update(bad_pass, value):
 
 @pytest.mark.parametrize("settings", [{}, {"ascent": "remembered"}, {"design": "fixed_size"}, {"bandit": "paper"}])
 def test_state_goes_on_bit_for_bit(settings):
-    def run(slsam, closure, model, updates):
+    def run(slsam, closure, model, steps):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(updates):
+        for _ in range(steps):
             slsam.update(closure)
             optimizer.step()
 
@@ -221,10 +221,10 @@ def test_micro_batches_add_up_to_one_batch(count, descent):
         return Passes(run, run, None, probe)
 
     def whole():
-        return sum(part(p).counted() for p in parts)
+        return sum(part(p).logged() for p in parts)
 
     trained = torch.ones_like(mask) if descent == "all" else mask
-    loss, expected = reference_update(arms, mask, 0.1, whole, trained)
+    loss, expected = reference_step(arms, mask, 0.1, whole, trained)
     slsam = SLSAM(arms, SLSAMConfig(rho=0.1, active_fraction=0.9, design=lambda p, g: mask, descent=descent))
     losses = [slsam.accumulate(part(p), i, count) for i, p in enumerate(parts)]
     assert float(sum(losses)) == pytest.approx(float(loss), rel=EXACT_FLOAT64)
@@ -244,7 +244,7 @@ def test_a_parameter_whose_module_is_not_called_is_moved_in_place():
 
     arms = arms_of(model, "module")
     mask = torch.ones(2, dtype=torch.bool)
-    _, expected = reference_update(arms, mask, 0.5, closure)
+    _, expected = reference_step(arms, mask, 0.5, closure)
     SLSAM(arms, SLSAMConfig(rho=0.5, active_fraction=1.0)).update(closure)
     assert_gradients_are(expected, [p for arm in arms for p in arm.parameters])
 

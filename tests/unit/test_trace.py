@@ -14,11 +14,14 @@ from slsam_peft.algorithm.trace import MOST_CELLS, MOST_ROWS, Trace
 ARMS = 5
 
 
-def updates(count, costs=True):
+def made(count, costs=True):
     """What `SLSAM` shows after each of `count` updates, as plain numbers of no meaning."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
-        metrics = {"floor": float(torch.randint(ARMS, (), generator=generator)), "grad_norm_ascent": 0.25}
+        metrics = {
+            "lowest_active_block": float(torch.randint(ARMS, (), generator=generator)),
+            "grad_norm_ascent": 0.25,
+        }
         if costs:
             metrics["cost"] = float(torch.randint(1, 9, (), generator=generator)) / 4
         yield SimpleNamespace(
@@ -46,7 +49,7 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("ascent", ["two_pass", "partial", "remembered"])
-def test_rows_are_what_each_update_drew_and_saw(ascent):
+def test_rows_are_what_each_step_drew_and_saw(ascent):
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(ARMS)))
     x = torch.randn(8, 4)
@@ -82,8 +85,8 @@ def test_rows_are_what_each_update_drew_and_saw(ascent):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 300), st.integers(1, 70))
-def test_thinning_keeps_evenly_spaced_updates_and_exact_counts(limit, count, first):
-    seen = list(updates(count))
+def test_thinning_keeps_evenly_spaced_steps_and_exact_counts(limit, count, first):
+    seen = list(made(count))
     trace = recorded(seen, limit, first)
     found = trace.tensors()
     steps = range(first, first + count)
@@ -100,13 +103,13 @@ def test_thinning_keeps_evenly_spaced_updates_and_exact_counts(limit, count, fir
     assert found["loss"].tolist() == [float(torch.tensor(slsam.loss)) for slsam in rows]
     assert found["activity"].tolist() == torch.stack([torch.zeros(ARMS), *(s.active for s in seen)]).sum(0).tolist()
     assert trace.cost_total == sum(slsam.metrics["cost"] for slsam in seen)
-    assert (trace.updates, trace.last) == (count, steps[-1] if count else 0)
+    assert (trace.steps, trace.last) == (count, steps[-1] if count else 0)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 30), st.integers(1, 200), st.floats(0, 1))
 def test_going_on_from_what_was_saved_is_never_having_stopped(limit, count, at):
-    seen = list(updates(count))
+    seen = list(made(count))
     cut = int(at * count)
     first = recorded(seen[:cut], limit)
     parted = Trace.restored(first.tensors(), first.plain())
@@ -134,7 +137,7 @@ def test_a_long_run_of_many_arms_stays_small():
     ],
 )
 def test_what_does_not_fit_is_refused(key, value):
-    trace = recorded(updates(3))
+    trace = recorded(made(3))
     with pytest.raises(ValueError, match="is "):
         Trace.restored({**trace.tensors(), key: value}, trace.plain())
     with pytest.raises(KeyError):

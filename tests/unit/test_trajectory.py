@@ -6,18 +6,18 @@ import torch
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm.passes import Passes
 from tests.decoders import batch, decoder
-from tests.reference import reference_update
+from tests.reference import reference_step
 from tests.tolerances import TRAJECTORY
 
-RHO, UPDATES, RATE = 0.1, 8, 0.05
+RHO, STEPS, RATE = 0.1, 8, 0.05
 
 
-def micro_batches(update):
+def micro_batches(step):
     """Return three micro-batches of unequal length and the number of tokens they predict."""
     parts = []
     for i in range(3):
-        inputs = batch(2, 6 + 2 * i + update % 3)
-        inputs["input_ids"] = (inputs["input_ids"] + 7 * update) % 61 + 3
+        inputs = batch(2, 6 + 2 * i + step % 3)
+        inputs["input_ids"] = (inputs["input_ids"] + 7 * step) % 61 + 3
         parts.append({**inputs, "labels": inputs["input_ids"]})
     return parts, sum(p["labels"][:, 1:].numel() for p in parts)
 
@@ -45,8 +45,8 @@ def ours(model, config):
     """Train; return the masks drawn, the losses and the algorithm."""
     slsam, base = SLSAM(arms_of(model, config.granularity), config), optimizer(model)
     masks, losses = [], []
-    for update in range(UPDATES):
-        parts, tokens = micro_batches(update)
+    for step in range(STEPS):
+        parts, tokens = micro_batches(step)
         losses.append(float(sum(slsam.accumulate(passes_of(model, p, tokens), i, 3) for i, p in enumerate(parts))))
         base.step()
         masks.append(slsam.active.clone())
@@ -57,14 +57,14 @@ def reference(model, config, masks):
     """Train in the same active sets, every pass whole and every arm's gradient computed."""
     arms, base = arms_of(model, config.granularity), optimizer(model)
     losses = []
-    for update, mask in enumerate(masks):
-        parts, tokens = micro_batches(update)
+    for step, mask in enumerate(masks):
+        parts, tokens = micro_batches(step)
 
         def closure(parts=parts, tokens=tokens):
-            return sum(passes_of(model, p, tokens).counted() for p in parts)
+            return sum(passes_of(model, p, tokens).logged() for p in parts)
 
         trained = torch.ones_like(mask) if config.descent == "all" else mask
-        loss, gradients = reference_update(arms, mask, RHO, closure, trained)
+        loss, gradients = reference_step(arms, mask, RHO, closure, trained)
         losses.append(float(loss))
         for p, g in zip([p for arm in arms for p in arm.parameters], gradients, strict=True):
             p.grad = g
@@ -91,8 +91,8 @@ def test_training_follows_the_slow_reference(settings, checkpointing):
     masks, losses, slsam = ours(models[0], config)
     torch.manual_seed(5)
     expected = reference(models[1], config, masks)
-    floors = {int(mask.nonzero()[0]) for mask in masks}
-    assert len(floors) > 2, "the case shows nothing unless floors change"
+    lowest_blocks = {int(mask.nonzero()[0]) for mask in masks}
+    assert len(lowest_blocks) > 2, "the case shows nothing unless floors change"
     assert slsam.horizon.reuse
     assert slsam.horizon.peak_bytes > 0
     assert losses == pytest.approx(expected, rel=TRAJECTORY)
@@ -124,7 +124,7 @@ def two_passes(slsam, ascent, descent):
     return loss, [p.grad for p in parameters], norm
 
 
-def assert_partial_update(slsam, got, losses, expected, share):
+def assert_partial_step(slsam, got, losses, expected, share):
     """Check gradients `got` and `losses` of an update against what `two_passes` returned."""
     loss, gradients, norm = expected
     for g, e in zip(got, gradients, strict=True):
@@ -148,13 +148,13 @@ def test_partial_ascent_on_micro_batches(design, descent):
     )
     model = decoder("llama", dropout=0.0)
     slsam = SLSAM(arms_of(model), config)
-    for update in range(3):
-        parts, tokens = micro_batches(update)
+    for step in range(3):
+        parts, tokens = micro_batches(step)
         passes = [passes_of(model, p, tokens) for p in parts]
         losses = [slsam.accumulate(p, i, 3) for i, p in enumerate(passes)]
         got = [p.grad for arm in slsam.arms for p in arm.parameters]
-        expected = two_passes(slsam, passes[0].counted, lambda p=passes: sum(x.counted() for x in p))
-        assert_partial_update(slsam, got, losses, expected, share=1 / 3)
+        expected = two_passes(slsam, passes[0].logged, lambda p=passes: sum(x.logged() for x in p))
+        assert_partial_step(slsam, got, losses, expected, share=1 / 3)
     assert slsam.horizon.peak_bytes > 0
 
 
@@ -164,13 +164,13 @@ def test_partial_ascent_on_part_of_a_lone_batch(design, descent):
     config = SLSAMConfig(rho=RHO, active_fraction=0.6, ascent="partial", design=design, descent=descent)
     model = decoder("llama", dropout=0.0)
     slsam = SLSAM(arms_of(model), config)
-    for update in range(3):
-        (inputs, *_), tokens = micro_batches(update)
+    for step in range(3):
+        (inputs, *_), tokens = micro_batches(step)
         whole = passes_of(model, inputs, tokens)
-        part = passes_of(model, {k: v[:1] if torch.is_tensor(v) else v for k, v in inputs.items()}, tokens / 2).counted
-        losses = [slsam.update(whole.counted, ascent_closure=part, probe=whole.probe)]
+        part = passes_of(model, {k: v[:1] if torch.is_tensor(v) else v for k, v in inputs.items()}, tokens / 2).logged
+        losses = [slsam.update(whole.logged, ascent_closure=part, forward_only=whole.forward_only)]
         got = [p.grad for arm in slsam.arms for p in arm.parameters]
-        assert_partial_update(slsam, got, losses, two_passes(slsam, part, whole.counted), share=1)
+        assert_partial_step(slsam, got, losses, two_passes(slsam, part, whole.logged), share=1)
 
 
 def summed_loss(model, ids, tokens):
@@ -189,14 +189,14 @@ def test_ascent_ahead_follows_its_definition(checkpointing):
     slsam = SLSAM(arms_of(models[0]), config)
     bases, memory = [optimizer(m) for m in models], {}
     members = [p for arm in arms_of(models[1]) for p in arm.parameters]
-    batches = [(batch(2, 9)["input_ids"] + 7 * update) % 61 + 3 for update in range(UPDATES)]
-    for update, own in enumerate(batches):
-        coming = batches[update + 1][:1] if update + 1 < UPDATES else own[:0]
+    batches = [(batch(2, 9)["input_ids"] + 7 * step) % 61 + 3 for step in range(STEPS)]
+    for step, own in enumerate(batches):
+        coming = batches[step + 1][:1] if step + 1 < STEPS else own[:0]
         both = torch.cat([own, coming])
         before = [p.detach().clone() for p in models[0].parameters()]
         tokens = own[:, 1:].numel()
         loss = slsam.update(
-            lambda both=both, tokens=tokens: summed_loss(models[0], both, tokens), rows=(len(own), len(coming))
+            lambda both=both, tokens=tokens: summed_loss(models[0], both, tokens), sequences=(len(own), len(coming))
         )
         assert all(torch.equal(p, w) for p, w in zip(models[0].parameters(), before, strict=True))
         bases[0].step()
@@ -242,7 +242,7 @@ def test_an_overflow_in_what_runs_ahead_voids_the_step_for_a_gradient_scaler():
         loss.backward()
         return loss.detach()
 
-    slsam.update(overflowing, rows=(2, 1))
+    slsam.update(overflowing, sequences=(2, 1))
     assert slsam.skipped == 1
     assert slsam.memory.gradients == {}
     assert any(p.grad.isnan().any() for p in slsam.runner.parameters)
@@ -257,13 +257,13 @@ def test_rows_belong_to_an_ascent_that_runs_ahead(settings):
     def closure():
         return summed_loss(model, ids, 16)
 
-    with pytest.raises(ValueError, match=r"rows=\(2, 1\) belong to ascent='ahead'"):
-        slsam.update(closure, closure, rows=(2, 1))
+    with pytest.raises(ValueError, match=r"sequences=\(2, 1\) belong to ascent='ahead'"):
+        slsam.update(closure, closure, sequences=(2, 1))
     ahead = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0, ascent="ahead"))
-    with pytest.raises(ValueError, match=r"needs .* its rows="):
+    with pytest.raises(ValueError, match=r"needs .* its sequences="):
         ahead.update(closure)
-    with pytest.raises(ValueError, match=r"where rows=\(3, 1\) are 4 sequences"):
-        ahead.update(closure, rows=(3, 1))
+    with pytest.raises(ValueError, match=r"where sequences=\(3, 1\) are 4 sequences"):
+        ahead.update(closure, sequences=(3, 1))
     assert not any("forward" in vars(linear) for linear in ahead.runner.linears)
 
 
@@ -275,9 +275,9 @@ def test_remembered_ascent_follows_its_definition():
     base, twin_base = optimizer(models[0]), optimizer(models[1])
     arms, memory = arms_of(models[1]), {}
     perturbed = set()
-    for update in range(UPDATES):
-        parts, tokens = micro_batches(update)
-        loss = slsam.update(passes_of(models[0], parts[0], tokens).counted)
+    for step in range(STEPS):
+        parts, tokens = micro_batches(step)
+        loss = slsam.update(passes_of(models[0], parts[0], tokens).logged)
         base.step()
 
         on = slsam.active.tolist()
@@ -289,7 +289,7 @@ def test_remembered_ascent_follows_its_definition():
             for p in known:
                 p.add_(RHO * memory[p] / (norm + 1e-12))
         models[1].zero_grad()
-        expected = passes_of(models[1], parts[0], tokens).counted()
+        expected = passes_of(models[1], parts[0], tokens).logged()
         with torch.no_grad():
             for p, w in zip(known, saved, strict=True):
                 p.copy_(w)

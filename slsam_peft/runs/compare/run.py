@@ -25,7 +25,7 @@ from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.cost.model import CostModel
 from slsam_peft.data.scoring import Tokens, answered, score
 from slsam_peft.errors import DivergedError, UserError
-from slsam_peft.models.load import load_nf4, load_unquantised
+from slsam_peft.models.load import load_nf4, load_unquantized
 from slsam_peft.models.smollm2 import fetch_smollm2
 from slsam_peft.runs.compare.control import RandomPerturbationTrainer
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
@@ -154,7 +154,7 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
     Raises:
         UserError: it cannot be found or read.
     """
-    load = load_nf4 if training.quantise == "nf4" else load_unquantised
+    load = load_nf4 if training.quantise == "nf4" else load_unquantized
     return load(model_folder(name), getattr(torch, training.dtype))
 
 

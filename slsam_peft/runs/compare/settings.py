@@ -9,7 +9,7 @@ from slsam_peft.config import SLSAMConfig, check_name
 
 SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl")
 DTYPES = ("float32", "bfloat16")
-QUANTISATIONS = ("none", "nf4")
+QUANTIZATIONS = ("none", "nf4")
 MATCHES = ("updates", "cost")
 
 
@@ -106,7 +106,7 @@ class TrainingSettings:
         if self.lora_alpha is not None:
             _at_least_one("lora_alpha", self.lora_alpha)
         check_name("dtype", self.dtype, DTYPES)
-        check_name("quantise", self.quantise, QUANTISATIONS)
+        check_name("quantise", self.quantise, QUANTIZATIONS)
         if self.prompt_format is not None and self.prompt_format.count("{}") != 1:
             raise ValueError(f"prompt_format={self.prompt_format!r} must contain '{{}}' once, where the message goes.")
 

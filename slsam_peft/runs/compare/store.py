@@ -50,7 +50,7 @@ class RowStore:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError):
                 continue
-            if _is_whole(row):
+            if _is_complete(row):
                 rows[row["key"]] = row
         return rows
 
@@ -88,7 +88,7 @@ class RowStore:
             lock.release()
 
 
-def _is_whole(row: Any) -> bool:
+def _is_complete(row: Any) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         return False
     numbers = all(isinstance(row.get(name), int | float) for name in _NUMBERS)
