@@ -1,8 +1,9 @@
-"""What the README says is true: its code runs, its commands exist, its defaults are the defaults, no link is dead."""
+"""What the pages show works: their code runs, their commands exist, their defaults are the defaults."""
 
 import ast
 import importlib
 import importlib.metadata
+import inspect
 import re
 import runpy
 import shlex
@@ -17,46 +18,48 @@ from typing import Any
 import pytest
 import torch
 import trl
+import yaml
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import slsam_peft
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.main import SUBCOMMANDS
 from slsam_peft.cli.parsing import Parser
+from tests.pages import PACKAGE, PAGES, README, ROOT, blocks, in_a_checkout, name_of, prose, section
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORDS = ["<pad>", "<eos>", *"what is the capital of france spain peru paris madrid lima".split()]
+RECIPE = "recipes/small_data_slsam.yaml"
 
-pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the README's neighbours are not in an sdist")
-
-
-def blocks(language: str) -> list[tuple[int, str]]:
-    """Code blocks of the README, each with the number of its first line."""
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [(README.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+pytestmark = in_a_checkout
 
 
 def set_up(marker: str) -> str:
     """The one command in the block that follows `<!-- marker -->`."""
-    match = re.search(rf"^<!-- {marker} -->\n```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    text = README.read_text(encoding="utf-8")
+    match = re.search(rf"^<!-- {marker} -->\n```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert match, f"README.md: no bash block after <!-- {marker} -->"
     commands = match[1].strip().splitlines()
     assert len(commands) == 1, f"README.md: one command expected after <!-- {marker} -->"
     return commands[0]
 
 
-def shown_commands() -> list[list[str]]:
-    """Calls of the command line in the README, set-up left out."""
-    lines = [line for _, block in blocks("bash") for line in block.splitlines() if line.startswith("slsam-peft ")]
-    return [shlex.split(line, comments=True) for line in lines]
+def shown_commands() -> list[Any]:
+    """Calls of the command line on all pages, set-up left out."""
+    lines = [
+        (page, line)
+        for page in PAGES
+        for _, block in blocks(page, "bash")
+        for line in block.splitlines()
+        if line.startswith("slsam-peft ")
+    ]
+    words = [(page, shlex.split(line, comments=True)) for page, line in lines]
+    return [pytest.param(page, w, id=f"{name_of(page)}: {' '.join(w)}") for page, w in words]
 
 
 @pytest.fixture
-def stand_ins() -> dict[str, Any]:
-    """What the README's code takes as given: a model of five blocks, its tokenizer, texts, one batch."""
+def stand_ins(tmp_path: Path) -> dict[str, Any]:
+    """What the pages' code takes as given: a model of five blocks with its tokenizer, texts, one batch."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -70,13 +73,23 @@ def stand_ins() -> dict[str, Any]:
     )
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "model"  # the trainer finds the tokenizer by the model's name
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     ids = torch.arange(2, 10).view(2, 4)
     return {
-        "model": LlamaForCausalLM(config),
-        "tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
+        "model": LlamaForCausalLM.from_pretrained(folder),
         "dataset": Dataset.from_dict({"text": ["what is the capital of spain", "the capital of peru is lima"] * 8}),
         "batch": {"input_ids": ids, "labels": ids},
     }
+
+
+def run_blocks(page: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Run a page's Python blocks in order, as somebody who copies them from there and from nowhere else."""
+    namespace = dict(given)
+    for line, block in blocks(page, "python"):
+        exec(compile("\n" * (line - 1) + block, name_of(page), "exec"), namespace)
+    return namespace
 
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # TRL, by an old name
@@ -84,27 +97,56 @@ def test_python_blocks_run_in_order(
     stand_ins: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # The README's machine has a GPU.
-    on_cpu = partial(trl.SFTConfig, use_cpu=True, bf16=False, dataloader_pin_memory=False, disable_tqdm=True)
-    monkeypatch.setattr(trl, "SFTConfig", on_cpu)
-    found = blocks("python")
-    assert found
-    namespace = dict(stand_ins)
-    for line, block in found:
-        exec(compile("\n" * (line - 1) + block, "README.md", "exec"), namespace)
-    trainer = namespace["trainer"]
-    assert trainer.state.global_step > 0
+    # A reader has a GPU and trains for three epochs.
+    here = {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "disable_tqdm": True, "max_steps": 2}
+    monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, **here))
+    readme = run_blocks(README, stand_ins)
+    trainer = readme["trainer"]
+    assert trainer.state.global_step == 2
+    assert trainer.slsam_config.ascent == "ahead"
     assert (tmp_path / trainer.args.output_dir / "adapter_model.safetensors").is_file()
-    assert int(namespace["slsam"].active.sum()) >= 1
+    others = {
+        name_of(page): run_blocks(page, {**stand_ins, "trainer": trainer})
+        for page in PAGES
+        if page != README and blocks(page, "python")
+    }
+    assert int(others["slsam_peft/algorithm/README.md"]["slsam"].active.sum()) >= 1
+    assert others["slsam_peft/saving/README.md"]["checkpoint"].endswith("checkpoint-2")
 
 
-def test_the_switch_is_two_lines() -> None:
-    line, block = blocks("python")[0]
+def test_settings_in_the_text_are_allowed() -> None:
+    shown = [code for page in PAGES for code in re.findall(r"`(SLSAMConfig\([^`]*\))`", prose(page))]
+    assert len(shown) > 3
+    for code in shown:
+        assert isinstance(eval(code, {"SLSAMConfig": SLSAMConfig}), SLSAMConfig), code
+
+
+def test_the_switch_is_one_class_and_one_argument() -> None:
     call = next(
-        node for node in ast.walk(ast.parse(block)) if getattr(getattr(node, "func", None), "id", "") == "SLSAMTrainer"
+        node
+        for node in ast.walk(ast.parse(blocks(README, "python")[0][1]))
+        if getattr(getattr(node, "func", None), "id", "") == "SLSAMTrainer"
     )
     assert isinstance(call, ast.Call)
-    assert [k.arg for k in call.keywords if k.arg.startswith("slsam")] == ["slsam_config"], f"README.md, line {line}"
+    own = {keyword.arg for keyword in call.keywords} - set(inspect.signature(trl.SFTTrainer).parameters)
+    assert own == {"slsam_config"}
+
+
+def test_the_readmes_settings_are_the_recipes() -> None:
+    recipe = yaml.safe_load((ROOT / RECIPE).read_text())
+    calls = [node for node in ast.walk(ast.parse(blocks(README, "python")[0][1])) if isinstance(node, ast.Call)]
+    shown = {
+        keyword.arg: keyword.value.value
+        for call in calls
+        for keyword in call.keywords
+        if isinstance(keyword.value, ast.Constant) and keyword.arg not in ("output_dir", "target_modules")
+    }
+    assert {"rho", "ascent", "learning_rate", "per_device_train_batch_size"} <= set(shown)
+    assert shown == {name: recipe[name] for name in shown}
+
+
+def test_no_leftovers_of_this_test_are_shown() -> None:
+    assert not [block for _, block in blocks(README, "python") if re.search("max_steps|use_cpu|disable_tqdm", block)]
 
 
 @pytest.mark.parametrize(("marker", "last"), [("quickstart", "slsam-peft quickstart"), ("tests", "pytest")])
@@ -122,8 +164,8 @@ def test_two_commands_set_everything_up(marker: str, last: str) -> None:
 
 
 def test_there_are_two_set_up_commands() -> None:
-    installing = [line for _, block in blocks("bash") for line in block.splitlines() if "pip install" in line]
-    assert installing == [set_up("quickstart"), set_up("tests")]
+    lines = [line for page in PAGES for _, block in blocks(page, "bash") for line in block.splitlines()]
+    assert [line for line in lines if "pip install" in line] == [set_up("quickstart"), set_up("tests")]
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
@@ -136,12 +178,12 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert 'bash -c "$tests"\n' in script
 
 
-@pytest.mark.parametrize("words", shown_commands(), ids=" ".join)
-def test_shown_commands_exist(words: list[str]) -> None:
+@pytest.mark.parametrize(("page", "words"), shown_commands())
+def test_shown_commands_exist(page: Path, words: list[str]) -> None:
     name, arguments = words[1], words[2:]
     assert name in SUBCOMMANDS
     for word in arguments:
-        assert not word.startswith("recipes/") or (ROOT / word).is_file(), f"README.md names {word}"
+        assert not word.startswith("recipes/") or (ROOT / word).is_file(), f"{name_of(page)} names {word}"
     command: ModuleType = importlib.import_module(f"slsam_peft.cli.{name}")
     if getattr(command, "RAW_ARGV", False):
         from slsam_peft.cli.arguments import parse
@@ -154,50 +196,36 @@ def test_shown_commands_exist(words: list[str]) -> None:
         parser.read(arguments)
 
 
-def test_public_names_are_documented() -> None:
-    assert not [name for name in slsam_peft.__all__ if f"{name}" not in README]
+def test_every_command_is_listed() -> None:
+    page = PACKAGE / "cli" / "README.md"
+    listed = re.findall(r"^\| \w+ \| `(\w+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(SUBCOMMANDS)
+
+
+def test_commands_in_the_text_exist() -> None:
+    named = [name for page in PAGES for name in re.findall(r"`slsam-peft (\w+)", prose(page))]
+    assert len(named) > 10
+    assert set(named) <= {*SUBCOMMANDS, "COMMAND"}
 
 
 def test_settings_table_states_the_defaults() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \| ([^|]+) \|", README.partition("## Settings")[2].partition("\n## ")[0], re.MULTILINE
-    )
-    assert len(rows) > 5
+    table = section(PACKAGE / "algorithm" / "README.md", "Settings")
+    shown = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.MULTILINE))
+    assert set(shown) == {field.name for field in fields(SLSAMConfig)}
     config = SLSAMConfig()
-    for name, shown in rows:
-        assert name in {f.name for f in fields(SLSAMConfig)}
+    for name, text in shown.items():
         value = config.fraction if name == "active_fraction" else getattr(config, name)
-        read = None if shown.strip() == "none" else ast.literal_eval(shown.strip().strip("`"))
-        assert read == value, f"README.md: default of {name}"
+        read = None if text.strip() == "none" else ast.literal_eval(text.strip().strip("`"))
+        assert read == value, f"default of {name}"
 
 
 def test_metrics_exist() -> None:
-    telemetry = ast.parse((ROOT / "slsam_peft" / "algorithm" / "telemetry.py").read_text())
-    logged = {node.value for node in ast.walk(telemetry) if isinstance(node, ast.Constant)}
-    shown = set(re.findall(r"`slsam/(\w+)`", README))
-    assert len(shown) > 5
-    assert shown <= logged
-
-
-def test_supported_table_names_tests_that_exist() -> None:
-    named = re.findall(r"\[`(test_\w+)`\]\((tests/[\w/]+\.py)\)", README)
-    assert len(named) > 10
-    for test, path in named:
-        assert f"def {test}(" in (ROOT / path).read_text(), f"README.md names {test}"
-
-
-def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", README)
-    anchors = {
-        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)
-    }
-    local = [target for target in targets if not target.startswith("https://")]
-    assert not [t for t in local if not (t[1:] in anchors if t.startswith("#") else (ROOT / t).exists())]
-    core = {
-        f"slsam_peft/algorithm/{name}.py"
-        for name in ("bandit", "sampling", "perturbation", "arms", "horizon", "slsam")
-    }
-    assert core <= set(targets)
+    telemetry = ast.parse((PACKAGE / "algorithm" / "telemetry.py").read_text())
+    strings = {node.value for node in ast.walk(telemetry) if isinstance(node, ast.Constant)}
+    table = (PACKAGE / "trainer" / "README.md").read_text().partition("# What is logged\n")[2]
+    listed = set(re.findall(r"^\| `slsam/(\w+)` \|", table, re.MULTILINE))
+    assert len(listed) > 8
+    assert set().union(*(re.findall(r"`slsam/(\w+)`", prose(page)) for page in PAGES)) <= listed <= strings
 
 
 @pytest.mark.parametrize("name", ["draw_method.py", "draw_bandit.py"])
@@ -209,17 +237,3 @@ def test_the_picture_is_what_its_script_draws(name: str, tmp_path: Path) -> None
     kept = (ROOT / stored).read_text()
     if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in kept:  # others may place a path differently
         assert drawn.read_text() == kept
-    assert f"]({stored})" in README
-
-
-def test_the_paper_is_credited() -> None:
-    assert "https://arxiv.org/abs/2602.09395" in README
-    licence = (ROOT / "LICENSE").read_text()
-    assert "Apache License" in licence
-    assert "Version 2.0" in licence
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
-
-
-def test_changelog_has_the_present_version_or_is_unreleased() -> None:
-    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert headings[0] in ("Unreleased", slsam_peft.__version__)
