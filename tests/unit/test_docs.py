@@ -222,7 +222,7 @@ def test_settings_table_states_the_defaults() -> None:
 def test_metrics_exist() -> None:
     telemetry = ast.parse((PACKAGE / "algorithm" / "telemetry.py").read_text())
     strings = {node.value for node in ast.walk(telemetry) if isinstance(node, ast.Constant)}
-    table = (PACKAGE / "trainer" / "README.md").read_text().partition("# What is logged\n")[2]
+    table = (PACKAGE / "trainer" / "README.md").read_text().partition("## What is logged\n")[2]
     listed = set(re.findall(r"^\| `slsam/(\w+)` \|", table, re.MULTILINE))
     assert len(listed) > 8
     assert set().union(*(re.findall(r"`slsam/(\w+)`", prose(page)) for page in PAGES)) <= listed <= strings

@@ -62,7 +62,7 @@ def test_named_modules_exist(page: Path) -> None:
 def test_every_room_has_a_page_that_opens_with_its_data_flow(room: Path) -> None:
     text = (room / "README.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {room.name}: ")
-    opening = text.partition("\n# ")[0]
+    opening = text.partition("\n## ")[0]
     steps = re.findall(r"^(\d)\. ", opening, re.MULTILINE)
     assert steps == ["1", "2", "3", "4", "5"]
 
