@@ -85,7 +85,7 @@ def draw_steps(axes: Axes, probabilities: torch.Tensor, masks: torch.Tensor) -> 
     for block in range(BLOCKS):
         text(axes, -0.15, block + 0.5, f"block {block}", 7.5, ha="right")
     text(axes, STEPS * 0.275, BLOCKS + 1.25, "which blocks are active", 11, weight="bold")
-    text(axes, STEPS * 0.275, BLOCKS + 0.6, "drawn anew in every update from the bandit's p", 8)
+    text(axes, STEPS * 0.275, BLOCKS + 0.6, "drawn anew in every step from the bandit's p", 8)
     arrow(axes, (2.0, -0.45), (4.6, -0.45), SOFT)
     text(axes, 1.85, -0.45, "steps", 8, ha="right")
 
@@ -118,8 +118,8 @@ def draw_pass(axes: Axes, x: float, mask: torch.Tensor, second: bool) -> None:
 def draw_between(axes: Axes, lowest_active: int) -> None:
     """Draw what goes from pass to pass, to the optimizer and back to the bandit."""
     for x, title, note in (
-        (FIRST, "1  ascent pass, at w", "backward stops at the floor"),
-        (SECOND, "2  descent pass, at w + e", "starts at the floor"),
+        (FIRST, "1  ascent pass, at w", "backward stops at the lowest active block"),
+        (SECOND, "2  descent pass, at w + e", "starts at the lowest active block"),
     ):
         text(axes, x + WIDTH / 2, BLOCKS + 1.25, title, 11, weight="bold")
         text(axes, x + WIDTH / 2, BLOCKS + 0.6, note, 8)
@@ -132,7 +132,8 @@ def draw_between(axes: Axes, lowest_active: int) -> None:
         ls=(0, (5, 3)),
         zorder=0,
     )
-    text(axes, (STEPS * 0.55 + FIRST - 0.2) / 2, lowest_active + 0.3, "lowest_active_block", 9, color=BACKWARD)
+    left, right = STEPS * 0.55, FIRST - 0.2
+    text(axes, (left + right) / 2, lowest_active + 0.7, "lowest\nactive\nblock", 8, color=BACKWARD)
     left, right = FIRST + WIDTH + 0.2, SECOND - 0.2
     text(axes, (left + right) / 2, BLOCKS - 1.1, "e = ρ g / ‖g‖", 9.5)
     arrow(axes, (left + 0.15, BLOCKS - 1.6), (right - 0.15, BLOCKS - 1.6))
