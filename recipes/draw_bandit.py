@@ -1,5 +1,5 @@
 # python recipes/draw_bandit.py .assets/bandit.svg
-"""Draw what the bandits learn: arms with norms 1 to L at three scales, 2,000 updates of each rule."""
+"""Draw what the bandits learn: arms with norms 1 to L at three scales, 2,000 steps of each rule."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from slsam_peft.algorithm.sampling import Bernoulli
 
 ARMS, FRACTION, STEPS = 20, 0.2, 2_000
 SCALES = (0.05, 1.0, 20.0)
-LAST = 500  # updates that the probabilities are a mean over
+LAST = 500  # steps that the probabilities are a mean over
 SEED = 0
 
 # Line and marker tell the rules apart without colour.
@@ -26,21 +26,21 @@ RULES = {
 
 
 def learned(rule: str, scale: float) -> torch.Tensor:
-    """Return the probabilities after training on norms scale * (1, ..., L) / L, a mean over the last 500 updates."""
+    """Return the probabilities after training on norms scale * (1, ..., L) / L, a mean over the last 500 steps."""
     bandit = Bandit(ARMS, FRACTION * ARMS, SLSAMConfig(bandit=rule, active_fraction=FRACTION))
-    design, generator = Bernoulli(), torch.Generator().manual_seed(SEED)
+    scheme, generator = Bernoulli(), torch.Generator().manual_seed(SEED)
     norms = scale * torch.arange(1, ARMS + 1, dtype=torch.float64) / ARMS
     total = torch.zeros(ARMS, dtype=torch.float64)
     for step in range(STEPS):
-        mask = design(bandit.probabilities, generator)
-        bandit.update(mask, norms, design.inclusion(bandit.probabilities))
+        mask = scheme(bandit.probabilities, generator)
+        bandit.update(mask, norms, scheme.inclusion(bandit.probabilities))
         if step >= STEPS - LAST:
             total += bandit.probabilities
     return total / LAST
 
 
 def draw() -> Figure:
-    """Return the figure: one panel a scale."""
+    """Return the figure: one panel per scale."""
     figure = Figure(figsize=(9, 3.1), layout="constrained")
     arms = torch.arange(1, ARMS + 1)
     ideal = FRACTION * ARMS * arms / arms.sum()
@@ -55,17 +55,17 @@ def draw() -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_ylabel("inclusion probability")
     all_axes[0].legend(fontsize=8, frameon=False, loc="upper left")
-    figure.suptitle(f"What {STEPS:,} updates teach the bandit ({ARMS} arms, active_fraction={FRACTION})", fontsize=11)
+    figure.suptitle(f"What {STEPS:,} steps teach the bandit ({ARMS} arms, active_fraction={FRACTION})", fontsize=11)
     return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="SVG or PNG file")
-    out: Path = parser.parse_args(argv).out
+    parser.add_argument("output", type=Path, help="SVG or PNG file")
+    output: Path = parser.parse_args(argv).output
     with matplotlib.rc_context({"svg.hashsalt": "slsam", "font.family": "DejaVu Sans", "svg.fonttype": "path"}):
-        draw().savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None, dpi=150)
+        draw().savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=150)
 
 
 if __name__ == "__main__":

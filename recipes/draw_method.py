@@ -1,5 +1,5 @@
 # python recipes/draw_method.py .assets/method.svg
-"""Draw SL-SAM: active sets over updates, as the package's own bandit draws them, and the two passes of one update."""
+"""Draw SL-SAM: active sets over steps, as the package's own bandit draws them, and the two passes of one step."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from slsam_peft import SLSAMConfig
 from slsam_peft.algorithm.bandit import Bandit
 from slsam_peft.algorithm.sampling import Bernoulli
 
-BLOCKS, STEPS, BEFORE = 10, 12, 150  # drawn: the updates after the first 150
-SHOWN = 8  # the update whose passes are drawn
+BLOCKS, STEPS, BEFORE = 10, 12, 150  # drawn: the steps after the first 150
+SHOWN = 8  # the step whose passes are drawn
 CONFIG = SLSAMConfig(active_fraction=0.3, bandit_rate=0.2)
 NORMS = torch.linspace(1.0, 4.0, BLOCKS, dtype=torch.float64)  # upper blocks have the larger gradients
 SEED = 8
@@ -29,14 +29,14 @@ FIRST, SECOND, WIDTH = 8.1, 12.9, 2.3  # the passes' left edges, and a block's w
 
 
 def draws() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return probabilities and active sets of the drawn updates, both of shape (updates, blocks)."""
-    bandit, design = Bandit(BLOCKS, CONFIG.fraction * BLOCKS, CONFIG), Bernoulli()
+    """Return probabilities and active sets of the drawn steps, both of shape (steps, blocks)."""
+    bandit, scheme = Bandit(BLOCKS, CONFIG.fraction * BLOCKS, CONFIG), Bernoulli()
     generator = torch.Generator().manual_seed(SEED)
     probabilities, masks = [], []
     for _ in range(BEFORE + STEPS):
         probabilities.append(bandit.probabilities)
-        masks.append(design(bandit.probabilities, generator))
-        bandit.update(masks[-1], NORMS, design.inclusion(bandit.probabilities))
+        masks.append(scheme(bandit.probabilities, generator))
+        bandit.update(masks[-1], NORMS, scheme.inclusion(bandit.probabilities))
     return torch.stack(probabilities[BEFORE:]), torch.stack(masks[BEFORE:])
 
 
@@ -62,7 +62,7 @@ def arrow(axes: Axes, start: Sequence[float], end: Sequence[float], colour: str 
 
 
 def draw_steps(axes: Axes, probabilities: torch.Tensor, masks: torch.Tensor) -> None:
-    """Draw blocks against updates: shade = probability, marked = active, line = floor."""
+    """Draw blocks against steps: shade = probability, marked = active, line = lowest active block."""
     for step in range(STEPS):
         x = step * 0.55
         lowest_active = int(masks[step].nonzero().min())
@@ -132,8 +132,7 @@ def draw_between(axes: Axes, lowest_active: int) -> None:
         ls=(0, (5, 3)),
         zorder=0,
     )
-    left, right = STEPS * 0.55, FIRST - 0.2
-    text(axes, (left + right) / 2, lowest_active + 0.7, "lowest\nactive\nblock", 8, color=BACKWARD)
+    text(axes, (STEPS * 0.55 + FIRST - 0.2) / 2, lowest_active + 0.7, "lowest\nactive\nblock", 8, color=BACKWARD)
     left, right = FIRST + WIDTH + 0.2, SECOND - 0.2
     text(axes, (left + right) / 2, BLOCKS - 1.1, "e = ρ g / ‖g‖", 9.5)
     arrow(axes, (left + 0.15, BLOCKS - 1.6), (right - 0.15, BLOCKS - 1.6))
