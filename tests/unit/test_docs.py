@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.main import SUBCOMMANDS
 from slsam_peft.cli.parsing import Parser
+from slsam_peft.models.shapes import BUILT_IN
 from tests.pages import PACKAGE, PAGES, README, ROOT, blocks, in_a_checkout, name_of, prose, section
 
 WORDS = ["<pad>", "<eos>", *"what is the capital of france spain peru paris madrid lima".split()]
@@ -200,6 +201,11 @@ def test_every_command_is_listed() -> None:
     page = PACKAGE / "cli" / "README.md"
     listed = re.findall(r"^\| \w+ \| `(\w+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(SUBCOMMANDS)
+
+
+def test_every_built_in_shape_is_listed() -> None:
+    shapes = prose(PACKAGE / "models" / "README.md").partition("Built-in shapes are ")[2]
+    assert re.findall(r"`([\w.-]+)`", shapes) == list(BUILT_IN)
 
 
 def test_commands_in_the_text_exist() -> None:
