@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from slsam_peft import SLSAMConfig
+from slsam_peft.cli.bench_plot import draw
 from slsam_peft.cli.outputs import write_figure
 from slsam_peft.errors import UserError
-from slsam_peft.runs.bench import MODES as ALL
-from slsam_peft.runs.bench import REFERENCE, Mode, draw, run_bench, select_modes
+from slsam_peft.runs.bench import run_bench
+from slsam_peft.runs.bench_modes import MODES as ALL
+from slsam_peft.runs.bench_modes import REFERENCE, Mode, select_modes
 from tests.tiny import llama, tokenizer
 
 MODES = {
@@ -38,8 +40,10 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
     assert plain["ratio"] == plain["predicted"] == 1.0
     assert math.isclose(dense["predicted"], 2.0, rel_tol=0.1)
     assert half["predicted"] < dense["predicted"]
-    assert math.isclose(fewer["predicted"], 1.0, rel_tol=0.1)  # three of four rows, and one of them for the ascent
-    assert math.isclose(ahead["predicted"], 1.0, rel_tol=0.1)  # three rows and one of the next update
+    assert math.isclose(
+        fewer["predicted"], 1.0, rel_tol=0.1
+    )  # three of four sequences, and one of them for the ascent
+    assert math.isclose(ahead["predicted"], 1.0, rel_tol=0.1)  # three sequences and one of the next step
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     picture = tmp_path / "bench.png"
@@ -52,7 +56,7 @@ def test_under_accumulation_a_micro_batch_pays_for_the_ascent():
     plain, fewer = run_bench(
         llama(), tokenizer(), lora_r=4, batch=1, length=16, accumulation=4, steps=2, rounds=1, modes=modes
     )
-    assert math.isclose(fewer.summary()["predicted"], 1.0, rel_tol=0.1)  # four passes of one row, as plain LoRA's
+    assert math.isclose(fewer.summary()["predicted"], 1.0, rel_tol=0.1)  # four passes of one sequence, as plain LoRA's
     assert plain.summary()["predicted"] == 1.0
 
 
