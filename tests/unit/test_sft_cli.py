@@ -146,21 +146,21 @@ def test_smollm2_needs_no_hub(
     assert f"{folder / 'model'} cannot be trained" in capsys.readouterr().err  # it has no weights, but was found
 
 
-@pytest.mark.parametrize("wish", [None, "false", "False", "none"])
-def test_not_resuming(folder: Path, wish: str | None) -> None:
+@pytest.mark.parametrize("word", [None, "false", "False", "none"])
+def test_not_resuming(folder: Path, word: str | None) -> None:
     args = parse(GOOD).training
-    args.resume_from_checkpoint = wish
+    args.resume_from_checkpoint = word
     assert finetune.find_checkpoint(args) is None
 
 
 def test_the_last_checkpoint_is_resumed(folder: Path) -> None:
-    """The last one that was saved whole: a kill in a save left checkpoint-12."""
+    """The last intact one: a kill in a save left checkpoint-12."""
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_')):
         (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
         (folder / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
         save_file({"weight": torch.zeros(1)}, folder / "out" / f"checkpoint-{step}" / "model.safetensors")
-    for wish in ("true", "auto"):
-        args = parse([*GOOD, "--resume_from_checkpoint", wish]).training
+    for word in ("true", "auto"):
+        args = parse([*GOOD, "--resume_from_checkpoint", word]).training
         assert finetune.find_checkpoint(args) == "out/checkpoint-10"
 
 
