@@ -96,7 +96,7 @@ def differences(probe: Probe, branch: bool, rho: float) -> tuple[torch.Tensor, f
 
 
 def measure(folder: Path, batch: dict) -> list[dict]:
-    """Return one row a way and radius."""
+    """Return one row per way and radius."""
     reference = Probe(folder, batch, torch.float32, torch.float32, False)
     optimizer = torch.optim.AdamW(reference.parameters, lr=1e-3)
     for _ in range(WARM_UP):
