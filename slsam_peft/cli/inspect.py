@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from slsam_peft.adapters.inspect import Inspection
 
 NAME = "inspect"
-HELP = "Arms of an adapter or a model as a table: depth, parameters, size, norms"
+HELP = "List the arms of an adapter or a model: depth, parameters, size, norms"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("target", metavar="ADAPTER_OR_MODEL", help="folder of a PEFT adapter or a model, or the name of a model")
-    add("--granularity", choices=GRANULARITIES, default="block", help="what an arm is (default: block)")
+    add(
+        "target",
+        metavar="ADAPTER_OR_MODEL",
+        help="folder of a PEFT adapter, a checkpoint, or a model's folder or name",
+    )
+    add("--granularity", choices=GRANULARITIES, default="block", help="what an arm is")
 
 
 def run(args: argparse.Namespace) -> int:
