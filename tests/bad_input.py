@@ -21,7 +21,7 @@ WORDS: list[tuple[list[str], str]] = [
     (["quickstart", "--lr", "1e-3"], "does not know '--lr'. Did you mean '--learning_rate'?"),
     (["quickstart", "--output_dir", "a"], "does not know '--output_dir'. Did you mean '--output'?"),
     (["chat", "--adapter", "adapter", "adapter"], "It is given without a flag: slsam-peft chat ADAPTER."),
-    (["sft"], "there is no model and no data set; add --model_name_or_path NAME --dataset_name NAME, or --config"),
+    (["sft"], "there is no model and no data set; add --model_name_or_path NAME --dataset_name NAME, or"),
     (["sft", "--model_name_or_path", "model"], "there is no data set; add --dataset_name NAME"),
     (["sft", "--learning-rat", "1"], "there is no setting --learning-rat."),
 ]

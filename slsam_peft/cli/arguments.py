@@ -99,7 +99,8 @@ def _check_needed(given: dict[str, str | None], values: dict[Any, Any]) -> None:
     what = " and ".join(f"no {_NEEDED[name]}" for name in missing)
     flags = " ".join(f"--{name} NAME" for name in missing)
     raise UserError(
-        f"there is {what}; add {flags}, or --config FILE with both in it. `{PROG} --help` says what a NAME can be."
+        f"there is {what}; add {flags}, or the same in the file that --config names. `{PROG} --help` says what a NAME "
+        "can be."
     )
 
 

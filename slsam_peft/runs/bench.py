@@ -107,17 +107,17 @@ def run_bench(
     Returns:
         `list[Measured]`: One per mode, in order.
     """
-    # One model with one adapter serves all modes, on the same rows.
+    # One model with one adapter serves all modes, on the same sequences.
     modes = modes or select_modes(None, batch, accumulation)
     parts = parts_of(batch, accumulation)
     peft_model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
-    rows = _random_rows(tokenizer, batch * accumulation * (steps + 1), length)
+    sequences = _random_sequences(tokenizer, batch * accumulation * (steps + 1), length)
     with tempfile.TemporaryDirectory() as folder:
         # Trainers are made before the clock starts; a mode with fewer parts gets smaller steps.
         trainers = {}
         for name, mode in modes.items():
             sizes = (batch, parts - mode.fewer) if accumulation > 1 else (parts - mode.fewer, 1)
-            trainers[name] = _trainer(peft_model, tokenizer, _arguments(folder, *sizes, steps), rows, mode.config)
+            trainers[name] = _trainer(peft_model, tokenizer, _arguments(folder, *sizes, steps), sequences, mode.config)
         if _emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
             restore_float32(peft_model, {})
         # Modes alternate within a round, so that what else the machine does meets all of them.
@@ -147,8 +147,10 @@ def _arguments(folder: str, batch: int, accumulation: int, steps: int) -> SFTCon
     )
 
 
-def _trainer(model: Any, tokenizer: Any, args: SFTConfig, rows: Dataset, config: SLSAMConfig | None) -> SFTTrainer:
-    common = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
+def _trainer(
+    model: Any, tokenizer: Any, args: SFTConfig, sequences: Dataset, config: SLSAMConfig | None
+) -> SFTTrainer:
+    common = {"args": args, "train_dataset": sequences, "processing_class": tokenizer}
     # The same precision for all: TRL's, as in the plain reference, or float32, see above.
     kept = "float32" if _emulates_bfloat16() else "keep"
     trainer = (
@@ -188,7 +190,7 @@ def _round(trainer: SFTTrainer, number: int, measured: Measured, share: float) -
         measured.predicted.append(statistics.mean(clock.predicted[1:]))
 
 
-def _random_rows(tokenizer: Any, count: int, length: int) -> Dataset:
+def _random_sequences(tokenizer: Any, count: int, length: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(tokenizer) // 2, (count, length), generator=generator)
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})

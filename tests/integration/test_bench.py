@@ -1,5 +1,6 @@
 """The clock: modes in alternation on one model, each beside its prediction."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.bench_plot import draw
+from slsam_peft.cli.main import main
 from slsam_peft.cli.outputs import write_figure
 from slsam_peft.errors import UserError
 from slsam_peft.runs.bench import run_bench
@@ -84,3 +86,24 @@ def test_a_misspelt_mode_is_answered_with_the_nearest():
         UserError, match=r"'LoRA-SAN' is not known\. Did you mean 'LoRA-SAM'\? The modes are:\n  plain LoRA"
     ):
         select_modes(["LoRA-SAN"], 2, 1)
+
+
+def test_the_command_times_prints_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llama(num_hidden_layers=2).save_pretrained("model")
+    tokenizer().save_pretrained("model")
+    words = "bench --model model --lora_r 4 --batch_size 1 --max_length 16 --steps 1 --rounds 1 --modes LoRA-SAM"
+    assert main([*words.split(), "--output", "a.json", "--plot", "a.svg"]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        word in shown for word in ("Cost of a step", "s/step", "plain LoRA", "LoRA-SAM", "Written: a.json, a.svg")
+    )
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "LoRA-SAM"]
+    assert written["modes"][0]["seconds_per_step"] > 0
+
+
+def test_the_help_lists_every_mode(capsys):
+    assert main(["bench", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f'"{name}"' in shown for name in ALL if name != REFERENCE)

@@ -91,7 +91,9 @@ def test_what_cannot_be_merged_by_tensor_is_refused(config, said, tmp_path, caps
 
 def test_a_merged_model_is_complete(folders):
     folder, model = folders
-    assert export(folder / "adapter", folder / "out", "--merge", "--dtype", "bfloat16", "--max_shard_size", "20KB") == 0
+    assert (
+        export(folder / "adapter", folder / "out", "--merge", "--dtype", "bfloat16", "--max_shard_size", "20KB") == 0
+    )
     index = json.loads((folder / "out/model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
@@ -151,7 +153,9 @@ def test_a_failure_leaves_nothing(folders, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("slsam_peft.adapters.export.serialize_file", full)
-    assert main(["export", str(folder / "adapter"), "--output", str(folder / "deep/out"), "--merge", "--no_measure"]) == 2
+    assert (
+        main(["export", str(folder / "adapter"), "--output", str(folder / "deep/out"), "--merge", "--no_measure"]) == 2
+    )
     assert [p for p in sorted(folder.rglob("*")) if p.name != "deep"] == before
 
 
@@ -223,7 +227,14 @@ def test_a_choice_that_makes_no_sense_is_refused(tmp_path, capsys):
     save_base(tmp_path / "base")
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    command = ["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--model", str(tmp_path / "base")]
+    command = [
+        "export",
+        str(tmp_path / "adapter"),
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        str(tmp_path / "base"),
+    ]
     assert main([*command, "--merge", "--base", "original"]) == 2
     assert "was trained on a base that was not quantised" in capsys.readouterr().err
     assert main([*command, "--base", "original"]) == 2
