@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 PROG = "slsam-peft sft"
-USAGE = f"{PROG} --config FILE [--field value ...]"
+USAGE = f"{PROG} [--config FILE] [--field value ...]"
 
 _RENAMED = {"seed": "slsam_seed"}  # SFTConfig has a `seed` of its own
 _ENVIRONMENT = "env"  # TrlParser's key for environment variables
@@ -140,6 +140,7 @@ def read_config(path: str) -> tuple[dict[Any, Any], dict[Any, int]]:
     """
     import yaml
 
+    # Every way in which reading can fail has its own message, with the line where there is one.
     try:
         text = Path(path).read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -160,6 +161,7 @@ def read_config(path: str) -> tuple[dict[Any, Any], dict[Any, int]]:
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"
         raise UserError(f"config file {path} {what}; it must be a mapping, one `name: value` per line.")
+    # YAML takes a key twice and keeps the last; here that is a mistake.
     lines: dict[Any, int] = {}
     for node, _ in root.value:
         line = node.start_mark.line + 1

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, or a checkpoint")
+    # What is written, and how.
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the result goes")
     add("--merge", action="store_true", help="merge the adapter into the base's weights")
     add(
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "quantised and back, as training saw them",
     )
     add("--model", metavar="NAME", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
+    # How a merge is measured.
     add("--eval_data", metavar="FILE", help="held-out data to take the loss on, for the comparison of merges")
     add("--rows", type=int, default=32, metavar="N", help="rows of --eval_data")
     add("--max_length", type=int, default=256, metavar="N", help="tokens per row; what is longer is cut")
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the adapter, its base or the output cannot be used; nothing has been written then.
     """
+    # Adapter, base and output are checked before anything is written.
     _check(args)
     with loading(args.debug) as (console, status):
         import torch
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         check_out(args.output, args.force)
         adapter = open_adapter(args.adapter, args.model)
         _check_apart(args.output, adapter)
+        # Both ways write to a scratch folder that is renamed at the end.
         if args.merge:
             config = check_fit(adapter)
             way = way_of(adapter, config, args.base)
@@ -151,6 +155,7 @@ def _show(console: Any, trained: float | None, outcomes: "dict[str, Outcome]", w
 
     from slsam_peft.adapters.export import WAYS
 
+    # The loss is a column only where there are data to take it on.
     table = Table(title="Against the adapter on the base it was trained on", title_justify="left")
     table.add_column("merged into")
     table.add_column("largest difference of a logit\n(of their standard deviation)", justify="right")
@@ -158,6 +163,7 @@ def _show(console: Any, trained: float | None, outcomes: "dict[str, Outcome]", w
     table.add_column("same most\nlikely token", justify="right")
     if trained is not None:
         table.add_column(f"held-out loss\n(trained: {trained:.4f} nats)", justify="right")
+    # A row for each way to merge; the one that was written is marked where there are two.
     for name, found in outcomes.items():
         label = WAYS[name] if len(outcomes) > 1 else "the base's weights"
         row = [f"{label}{' (written)' if name == way and len(outcomes) > 1 else ''}"]

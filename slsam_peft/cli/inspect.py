@@ -53,6 +53,7 @@ def table(found: "Inspection") -> "Table":
 
     from slsam_peft.saving.trace_data import arm_labels
 
+    # What is known of every arm.
     rows = found.rows
     columns = {
         "depth": ["-" if row.depth is None else str(row.depth) for row in rows] + [""],
@@ -60,6 +61,7 @@ def table(found: "Inspection") -> "Table":
         "parameters": [f"{row.parameters:,}" for row in rows] + [f"{sum(row.parameters for row in rows):,}"],
         "MiB": [f"{row.bytes / 2**20:,.2f}" for row in rows] + [f"{sum(row.bytes for row in rows) / 2**20:,.2f}"],
     }
+    # What depends on the file: norms need weights, activity needs a trace.
     for title, values in (("|w|", [row.norm for row in rows]), ("|B A|", [row.change for row in rows])):
         known = [value for value in values if value is not None]
         if known:
@@ -67,6 +69,7 @@ def table(found: "Inspection") -> "Table":
             columns[title] = ["-" if value is None else f"{value:.4g}" for value in values] + [f"{total:.4g}"]
     if any(row.active is not None for row in rows):
         columns["active"] = ["-" if row.active is None else f"{row.active:.0%}" for row in rows] + [""]
+    # Sums stand in the footer.
     made = Table("arm", show_footer=True)
     made.columns[0].footer = f"{len(rows)} arms"
     labels = arm_labels([row.name for row in rows], [row.depth for row in rows])

@@ -43,6 +43,7 @@ _NO_MATTER = " The plan is the same for all of them: it is that of the start, wh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; those of `SLSAMConfig` and LoRA have the names that `sft` has for them."""
+    # What is asked.
     parser.add_argument(
         "--model",
         required=True,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--arms", action="store_true", help="list the arms, with sizes and probabilities")
     parser.add_argument("--json", action="store_true", help="print one JSON object, every arm in it, and no tables")
+    # What the training will be.
     _add_training(parser.add_argument_group("training"))
     settings = parser.add_argument_group("SL-SAM")
     known = {field.name: field for field in fields(SLSAMConfig)}
@@ -71,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(group: Any) -> None:
     add = group.add_argument
+    # The model and its adapters.
     add("--load_in_4bit", action="store_true", help="frozen linear modules in NF4")
     add("--use_bnb_nested_quant", action="store_true", help="with their absmax quantised too")
     add("--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights and of computation")
@@ -82,6 +85,7 @@ def _add_training(group: Any) -> None:
         default="float32",
         help="precision of adapters on NF4; 'keep': TRL's choice, bfloat16",
     )
+    # The steps.
     add("--batch_size", type=int, default=8, metavar="N", help="sequences per micro-batch")
     add("--max_length", type=int, default=1024, metavar="N", help="tokens per sequence; all are taken to be so long")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches per step")

@@ -58,6 +58,7 @@ def _need(plan: dict[str, Any]) -> str:
 
 def _arms(rows: list[dict[str, Any]]) -> Table:
     """Arms in order; long lists by kind, with the range of their probabilities."""
+    # What all names begin with is said once; of many arms those that differ in a number only share a line.
     table = Table("arms", title=f"{len(rows)} arms", title_justify="left")
     for heading in ("parameters", "forward GFLOPs", "inclusion"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -67,6 +68,7 @@ def _arms(rows: list[dict[str, Any]]) -> Table:
         name = row["name"][shown:]
         kind = name if len(rows) <= LISTED_ARMS else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         groups.setdefault((kind, row["parameters"], row["forward_flops"]), []).append(row)
+    # A probability that differs within a line is shown as a range.
     for (kind, parameters, flops), group in groups.items():
         many = len(group) > 1
         low, high = min(row["inclusion"] for row in group), max(row["inclusion"] for row in group)
