@@ -96,7 +96,8 @@ def differences(probe: Probe, branch: bool, rho: float) -> tuple[torch.Tensor, f
 
 
 def measure(folder: Path, batch: dict) -> list[dict]:
-    """Return one row a way and radius."""
+    """Return one row per way and radius."""
+    # The reference: float32 throughout, and adapters that have begun to learn.
     reference = Probe(folder, batch, torch.float32, torch.float32, False)
     optimizer = torch.optim.AdamW(reference.parameters, lr=1e-3)
     for _ in range(WARM_UP):
@@ -105,6 +106,7 @@ def measure(folder: Path, batch: dict) -> list[dict]:
     weights = [p.detach().clone() for p in reference.parameters]
     exact = {rho: differences(reference, True, rho) for rho in track(RADII, "float32")}
     rows = [{"way": "float32", "rho": r, "cosine": 1.0, "ratio": 1.0, "gain": exact[r][1]} for r in RADII]
+    # Every other way starts from the same weights.
     for way, (base, adapters, autocast, branch) in WAYS.items():
         probe = Probe(folder, batch, base, adapters, autocast)
         with torch.no_grad():
@@ -129,6 +131,7 @@ def gains(folder: Path, batches: list[dict]) -> list[dict]:
         ("float32", torch.float32, False, (0.003, 0.05)),
     ):
         probe = Probe(folder, batches[0], base, torch.float32, autocast)
+        # B is 0 at first, and the loss rises in no direction of A.
         optimizer = torch.optim.AdamW(probe.parameters, lr=1e-3)
         for _ in range(WARM_UP):
             probe.gradient()
@@ -140,6 +143,7 @@ def gains(folder: Path, batches: list[dict]) -> list[dict]:
             for rho in radii:
                 with probe.moved(gradients, rho, True), torch.no_grad():
                     seen[rho].append((probe.loss() - loss) / (rho * norm))
+        # The watch warns where enough gains are low.
         for rho, values in seen.items():
             low = sum(value < LOW_GAIN for value in values) / len(values)
             rows.append({"precision": name, "rho": rho, "low": low, "warns": low >= LOST_SHARE, "gains": values})
@@ -173,6 +177,7 @@ def main() -> None:
     parser.add_argument("--gains", action="store_true", help="the ascent gains of 20 batches instead")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     arguments = parser.parse_args()
+    # One of two measurements, as a table and, if asked for, as a file.
     folder = arguments.model or fetch_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if arguments.gains:

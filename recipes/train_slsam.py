@@ -29,6 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, save the adapter and show what the sampler has learned."""
+    # The trainer takes what SFTTrainer takes, and the settings of SL-SAM beside it.
     options = parse(argv)
     on_gpu = torch.cuda.is_available()
     trainer = SLSAMTrainer(
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),  # TRL's r
         slsam_config=SLSAMConfig(rho=options.rho, active_fraction=options.active_fraction),
     )
+    # The adapter is plain PEFT's; what the sampler has learned is of interest for this run alone.
     trainer.train()
     trainer.save_model()
     for arm, probability in zip(trainer.slsam.arms, trainer.slsam.probabilities.tolist(), strict=True):

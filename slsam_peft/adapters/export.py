@@ -27,7 +27,7 @@ from slsam_peft.saving.card import tags_of
 from slsam_peft.saving.record import FILE_NAME
 
 ORIGINAL = "original"
-DEQUANTIZED = "dequantised"
+DEQUANTIZED = "dequantized"
 WAYS = {
     ORIGINAL: "the original 16-bit weights",
     DEQUANTIZED: "the dequantised weights it was trained on",
@@ -88,11 +88,15 @@ def check_out(out: Path, force: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder.")
+        raise UserError(f"--output={out} is a file; name a folder.")
     if not force:
-        raise UserError(f"--out={out} is not empty. Name another folder, or add --force to replace the export in it.")
+        raise UserError(
+            f"--output={out} is not empty. Name another folder, or add --force to replace the export in it."
+        )
     if not any((out / name).is_file() for name in (SETTINGS, "config.json")):
-        raise UserError(f"--out={out} holds no model, and --force replaces earlier exports only. Name another folder.")
+        raise UserError(
+            f"--output={out} holds no model, and --force replaces earlier exports only. Name another folder."
+        )
 
 
 def copy_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 PROG = "slsam-peft sft"
-USAGE = f"{PROG} --config FILE [--field value ...]"
+USAGE = f"{PROG} [--config FILE] [--field value ...]"
 
 _RENAMED = {"seed": "slsam_seed"}  # SFTConfig has a `seed` of its own
 _ENVIRONMENT = "env"  # TrlParser's key for environment variables
+_NEEDED = {"model_name_or_path": "model", "dataset_name": "data set"}
+_NO_GPU = "support bf16/gpu"  # from transformers' message where bf16 is asked for and there is no GPU
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def build_parser() -> "TrlParser":
             raise UserError(f"{message}\nSee `{PROG} --help-all`.")
 
     types: Any = (slsam_arguments(), ScriptArguments, ModelConfig, SFTConfig)
-    return SFTParser(types, prog=PROG, usage=USAGE, allow_abbrev=False, add_help=False)
+    parser = SFTParser(types, prog=PROG, usage=USAGE, allow_abbrev=False, add_help=False)
+    parser.set_defaults(use_peft=True)  # TRL trains every weight unless told otherwise; here adapters are the purpose
+    return parser
 
 
 def parse(argv: list[str]) -> Settings:
@@ -62,21 +66,49 @@ def parse(argv: list[str]) -> Settings:
 
     Raises:
         UserError: the file is missing or malformed; an unknown key or flag (with the nearest match); a value that is
-            not allowed.
+            not allowed; no model or no data set.
     """
+    if not argv:  # answered at once, without TRL
+        _check_needed(dict.fromkeys(_NEEDED), {})
+    # What is misspelt or missing comes before what TRL and transformers say of the rest.
     words, config = _take_config(argv)
     values, lines = read_config(config) if config else ({}, {})
     parser = build_parser()
     _check_config(parser, config, values, lines)
-    _, unknown = parser.parse_known_args(words)
+    given, unknown = parser.parse_known_args(words)
     if unknown:
         raise UserError(_unknown(parser, unknown))
+    _check_needed({name: getattr(given, name) for name in _NEEDED}, values)
+    # TRL's parser reads the file once more, and each class checks its own settings.
     words += ["--config", config] if config else []
     try:
         slsam, script, model, training = parser.parse_args_and_config(words)
     except (ValueError, TypeError, ImportError) as error:
+        if _NO_GPU in str(error):
+            raise UserError(_no_gpu()) from error
         raise UserError(str(error)) from error
     return Settings(script, training, model, _slsam_config(slsam))
+
+
+def _check_needed(given: dict[str, str | None], values: dict[Any, Any]) -> None:
+    """Refuse to go on without a model or a data set; an empty flag leaves out what the file names."""
+    found = {name: values.get(name) if flag is None else flag for name, flag in given.items()}
+    missing = [name for name, value in found.items() if not value]
+    if not missing:
+        return
+    what = " and ".join(f"no {_NEEDED[name]}" for name in missing)
+    flags = " ".join(f"--{name} NAME" for name in missing)
+    raise UserError(
+        f"there is {what}; add {flags}, or the same in the file that --config names. `{PROG} --help` says what a NAME "
+        "can be."
+    )
+
+
+def _no_gpu() -> str:
+    return (
+        "these settings compute in bfloat16 on a GPU, and this machine has none that can do so. Add --use_cpu --bf16 "
+        "false to run them on its CPU."
+    )
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str]:
@@ -108,6 +140,7 @@ def read_config(path: str) -> tuple[dict[Any, Any], dict[Any, int]]:
     """
     import yaml
 
+    # Every way in which reading can fail has its own message, with the line where there is one.
     try:
         text = Path(path).read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -127,7 +160,8 @@ def read_config(path: str) -> tuple[dict[Any, Any], dict[Any, int]]:
         raise UserError(f"config file {path}{place}: not valid YAML: {detail}.") from None
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise UserError(f"config file {path} {what}; it must be a mapping, one `name: value` a line.")
+        raise UserError(f"config file {path} {what}; it must be a mapping, one `name: value` per line.")
+    # YAML takes a key twice and keeps the last; here that is a mistake.
     lines: dict[Any, int] = {}
     for node, _ in root.value:
         line = node.start_mark.line + 1

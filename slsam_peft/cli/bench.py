@@ -1,4 +1,4 @@
-"""`slsam-peft bench`: what an update costs by the clock, against plain LoRA and LoRA-SAM on the same machine."""
+"""`slsam-peft bench`: what a step costs by the clock, against plain LoRA and LoRA-SAM on the same machine."""
 
 import argparse
 import json
@@ -6,25 +6,32 @@ from pathlib import Path
 
 from slsam_peft.cli.outputs import check_outputs, write_figure, write_output
 from slsam_peft.cli.quiet import loading
+from slsam_peft.runs.bench_modes import MODES, REFERENCE, select_modes
 
 NAME = "bench"
-HELP = "Time of an update by the clock: plain LoRA, LoRA-SAM and SL-SAM's modes in alternation"
+HELP = "Time a step by the clock: plain LoRA, LoRA-SAM and SL-SAM's modes in alternation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("--model", help="Hub name or folder (default: SmolLM2-135M-Instruct, as in the quickstart)")
+    add("--model", metavar="NAME", help="Hub name or folder (default: SmolLM2-135M-Instruct, as in the quickstart)")
     add("--load_in_4bit", action="store_true", help="base weights in NF4")
-    add("--lora_r", type=_positive, default=16, help="rank (default: 16)")
-    add("--batch_size", type=_positive, default=2, help="sequences a micro-batch (default: 2)")
-    add("--seq_len", type=_positive, default=128, help="tokens a sequence (default: 128)")
-    add("--gradient_accumulation_steps", type=_positive, default=1, help="micro-batches an update (default: 1)")
-    add("--steps", type=_positive, default=16, help="updates of each mode a round (default: 16)")
-    add("--rounds", type=_positive, default=3, help="rounds, of which the median is reported (default: 3)")
-    add("--modes", nargs="+", metavar="MODE", help="modes to time beside plain LoRA, by their names in the table")
-    add("--output", type=Path, default=Path("slsam-bench.json"), help="JSON file (default: slsam-bench.json)")
-    add("--plot", type=Path, help="PNG or SVG file")
+    add("--lora_r", type=_positive, default=16, metavar="N", help="rank of the adapters")
+    add("--batch_size", type=_positive, default=2, metavar="N", help="sequences per micro-batch")
+    add("--max_length", type=_positive, default=128, metavar="N", help="tokens per sequence; all are so long")
+    add("--gradient_accumulation_steps", type=_positive, default=1, metavar="N", help="micro-batches per step")
+    add("--steps", type=_positive, default=16, metavar="N", help="timed steps of each mode per round")
+    add("--rounds", type=_positive, default=3, metavar="N", help="rounds, of which the median is reported")
+    names = ", ".join(f'"{name}"' for name in MODES if name != REFERENCE)
+    add(
+        "--modes",
+        nargs="+",
+        metavar="MODE",
+        help=f"modes to time beside {REFERENCE}: {names} (default: all that a step has sequences for)",
+    )
+    add("--output", type=Path, default=Path("slsam-bench.json"), metavar="FILE", help="JSON file with every number")
+    add("--plot", type=Path, metavar="FILE", help="PNG or SVG file with the picture")
     add("--force", action="store_true", help="overwrite the files if they exist")
 
 
@@ -38,11 +45,11 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files."""
     check_outputs([args.output], args.force, args.plot)
+    modes = select_modes(args.modes, args.batch_size, args.gradient_accumulation_steps)
     with loading(args.debug) as (console, status):
         from slsam_peft.models.load import load_base
-        from slsam_peft.runs.bench import draw, run_bench, select_modes
+        from slsam_peft.runs.bench import run_bench
 
-        modes = select_modes(args.modes, args.batch_size, args.gradient_accumulation_steps)
         status.update("Loading the model")
         model, tokenizer = load_base(args.model, args.load_in_4bit, tell=status.update)
         measured = run_bench(
@@ -50,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer,
             lora_r=args.lora_r,
             batch=args.batch_size,
-            length=args.seq_len,
+            length=args.max_length,
             accumulation=args.gradient_accumulation_steps,
             steps=args.steps,
             rounds=args.rounds,
@@ -58,10 +65,13 @@ def run(args: argparse.Namespace) -> int:
             tell=status.update,
         )
     console.print(_table(measured))
+    # The table is on the screen; the files hold every round.
     settings = {k: v for k, v in vars(args).items() if isinstance(v, int | str | bool | list | type(None))}
     text = json.dumps({"settings": settings, "modes": [m.summary() for m in measured]}, indent=1)
     write_output(args.output, text + "\n")
     if args.plot is not None:
+        from slsam_peft.cli.bench_plot import draw
+
         write_figure(args.plot, draw(measured))
     console.print(f"Written: {', '.join(str(path) for path in (args.output, args.plot) if path is not None)}")
     return 0
@@ -70,14 +80,14 @@ def run(args: argparse.Namespace) -> int:
 def _table(measured: list):
     from rich.table import Table
 
-    table = Table("mode", title="Cost of an update")
-    for column in ("s/update", "ratio", "predicted", "ratios by round", "peak MiB"):
+    table = Table("mode", title="Cost of a step")
+    for column in ("s/step", "ratio", "predicted", "ratios by round", "peak MiB"):
         table.add_column(column, justify="right")
     for m in measured:
         s = m.summary()
         table.add_row(
             m.mode,
-            f"{s['seconds_per_update']:.3f}",
+            f"{s['seconds_per_step']:.3f}",
             f"{s['ratio']:.2f}",
             f"{s['predicted']:.2f}",
             " ".join(f"{r:.2f}" for r in m.ratios),

@@ -18,12 +18,12 @@ HELP = "Talk to a model with and without its adapter, side by side"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("--adapter", type=Path, required=True, metavar="DIR", help="folder of the adapter, or a checkpoint")
-    add("--model", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
+    add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, or a checkpoint")
+    add("--model", metavar="NAME", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
     add("--prompt", metavar="TEXT", help="answer this and leave; without it, prompts are asked for")
-    add("--max_new_tokens", type=int, default=128, metavar="N", help="tokens of an answer (default: 128)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0: the most likely token each time (default: 0)")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws, at a temperature above 0 (default: 0)")
+    add("--max_new_tokens", type=int, default=128, metavar="N", help="most tokens of an answer")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0: the most likely token each time")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the draws, at a temperature above 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a value that is not allowed, or an adapter or base that cannot be read.
     """
+    # Everything is loaded before the first question.
     _check(args)
     with loading(args.debug) as (console, status):
         from slsam_peft.adapters.load import load_adapted, open_adapter
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         talk.answer(args.prompt)
         return 0
+    # One question after the other; Ctrl-C ends an answer and not the conversation.
     console.print(
         "Each side remembers its own answers. /new forgets them; Ctrl-C stops an answer, Ctrl-D ends.", style="dim"
     )
@@ -85,7 +87,7 @@ class _Talk:
         self._conversations: tuple[list[dict[str, str]], ...] = ([], [])
 
     def answer(self, prompt: str) -> None:
-        """Show both answers as they grow; they are remembered once they are whole."""
+        """Show both answers as they grow; both conversations go on with them once they are complete."""
         from rich.live import Live
 
         from slsam_peft.adapters.chat import Answer, stream

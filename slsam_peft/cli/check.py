@@ -1,4 +1,4 @@
-"""`slsam-peft check`: whether an adapter is whole, fits its base and computes what it did when it was saved."""
+"""`slsam-peft check`: whether an adapter is intact, fits its base and computes what it did when it was saved."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,11 @@ _MARKS = {True: ("ok", "green"), False: ("problem", "bold red"), None: ("not kno
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, or a checkpoint")
-    parser.add_argument("--model", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="base model: folder, Hub name or smollm2 (default: the one the adapter names)",
+    )
     parser.epilog = "Exit code: 0 no problem found, 1 a problem found, 2 it cannot be checked."
 
 
@@ -63,7 +67,7 @@ def _trained_with(adapter: "Adapter") -> Any:
 def _plain(text: str) -> Any:
     from rich.text import Text
 
-    return Text(text, overflow="fold")  # long paths are shown whole
+    return Text(text, overflow="fold")  # long paths are shown in full
 
 
 def _facts(adapter: "Adapter") -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_figure, write_output
-from slsam_peft.cli.quiet import quieten, quieten_loaded
+from slsam_peft.cli.quiet import silence_libraries, silence_progress_bars
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.list:
         require("the statistics of compare", "compare", "scipy")
     if not args.debug:
-        quieten()
+        silence_libraries()
     from rich.console import Console
 
     console = Console()
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         from slsam_peft.runs.compare.store import RowStore
 
         if not args.debug:
-            quieten_loaded()
+            silence_progress_bars()
         plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
         if trains and (tasks := plan.tasks_to_do(store.read())):
             from slsam_peft.runs.compare.checks import check_plan

@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from slsam_peft.adapters.inspect import Inspection
 
 NAME = "inspect"
-HELP = "Arms of an adapter or a model as a table: depth, parameters, size, norms"
+HELP = "List the arms of an adapter or a model: depth, parameters, size, norms"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("target", metavar="ADAPTER_OR_MODEL", help="folder of a PEFT adapter or a model, or the name of a model")
-    add("--granularity", choices=GRANULARITIES, default="block", help="what an arm is (default: block)")
+    add(
+        "target",
+        metavar="ADAPTER_OR_MODEL",
+        help="folder of a PEFT adapter, a checkpoint, or a model's folder or name",
+    )
+    add("--granularity", choices=GRANULARITIES, default="block", help="what an arm is")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +53,7 @@ def table(found: "Inspection") -> "Table":
 
     from slsam_peft.saving.trace_data import arm_labels
 
+    # What is known of every arm.
     rows = found.rows
     columns = {
         "depth": ["-" if row.depth is None else str(row.depth) for row in rows] + [""],
@@ -56,6 +61,7 @@ def table(found: "Inspection") -> "Table":
         "parameters": [f"{row.parameters:,}" for row in rows] + [f"{sum(row.parameters for row in rows):,}"],
         "MiB": [f"{row.bytes / 2**20:,.2f}" for row in rows] + [f"{sum(row.bytes for row in rows) / 2**20:,.2f}"],
     }
+    # What depends on the file: norms need weights, activity needs a trace.
     for title, values in (("|w|", [row.norm for row in rows]), ("|B A|", [row.change for row in rows])):
         known = [value for value in values if value is not None]
         if known:
@@ -63,6 +69,7 @@ def table(found: "Inspection") -> "Table":
             columns[title] = ["-" if value is None else f"{value:.4g}" for value in values] + [f"{total:.4g}"]
     if any(row.active is not None for row in rows):
         columns["active"] = ["-" if row.active is None else f"{row.active:.0%}" for row in rows] + [""]
+    # Sums stand in the footer.
     made = Table("arm", show_footer=True)
     made.columns[0].footer = f"{len(rows)} arms"
     labels = arm_labels([row.name for row in rows], [row.depth for row in rows])

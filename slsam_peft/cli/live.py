@@ -34,6 +34,7 @@ def follow(run: Path, console: Console) -> None:
     """
     from slsam_peft.saving.trace_data import FILE_NAME, read_trace, trace_path
 
+    # The file is read again whenever it has changed; the clock runs on in between.
     path = run / FILE_NAME if run.is_dir() else trace_path(run)
     trace: TraceData | None = None
     seen = None
@@ -43,12 +44,13 @@ def follow(run: Path, console: Console) -> None:
             if written is not None and written != seen:
                 trace, seen = read_trace(path), written
             if trace is None:
-                live.update(Text(f"Waiting for the first update of {run} (Ctrl-C ends)"), refresh=True)
+                live.update(Text(f"Waiting for the first step of {run} (Ctrl-C ends)"), refresh=True)
             else:
                 age = max(0.0, time.time() - (seen or 0) / 1e9)
                 live.update(view(trace, console.width, console.height, age), refresh=True)
             if trace is None or not trace.plain["done"]:
                 time.sleep(LOOK_SECONDS)
+    # The alternate screen is gone by now; the last state stays on the normal one.
     console.print(view(trace, console.width, console.height))
 
 
@@ -76,7 +78,7 @@ def _heading(trace: "TraceData", age: float | None) -> Text:
     config = trace.plain["config"]
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(trace.label, style="bold")
-    text.append(f"  update {last:,} of {total:,} ({last / max(total, 1):.0%})")
+    text.append(f"  step {last:,} of {total:,} ({last / max(total, 1):.0%})")
     if trace.plain["done"]:
         text.append("  done", style="green")
     elif age is not None and age >= STALE_SECONDS:
@@ -118,6 +120,7 @@ def _arms(trace: "TraceData", width: int, lines: int) -> Table:
     """Return a line for each arm or group of arms, highest first: p over time, p now, how often active."""
     import numpy as np
 
+    # As many groups of neighbouring arms as there are lines, and as many spans of time as there is room.
     labels, share = trace.labels, trace.share
     label_width = min(LABEL_WIDTH, 1 + max(map(len, labels)))
     groups = np.array_split(np.arange(len(labels)), min(lines - 1, len(labels)))
@@ -125,9 +128,10 @@ def _arms(trace: "TraceData", width: int, lines: int) -> Table:
     times = np.array_split(np.arange(len(trace)), min(columns, len(trace)))
     over_time = np.stack([trace.probabilities[rows].mean(axis=0) for rows in times], axis=1)
     top = float(over_time.max()) or 1.0
+    # The highest block comes first, as it does in the picture.
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("arm", no_wrap=True, width=label_width, overflow="ellipsis")
-    table.add_column("probability p over the updates", no_wrap=True, width=columns)
+    table.add_column("probability p over the steps", no_wrap=True, width=columns)
     table.add_column("p now", justify="right", no_wrap=True)
     table.add_column("active", justify="right", no_wrap=True)
     for group in reversed(groups):

@@ -12,28 +12,23 @@ from types import ModuleType
 
 from slsam_peft import __version__
 from slsam_peft.cli.parsing import Parser, nearest
+from slsam_peft.cli.quiet import silence_kernels
 from slsam_peft.errors import DivergedError, Interrupted, UserError
 
 PROG = "slsam-peft"
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no bug of ours: the disk is full or may not be written
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # these are no bug of ours: the disk is full or may not be written
 
-# One module a subcommand, imported only when it is needed: none of them imports torch at its top, so that help is
+# One module per subcommand, imported only when it is needed: none of them imports torch at its top, so that help is
 # instant. A module has NAME and HELP, and either `add_arguments(parser)` and `run(args)` or, where another parser
 # reads the arguments, RAW_ARGV = True and `run_raw(argv)`. Both run functions return the exit code.
-SUBCOMMANDS = (
-    "quickstart",
-    "sft",
-    "plan",
-    "bench",
-    "compare",
-    "plot",
-    "inspect",
-    "export",
-    "check",
-    "sharpness",
-    "chat",
-)
+GROUPS = {
+    "before training": ("plan", "bench"),
+    "training": ("quickstart", "sft"),
+    "after training": ("plot", "inspect", "check", "chat", "export", "sharpness"),
+    "research": ("compare",),
+}
+SUBCOMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     position = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
     debug = "--debug" in words
     # OpenMP's threads spin while they wait and starve each other where cores are shared with other work: measured 5 to
-    # 7 times slower updates on two busy cores, for 4 % of CPU time saved. Read when torch is imported, hence here.
+    # 7 times slower steps on two busy cores, for 4 % of CPU time saved. Read when torch is imported, hence here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not debug:
+        silence_kernels()
     try:
         with _terminable():
             return _dispatch(words[:position], words[position:])
@@ -124,10 +121,14 @@ def _top_parser() -> Parser:
     parser.usage = f"{PROG} [--help] [--version] [--debug] <subcommand> ..."
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     _add_debug(parser)
-    commands = parser.add_argument_group("subcommands", f"`{PROG} <subcommand> --help` lists what each one takes")
-    for name in SUBCOMMANDS:
-        # Shown in the help only: `_dispatch` has taken the subcommand off before this parser reads.
-        commands.add_argument(name, nargs="?", help=_load(name).HELP)
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            # Shown in the help only: `_dispatch` has taken the subcommand off before this parser reads.
+            group.add_argument(name, nargs="?", help=_load(name).HELP)
+    parser.epilog = (
+        f"`{PROG} <subcommand> --help` lists what a subcommand takes. New here? Begin with `{PROG} quickstart`."
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Files a subcommand writes at its end: checked before its work, written whole or not at all."""
+"""Files a subcommand writes at its end are checked before its work, and written whole or not at all."""
 
 import io
 import tempfile

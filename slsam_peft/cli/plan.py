@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import logging
 import sys
 import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.config import ASCENTS, DESCENTS, DESIGNS, GRANULARITIES, SLSAMConfig
+from slsam_peft.cli.parsing import DTYPES
+from slsam_peft.config import ADAPTER_DTYPES, ASCENTS, BANDITS, DESCENTS, DESIGNS, GRANULARITIES, SLSAMConfig
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     from slsam_peft.cost.expected import ExpectedCost
 
 NAME = "plan"
-HELP = "Cost of an update and memory, by part, from a model's configuration alone"
+HELP = "Say what a step will cost and whether its memory fits, from a model's configuration alone"
 
 GIB = 2**30
-_NAMES = {"ascent": ASCENTS, "descent": DESCENTS, "design": DESIGNS, "granularity": GRANULARITIES}
+CARDS_GIB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 192)  # memory of GPUs that are sold
+_NAMES = {
+    "ascent": ASCENTS,
+    "descent": DESCENTS,
+    "design": DESIGNS,
+    "granularity": GRANULARITIES,
+    "bandit": BANDITS,
+}
 _NUMBERS = (
     "rho",
     "active_fraction",
@@ -30,46 +37,71 @@ _NUMBERS = (
     "min_probability",
     "hidden_state_cache_limit_mib",
 )
+# The bandit moves probability between the arms and keeps their sum.
+_NO_MATTER = " The plan is the same for all of them: it is that of the start, where every arm is equally probable."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags; those of `SLSAMConfig` and TRL keep their names."""
+    """Declare the flags; those of `SLSAMConfig` and LoRA have the names that `sft` has for them."""
+    # What is asked.
     parser.add_argument(
         "--model",
-        "--model_name_or_path",
         required=True,
+        metavar="NAME",
         help="built-in shape (llama-3.1-8b, llama-3.1-70b, qwen2.5-7b, smollm2-135m, ...), folder, JSON file, Hub ID",
     )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="memory that training must fit into (default: that of this machine's GPU)",
+    )
+    parser.add_argument("--arms", action="store_true", help="list the arms, with sizes and probabilities")
     parser.add_argument("--json", action="store_true", help="print one JSON object, every arm in it, and no tables")
-    parser.add_argument("--gpu_gib", type=float, default=24.0, help="memory of the GPU in GiB (default: 24)")
+    # What the training will be.
     _add_training(parser.add_argument_group("training"))
     settings = parser.add_argument_group("SL-SAM")
     known = {field.name: field for field in fields(SLSAMConfig)}
     for name, allowed in _NAMES.items():
-        settings.add_argument(f"--{name}", choices=allowed, default=known[name].default, help=_help(known[name]))
+        text = _help(known[name]) + (_NO_MATTER if name == "bandit" else "")
+        settings.add_argument(f"--{name}", choices=allowed, default=known[name].default, help=text)
     for name in _NUMBERS:
-        settings.add_argument(f"--{name}", type=float, default=known[name].default, help=_help(known[name]))
+        settings.add_argument(
+            f"--{name}", type=float, metavar="X", default=known[name].default, help=_help(known[name])
+        )
 
 
 def _add_training(group: Any) -> None:
     add = group.add_argument
+    # The model and its adapters.
     add("--load_in_4bit", action="store_true", help="frozen linear modules in NF4")
     add("--use_bnb_nested_quant", action="store_true", help="with their absmax quantised too")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights and computation")
-    add("--lora_r", type=int, default=16, help="rank (default: 16)")
-    add("--lora_target_modules", nargs="+", default=["all-linear"], help="default: all-linear")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights and of computation")
+    add("--lora_r", type=int, default=16, metavar="N", help="rank of the adapters")
+    add("--lora_target_modules", nargs="+", default=["all-linear"], metavar="NAME", help="modules with an adapter")
     add(
-        "--adapter_dtype", choices=("float32", "keep"), default="float32", help="'keep': TRL's choice, bfloat16 on NF4"
+        "--adapter_dtype",
+        choices=ADAPTER_DTYPES,
+        default="float32",
+        help="precision of adapters on NF4; 'keep': TRL's choice, bfloat16",
     )
-    add("--batch_size", "--per_device_train_batch_size", type=int, default=8, help="default: 8, as in TRL")
-    add("--seq_len", "--max_length", type=int, default=1024, help="length of every sequence (default: 1024)")
-    add("--gradient_accumulation", "--gradient_accumulation_steps", type=int, default=1, help="default: 1")
-    add("--gradient_checkpointing", type=_boolean, default=True, metavar="true|false", help="default: true")
-    add("--optim", default="adamw_torch_fused", help="transformers' name (default: adamw_torch_fused)")
+    # The steps.
+    add("--batch_size", type=int, default=8, metavar="N", help="sequences per micro-batch")
+    add("--max_length", type=int, default=1024, metavar="N", help="tokens per sequence; all are taken to be so long")
+    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches per step")
+    add(
+        "--gradient_checkpointing",
+        type=_boolean,
+        default=True,
+        metavar="true|false",
+        help="recompute what the backward pass needs (default: true)",
+    )
+    add("--optim", default="adamw_torch_fused", metavar="NAME", help="optimizer, by transformers' name")
 
 
 def _help(field: Any) -> str:
-    return f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
+    default = " (default: unset)" if field.default is None else ""
+    return f"{field.metadata['help']}{default}".replace("%", "%%")
 
 
 def _boolean(word: str) -> bool:
@@ -85,10 +117,9 @@ def run(args: argparse.Namespace) -> int:
         UserError: an unknown model or optimizer, a setting outside its range, or a budget out of reach.
     """
     _check(args)
-    # What other libraries say on import, about kernels that a plan never runs, would only bury the answer.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
+            # What other libraries warn of on import does not concern a plan.
             warnings.simplefilter("ignore")
             plan = make_plan(args)
     except ValueError as error:
@@ -98,33 +129,37 @@ def run(args: argparse.Namespace) -> int:
     else:
         from slsam_peft.cli.plan_tables import show
 
-        show(plan)
+        show(plan, arms=args.arms)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {"lora_r": 1, "batch_size": 1, "seq_len": 2, "gradient_accumulation": 1}
+    least = {"lora_r": 1, "batch_size": 1, "max_length": 2, "gradient_accumulation_steps": 1}
     for name, bound in least.items():
         if getattr(args, name) < bound:
             raise UserError(f"--{name}={getattr(args, name)} is not allowed; it must be {bound} or more.")
-    if not args.gpu_gib > 0:
-        raise UserError(f"--gpu_gib={args.gpu_gib} is not allowed; it must be more than 0.")
+    if args.memory is not None and not args.memory > 0:
+        raise UserError(f"--memory={args.memory} is not allowed; it must be more than 0.")
     if args.use_bnb_nested_quant and not args.load_in_4bit:
         raise UserError("--use_bnb_nested_quant needs --load_in_4bit.")
-    if args.ascent == "partial" and args.batch_size * args.gradient_accumulation < 2:
+    if args.ascent == "partial" and args.batch_size * args.gradient_accumulation_steps < 2:
         raise UserError(
-            "--ascent partial takes a part of the update's sequences, and there is one; use a larger --batch_size or "
-            "--gradient_accumulation, or --ascent two_pass."
+            "--ascent partial takes a part of the step's sequences, and there is one; use a larger --batch_size or "
+            "--gradient_accumulation_steps, or --ascent two_pass."
         )
-    if args.ascent == "ahead" and args.gradient_accumulation > 1:
+    if args.ascent == "ahead" and args.gradient_accumulation_steps > 1:
         raise UserError(
-            f"--ascent ahead needs updates of one micro-batch, and --gradient_accumulation is "
-            f"{args.gradient_accumulation}; use --ascent partial, where a micro-batch makes the ascent."
+            f"--ascent ahead needs steps of one micro-batch, and --gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps}; use --ascent partial, where a micro-batch makes the ascent."
         )
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the plan as plain values: `"model"`, `"arms"`, `"cost"`, `"memory"` (bytes) and `"fits"`.
+    """Return the plan as plain values.
+
+    Returns:
+        `dict`: `"model"`, `"arms"`, `"cost"`, `"memory"` (bytes), `"gpu_gib"` (what it must fit; `None` where that is
+            not known), `"fits"` (the same) and `"smallest_card_gib"` (memory of the smallest GPU that holds it).
 
     Raises:
         ValueError: a setting outside its range, or a budget out of reach.
@@ -141,15 +176,18 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.optim not in OPTIMIZERS:
         raise UserError(f"--optim={args.optim!r} is not known to the plan; known: {', '.join(sorted(OPTIMIZERS))}.")
+    # The model, on the meta device, and its arms.
     dtype = getattr(torch, args.dtype)
     float32 = args.adapter_dtype == "float32" or not args.load_in_4bit
     targets = args.lora_target_modules[0] if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
     model = meta_model(load_config(args.model), dtype, args.lora_r, targets, float32)
     arms = arms_of(model, config.granularity)
     cost = CostModel.from_model(model, args.gradient_checkpointing, blocks=arms.blocks)
-    shapes = [(args.batch_size, args.seq_len)] * args.gradient_accumulation
+    # What a step of it costs.
+    shapes = [(args.batch_size, args.max_length)] * args.gradient_accumulation_steps
     expected = ExpectedCost(cost, arms, config, shapes)
     fraction = _fraction(config, expected)
+    # What it holds at the peak, and what that fits.
     settings = MemorySettings(
         optimizer=args.optim,
         four_bit=args.load_in_4bit,
@@ -158,14 +196,23 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         hidden_state_cache_limit_bytes=config.hidden_state_cache_limit_mib * 2**20,
     )
     memory = memory_of(model, cost, shapes, rule_of(config), settings)
+    room, total = args.memory or _own_memory(), memory["total"] / GIB
     return {
         "model": _model_facts(args, model),
         "arms": _arm_rows(arms, expected, fraction),
         "cost": _cost_facts(config, expected, fraction),
         "memory": memory,
-        "gpu_gib": args.gpu_gib,
-        "fits": memory["total"] <= args.gpu_gib * GIB,
+        "gpu_gib": room,
+        "fits": None if room is None else total <= room,
+        "smallest_card_gib": next((size for size in CARDS_GIB if total <= size), None),
     }
+
+
+def _own_memory() -> float | None:
+    """Return the memory of this machine's first GPU in GiB, or `None` where it has none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
 
 
 def _fraction(config: SLSAMConfig, expected: "ExpectedCost") -> float:
@@ -186,9 +233,9 @@ def _model_facts(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "name": args.model,
         "parameters": total - trained,
         "trainable_parameters": trained,
-        "micro_batches": args.gradient_accumulation,
+        "micro_batches": args.gradient_accumulation_steps,
         "batch_size": args.batch_size,
-        "seq_len": args.seq_len,
+        "max_length": args.max_length,
         "gradient_checkpointing": args.gradient_checkpointing,
         "four_bit": args.load_in_4bit,
     }

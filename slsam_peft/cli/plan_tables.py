@@ -14,7 +14,7 @@ _PARTS = {
     "adapters": "adapters",
     "gradients": "their gradients",
     "perturbation": "perturbation",
-    "remembered": "remembered gradients (bfloat16)",
+    "remembered": "stale gradients (bfloat16)",
     "optimizer": "optimizer states",
     "activations": "kept for the backward pass",
     "block": "one block's graph, unpacked weight included",
@@ -24,24 +24,41 @@ _PARTS = {
 }
 
 
-def show(plan: dict[str, Any]) -> None:
-    """Print the plan to the terminal."""
+def show(plan: dict[str, Any], *, arms: bool = False) -> None:
+    """Print the plan to the terminal: the answer first, then what it is made of.
+
+    Args:
+        plan (`dict`): From `make_plan`.
+        arms (`bool`, *optional*, defaults to `False`): List the arms, too.
+    """
     console = Console(highlight=False)
     facts = plan["model"]
     console.print(
         f"[bold]{facts['name']}[/bold]: {_count(facts['parameters'])} parameters"
-        f"{' in NF4' if facts['four_bit'] else ''}, {_count(facts['trainable_parameters'])} in adapters; an update is "
-        f"{facts['micro_batches']} x {facts['batch_size']} sequences of {facts['seq_len']} tokens, gradient "
+        f"{' in NF4' if facts['four_bit'] else ''}, {_count(facts['trainable_parameters'])} in adapters; a step is "
+        f"{facts['micro_batches']} x {facts['batch_size']} sequences of {facts['max_length']} tokens, gradient "
         f"checkpointing {'on' if facts['gradient_checkpointing'] else 'off'}."
     )
-    console.print(_arms(plan["arms"]))
+    for name, answer in (("Cost", _price(plan["cost"])), ("Memory", _need(plan)), ("Fits", _verdict(plan))):
+        console.print(f"[bold]{name}[/bold]: {answer}")
+    console.print()
     console.print(_cost(plan["cost"]))
     console.print(_memory(plan["memory"]))
-    console.print(_verdict(plan))
+    if arms:
+        console.print(_arms(plan["arms"]))
+
+
+def _price(cost: dict[str, Any]) -> str:
+    return f"a step is expected to cost {cost['expected']:.2f} plain LoRA steps (LoRA-SAM: {cost['lora_sam']:.2f})."
+
+
+def _need(plan: dict[str, Any]) -> str:
+    return f"{plan['memory']['total'] / GIB:.2f} GiB at the peak, fragmentation not counted."
 
 
 def _arms(rows: list[dict[str, Any]]) -> Table:
     """Arms in order; long lists by kind, with the range of their probabilities."""
+    # What all names begin with is said once; of many arms those that differ in a number only share a line.
     table = Table("arms", title=f"{len(rows)} arms", title_justify="left")
     for heading in ("parameters", "forward GFLOPs", "inclusion"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -51,6 +68,7 @@ def _arms(rows: list[dict[str, Any]]) -> Table:
         name = row["name"][shown:]
         kind = name if len(rows) <= LISTED_ARMS else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         groups.setdefault((kind, row["parameters"], row["forward_flops"]), []).append(row)
+    # A probability that differs within a line is shown as a range.
     for (kind, parameters, flops), group in groups.items():
         many = len(group) > 1
         low, high = min(row["inclusion"] for row in group), max(row["inclusion"] for row in group)
@@ -66,13 +84,13 @@ def _arms(rows: list[dict[str, Any]]) -> Table:
 
 
 def _cost(cost: dict[str, Any]) -> Table:
-    table = Table("an update costs", title="Cost (matmul FLOPs)", title_justify="left")
+    table = Table("a step costs", title="Cost (matmul FLOPs)", title_justify="left")
     table.add_column("TFLOPs", justify="right")
     table.add_column("plain LoRA = 1", justify="right")
     plain = cost["plain_flops"] / 1e12
     name = f"SL-SAM, {cost['design']}, {cost['ascent']}, active_fraction {cost['active_fraction']:.3f}"
     if cost["descent"] == "all":
-        name += ", every arm trained"
+        name += ", all trained"
     for label, ratio in (
         ("plain LoRA", 1.0),
         ("LoRA-SAM", cost["lora_sam"]),
@@ -96,13 +114,23 @@ def _memory(memory: dict[str, float]) -> Table:
 
 
 def _verdict(plan: dict[str, Any]) -> str:
-    total, room = plan["memory"]["total"] / GIB, plan["gpu_gib"]
+    total, room, card = plan["memory"]["total"] / GIB, plan["gpu_gib"], plan["smallest_card_gib"]
+    if room is None:
+        if card is None:
+            return f"no single GPU that is sold. Try {_ways(plan['model'])}."
+        return f"GPUs of {card} GiB or more. --memory GIB asks about one size."
     if plan["fits"]:
-        return f"Fits a GPU of {room:g} GiB with {room - total:.1f} GiB to spare, fragmentation not counted."
-    ways = [] if plan["model"]["four_bit"] else ["--load_in_4bit"]
-    ways += [] if plan["model"]["gradient_checkpointing"] else ["--gradient_checkpointing true"]
-    ways += ["a smaller --batch_size with more --gradient_accumulation", "--optim paged_adamw_8bit"]
-    return f"Does not fit a GPU of {room:g} GiB: {total - room:.1f} GiB too much. Try {', '.join(ways)}."
+        return f"yes, a GPU of {room:.4g} GiB has {room - total:.1f} GiB to spare."
+    smallest = "" if card is None else f" It fits GPUs of {card} GiB or more."
+    return f"no, a GPU of {room:.4g} GiB lacks {total - room:.1f} GiB. Try {_ways(plan['model'])}.{smallest}"
+
+
+def _ways(facts: dict[str, Any]) -> str:
+    """Name the flags that save memory and are not in use yet."""
+    ways = [] if facts["four_bit"] else ["--load_in_4bit"]
+    ways += [] if facts["gradient_checkpointing"] else ["--gradient_checkpointing true"]
+    ways += ["a smaller --batch_size with more --gradient_accumulation_steps", "--optim paged_adamw_8bit"]
+    return ", ".join(ways)
 
 
 def _count(number: int) -> str:

@@ -8,14 +8,14 @@ from slsam_peft.errors import UserError
 from slsam_peft.extras import require
 
 NAME = "plot"
-HELP = "Draw a training: probabilities and activity of the arms, loss, sharpness, cost; or follow one live"
+HELP = "Draw a training: which arms were active, loss, sharpness, cost; or follow one live"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="output folder of a training (or a checkpoint in it)")
-    add("--out", type=Path, metavar="FILE", help="PNG or SVG file (default: slsam-plot.png)")
+    add("--output", type=Path, metavar="FILE", help="PNG or SVG file (default: slsam-plot.png)")
     add("--force", action="store_true", help="overwrite the file if it exists")
     add("--live", action="store_true", help="follow one run in the terminal until it is done; writes no file")
 
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.live:
         return _follow(args)
-    target = args.out or Path("slsam-plot.png")
+    target = args.output or Path("slsam-plot.png")
     if target.suffix.lower() not in PLOT_SUFFIXES:
-        raise UserError(f"--out={target}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")
+        raise UserError(f"--output={target}: the name must end in {' or '.join(PLOT_SUFFIXES)}.")
     if target.is_dir() or not target.absolute().parent.is_dir():
-        raise UserError(f"--out={target}: name a file in a folder that exists.")
+        raise UserError(f"--output={target}: name a file in a folder that exists.")
     if target.exists() and not args.force:
-        raise UserError(f"{target} exists already. Name another file with --out, or pass --force to overwrite it.")
+        raise UserError(f"{target} exists already. Name another file with --output, or pass --force to overwrite it.")
     require("plot without --live", "plot", "matplotlib")
     from rich.console import Console
 
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
 def _follow(args: argparse.Namespace) -> int:
     if len(args.runs) > 1:
         raise UserError(f"--live follows one run, and {len(args.runs)} are named; name one.")
-    if args.out or args.force:
-        raise UserError("--live writes no file; leave out --out and --force, or leave out --live.")
+    if args.output or args.force:
+        raise UserError("--live writes no file; leave out --output and --force, or leave out --live.")
     from rich.console import Console
 
     from slsam_peft.cli.live import follow

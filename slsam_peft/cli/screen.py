@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TrainingProgress:
-    """A progress bar with the loss and the number of active arms, fed with the trainer's logs."""
+    """A progress bar with the loss and the share of active blocks, fed with the trainer's logs."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._bar = Progress(
@@ -43,11 +43,11 @@ class TrainingProgress:
         self._bar.stop()
 
     def update(self, step: int, logs: dict[str, float]) -> None:
-        """Show update `step` (from 1); the loss is a moving average over about ten updates."""
+        """Show `step` (from 1); the loss is a moving average over about ten steps."""
         self._loss = logs["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * logs["loss"]
         note = f"loss {self._loss:.3f}"
         if "slsam/active_fraction" in logs:
-            note += f"  {logs['slsam/active_fraction']:.0%} of arms active"
+            note += f"  {logs['slsam/active_fraction']:.0%} of blocks active"
         self._bar.update(self._task, completed=step, note=note)
 
 
@@ -74,7 +74,7 @@ class Screen:
             yield say
 
     def progress(self, total: int) -> TrainingProgress:
-        """Return the progress bar of `total` updates."""
+        """Return the progress bar of `total` steps."""
         return TrainingProgress(self.console, total)
 
     def settings(self, model: str, dtype: str, data: "DatasetDict", settings: "QuickstartSettings") -> None:
@@ -86,7 +86,7 @@ class Screen:
             ("LoRA", f"r={settings.lora_r} on all linear layers"),
             ("SL-SAM", f"rho={config.rho}, active_fraction={config.fraction}, bandit={config.bandit}"),
             (
-                "Updates",
+                "Steps",
                 f"{settings.max_steps} of {settings.batch_size} sequences, learning rate {settings.learning_rate}",
             ),
         )

@@ -7,12 +7,12 @@ import warnings
 from slsam_peft.cli.arguments import PROG, USAGE, Settings, build_parser, parse, slsam_arguments
 
 NAME = "sft"
-HELP = "fine-tune LoRA or QLoRA adapters on a data set with SL-SAM"
+HELP = "Fine-tune LoRA or QLoRA adapters on a data set with SL-SAM"
 RAW_ARGV = True
 
 _DESCRIPTION = (
     "Fine-tune adapters on a data set with TRL's SFTTrainer and SL-SAM. Every setting is a line of the YAML file, "
-    "`name: value`, or a flag, `--name value`; flags win."
+    "`name: value`, or a flag, `--name value`; flags win. A model and a data set must be named."
 )
 _COMMON = {
     "config": ("FILE", "YAML file of settings; see recipes/ for some that run"),
@@ -26,11 +26,11 @@ _COMMON = {
     ),
     "dataset_test_split": ("SPLIT", "what to evaluate on: a split, a part of one ('train[90%%:]') or a held-out file"),
     "output_dir": ("FOLDER", "where checkpoints and the adapter are written"),
-    "use_peft": ("", "train LoRA adapters; the base stays as it is"),
+    "use_peft": ("BOOL", "train LoRA adapters; false trains every weight of the model instead (default: True)"),
     "load_in_4bit": ("", "quantise the base to 4 bits (QLoRA)"),
     "resume_from_checkpoint": (
         "FOLDER",
-        "go on from this checkpoint; true: from output_dir's newest whole one; auto: the same, or afresh without one",
+        "go on from this checkpoint; true: from output_dir's newest intact one; auto: the same, or afresh without one",
     ),
 }
 
@@ -65,6 +65,7 @@ def _train(settings: Settings) -> None:
 
 def print_help() -> None:
     """Print the settings of SL-SAM and the most used of the others, from metadata alone: no torch is imported."""
+    # The most used settings of TRL, in this command's words.
     parser = argparse.ArgumentParser(
         prog=PROG, usage=USAGE, description=_DESCRIPTION, add_help=False, formatter_class=_Formatter
     )
@@ -81,6 +82,7 @@ def print_help() -> None:
             common.add_argument(f"--{name}", metavar=metavar, help=text)
         else:
             common.add_argument(f"--{name}", action="store_true", help=text)
+    # All settings of SL-SAM, in their own.
     slsam = parser.add_argument_group("SL-SAM")
     for field in dataclasses.fields(slsam_arguments()):
         default = "unset" if field.default is None else field.default

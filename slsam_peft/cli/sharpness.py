@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.outputs import check_outputs, write_figure, write_output
+from slsam_peft.cli.parsing import DTYPES
 from slsam_peft.cli.quiet import loading
 from slsam_peft.errors import UserError
 
@@ -34,29 +35,29 @@ NUMBERS = (
 SIZES = (
     ("rows", 16, "rows of each data set"),
     ("batch_size", 4, "rows at a time"),
-    ("max_length", 256, "tokens of a row"),
+    ("max_length", 256, "tokens per row; what is longer is cut"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("--adapter", type=Path, required=True, metavar="DIR", help="folder of the adapter, or a checkpoint")
+    add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, or a checkpoint")
     add("--data", required=True, metavar="FILE", help="training data: file, folder, Hub name or stdlib_docs")
-    add("--held_out", metavar="FILE", help="held-out data: a file, or a split of --data")
-    add("--model", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
+    add("--eval_data", metavar="FILE", help="held-out data: a file, or a split of --data")
+    add("--model", metavar="NAME", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
     add(
         "--space",
         choices=("both", "adapter", "full"),
         default="both",
         help="what is moved: the adapter's parameters, or the full weights W + BA (takes four times their memory)",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="what to compute in (default: float32)")
+    add("--dtype", choices=DTYPES, default="float32", help="what to compute in")
     for name, default, text in SIZES:
-        add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+        add(f"--{name}", type=int, default=default, metavar="N", help=text)
     for name, kind, default, _, text in NUMBERS:
-        add(f"--{name}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
-    add("--out", type=Path, metavar="FILE", help="JSON file with every number")
+        add(f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X", help=text)
+    add("--output", type=Path, metavar="FILE", help="JSON file with every number")
     add("--plot", type=Path, metavar="FILE", help="PNG or SVG file with the slices")
     add("--force", action="store_true", help="overwrite the files if they exist")
 
@@ -75,23 +76,25 @@ def run(args: argparse.Namespace) -> int:
         from slsam_peft.adapters.sharpness import ADAPTER, FULL, FlatnessSettings, finite, measure_flatness
         from slsam_peft.data.examples import load_examples
 
+        # Model and data first, then everything that is measured on them.
         adapter = open_adapter(args.adapter, args.model)
         status.update("Loading the model")
         # Eager attention: the fused kernels have no second derivative.
         model, tokenizer = load_adapted(adapter, dtype=getattr(torch, args.dtype), trainable=True, attention="eager")
         limits = {"rows": args.rows, "max_length": args.max_length}
         data = {"training": load_examples(tokenizer, args.data, **limits)}
-        if args.held_out is not None:
-            data["held-out"] = load_examples(tokenizer, args.data, held_out=args.held_out, **limits)
+        if args.eval_data is not None:
+            data["held-out"] = load_examples(tokenizer, args.data, held_out=args.eval_data, **limits)
         settings = FlatnessSettings(**{name: getattr(args, name) for name, *_ in NUMBERS})
         spaces = {"both": (ADAPTER, FULL), "adapter": (ADAPTER,), "full": (FULL,)}[args.space]
         result = measure_flatness(model, data, settings, batch_size=args.batch_size, spaces=spaces, tell=status.update)
+    # The tables go to the screen; files are written where they were asked for.
     for table in _tables(result, settings):
         console.print(table)
-    if args.out is not None:
+    if args.output is not None:
         text = json.dumps(finite({"adapter": str(args.adapter), "base": adapter.base} | result), indent=1)
-        write_output(args.out, text)
-        console.print(f"Numbers: {args.out}", markup=False)
+        write_output(args.output, text)
+        console.print(f"Numbers: {args.output}", markup=False)
     if args.plot is not None:
         from slsam_peft.cli.landscape import draw
 
@@ -109,7 +112,7 @@ def _check(args: argparse.Namespace) -> None:
     for name, *_ in SIZES:
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} is not allowed; it must be an integer >= 1.")
-    check_outputs([args.out], args.force, args.plot)
+    check_outputs([args.output], args.force, args.plot)
     if args.plot is None:
         return
     if args.line_points < 2 and args.plane_points < 2:
@@ -119,14 +122,16 @@ def _check(args: argparse.Namespace) -> None:
 def _tables(result: dict[str, Any], settings: "FlatnessSettings") -> list[Any]:
     from rich.table import Table
 
+    # A column for each space and data set; the loss that everything is compared with comes first.
     names = list(result["loss"])
-    table = Table(title="Rise of the loss around the adapter (nats an answer token)", title_justify="left")
+    table = Table(title="Rise of the loss around the adapter (nats per answer token)", title_justify="left")
     table.add_column("")
     for kind, space in result["spaces"].items():
         for name in names:
             table.add_column(f"{kind}\n({space['parameters']:,})\n{name}", justify="right")
     losses = [f"{result['loss'][name]:.4f}" for _ in result["spaces"] for name in names]
     table.add_row("loss at the adapter", *losses, end_section=True)
+    # Worst case and average, plain and adaptive.
     cells = [found for space in result["spaces"].values() for found in space["data"].values()]
     for word, rho, sigma in (
         ("", settings.rho, settings.sigma),

@@ -18,10 +18,10 @@ WIDTH = 11.0  # inches
 DPI = 150
 NAMED_ARMS = 36  # with more, blocks are named instead of arms
 MOST_TICKS = 20
-MOST_COLUMNS = 800  # of a heat map; neighbouring updates are averaged
+MOST_COLUMNS = 800  # of a heat map; neighbouring steps are averaged
 MARKED_STEPS = 60  # with more, a heat map does not mark which arms were active in which
 MOST_DOTS = 400  # of the cost panel
-SMOOTHED = 20  # curves of so many updates are smoothed
+SMOOTHED = 20  # curves of so many steps are smoothed
 COLOURS = "cividis"  # perceptually uniform, the same in greyscale
 # Curves differ in lightness and in dashes, so that they can be told apart without colour.
 STYLES: tuple[tuple[str, Any], ...] = (
@@ -69,6 +69,7 @@ def draw(traces: Sequence[TraceData], suffix: str) -> bytes:
 
 def build(traces: Sequence[TraceData]) -> Figure:
     """Return the figure that `draw` saves."""
+    # Heat maps above, one per run; below them the curves of all runs in the same axes.
     arms, runs = len(traces[0].names), len(traces)
     map_height = (3.1 if runs > 1 else 3.8) + 0.7 * (arms > NAMED_ARMS // 2)
     curve_height = 2.7
@@ -78,6 +79,7 @@ def build(traces: Sequence[TraceData]) -> Figure:
     parts: Any = figure.subfigures(2, 1, height_ratios=[runs * map_height, curve_height])
     upper, lower = parts
     _draw_maps(upper, traces)
+    # What came of it: loss, sharpness, cost.
     axes = lower.subplots(1, 3)
     _draw_loss(axes[0], traces)
     _draw_sharpness(axes[1], traces)
@@ -119,7 +121,7 @@ def _subtitle(trace: TraceData) -> str:
 def _step_label(traces: Sequence[TraceData]) -> str:
     strides = {trace.plain["stride"] for trace in traces}
     stride = max(strides)
-    return "update" if stride == 1 else f"update (every {stride}{_ordinal(stride)} is shown)"
+    return "step" if stride == 1 else f"step (every {stride}{_ordinal(stride)} is shown)"
 
 
 def _span(traces: Sequence[TraceData]) -> tuple[float, float]:
@@ -163,11 +165,13 @@ def _marked(trace: TraceData) -> bool:
 
 
 def _draw_map(axis: Axes, trace: TraceData, norm: Normalize) -> AxesImage:
+    # More rows than the picture has columns are averaged.
     stride, rows = trace.plain["stride"], len(trace)
-    width = -(-rows // MOST_COLUMNS)  # rows a column
+    width = -(-rows // MOST_COLUMNS)  # rows of the trace per column
     starts = np.arange(0, rows, width)
     sums = np.add.reduceat(trace.probabilities.astype(np.float64), starts, axis=0)
     columns = sums / np.diff(np.append(starts, rows))[:, None]
+    # A column is centred on its step.
     first = float(trace.step[0]) - 0.5
     image = axis.imshow(
         columns.T,
@@ -191,6 +195,7 @@ def _draw_map(axis: Axes, trace: TraceData, norm: Normalize) -> AxesImage:
 
 
 def _name_arms(axis: Axes, trace: TraceData) -> None:
+    # Few arms have a label each, many without a depth every so many one.
     labels = trace.labels
     if len(labels) <= NAMED_ARMS:
         axis.set_yticks(range(len(labels)), labels, fontsize=6.5 if len(labels) > 24 else 7.5)
@@ -201,6 +206,7 @@ def _name_arms(axis: Axes, trace: TraceData) -> None:
         shown = list(range(0, len(labels), step))
         axis.set_yticks(shown, [labels[i] for i in shown], fontsize=6.5)
         return
+    # Many arms with a depth: a label for each block, or for every so many blocks.
     starts = [i for i, d in enumerate(depths) if i == 0 or depths[i - 1] != d]
     ends = [*starts[1:], len(depths)]
     step = -(-len(starts) // MOST_TICKS)
@@ -223,6 +229,7 @@ def _block_label(trace: TraceData, start: int, end: int) -> str:
 
 
 def _draw_activity(axis: Axes, trace: TraceData, most: float) -> None:
+    # Bars: how often each was active; black: what the bandit has asked for.
     rows = np.arange(len(trace.names))
     share = trace.share
     mean = trace.probabilities.mean(axis=0)
@@ -235,9 +242,9 @@ def _draw_activity(axis: Axes, trace: TraceData, most: float) -> None:
     axis.set_xlim(0, min(1.0, most * 1.12))
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    # A nested set holds every arm above its floor, so upper arms come up more often than p says.
+    # A nested set holds every arm above its lowest one, so upper arms come up more often than p says.
     nested = ", before nesting" if trace.plain["config"]["design"] == "depth" else ""
-    axis.set_xlabel(f"share of updates (%)\nblack: mean p{nested}")
+    axis.set_xlabel(f"share of steps (%)\nblack: mean p{nested}")
     axis.tick_params(axis="y", which="both", left=False)
     axis.grid(axis="x", color="0.92", linewidth=0.7)
     axis.set_axisbelow(True)
@@ -255,7 +262,7 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _draw_curves(axis: Axes, traces: Sequence[TraceData], name: str, title: str, unit: str) -> bool:
-    """Draw each update's value lightly and their moving average above it; return whether there was any."""
+    """Draw each step's value lightly and their moving average above it; return whether there was any."""
     drawn, widths = False, set()
     for i, trace in enumerate(traces):
         values = trace.values[name].astype(np.float64)
@@ -268,7 +275,7 @@ def _draw_curves(axis: Axes, traces: Sequence[TraceData], name: str, title: str,
             widths.add(width * trace.plain["stride"])
             axis.plot(trace.step, values, color=colour, alpha=0.22, linewidth=0.6, rasterized=len(values) > 2000)
         axis.plot(trace.step, _smooth(values, width), color=colour, linestyle=dashes, linewidth=1.6, label=trace.label)
-    note = f", thick: mean over {max(widths):,} updates" if widths else ""
+    note = f", thick: mean over {max(widths):,} steps" if widths else ""
     axis.set_title(title + note, loc="left")
     axis.set_ylabel(unit)
     return drawn
@@ -292,12 +299,13 @@ def _draw_sharpness(axis: Axes, traces: Sequence[TraceData]) -> None:
 
 
 def _draw_cost(axis: Axes, traces: Sequence[TraceData]) -> None:
-    axis.set_title("Cost of an update", loc="left")
-    axis.set_ylabel("cost (plain LoRA updates)")
+    axis.set_title("Cost of a step", loc="left")
+    axis.set_ylabel("cost (plain LoRA steps)")
     drawn = [trace for trace in traces if np.isfinite(trace.cost).any()]
     if not drawn:
         _say_instead(axis, "not known: there is no cost model\nfor this trainer or model")
         return
+    # The mean so far is what a budget is about; single steps are shown for one run only.
     top = 1.0
     for i, trace in enumerate(traces):
         if trace not in drawn:
@@ -306,12 +314,13 @@ def _draw_cost(axis: Axes, traces: Sequence[TraceData]) -> None:
         cost = trace.cost.astype(np.float64)
         if len(traces) == 1:
             some = slice(None, None, -(-len(cost) // MOST_DOTS))
-            axis.plot(trace.step[some], cost[some], ".", color=colour, alpha=0.25, markersize=2.4, label="one update")
+            axis.plot(trace.step[some], cost[some], ".", color=colour, alpha=0.25, markersize=2.4, label="one step")
             top = max(top, float(np.nanmax(cost)))
         so_far = np.cumsum(cost) / np.arange(1, len(cost) + 1)
         top = max(top, float(np.nanmax(so_far)))
         label = f"mean so far, {trace.mean_cost:.2f} at the end"
         axis.plot(trace.step, so_far, color=colour, linestyle=dashes, linewidth=1.6, label=label)
+    # What it is to be compared with.
     for budget in sorted({t.plain["budget"] for t in drawn if t.plain["budget"] is not None}):
         axis.axhline(budget, color="#b03030", linestyle=(0, (2, 1.5)), linewidth=1.4, label=f"budget {budget:g}")
     if not any(t.plain["budget"] == 1.0 for t in drawn):

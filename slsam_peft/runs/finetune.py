@@ -25,13 +25,13 @@ from slsam_peft.trainer.trainer import SLSAMTrainer
 
 logger = logging.getLogger(__name__)
 
-MOST_SAID = 300  # characters of an error of a library that reads damaged files
+LONGEST_QUOTE = 300  # characters of an error of a library that reads damaged files
 
 SMOLLM2 = "smollm2"  # a name that needs no account and no Hub: see slsam_peft.models.smollm2
 
 
 class _Begun(TrainerCallback):
-    """Knows whether an update has begun: an error before that is one of the set-up."""
+    """Knows whether a step has begun: an error before that is one of the set-up."""
 
     step = False
 
@@ -55,14 +55,16 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     Raises:
         UserError: the output folder cannot be written, there is no such checkpoint, the data or the model cannot be
             read, or settings do not fit each other. Nothing has been written then.
-        DivergedError: too many updates in a row had a NaN or infinite loss or gradient. Checkpoints stay.
+        DivergedError: too many steps in a row had a NaN or infinite loss or gradient. Checkpoints stay.
         Interrupted: SIGINT or SIGTERM ended training, see `slsam_peft.runs.signals`.
     """
+    # What can be refused without the model, from the cheapest check to the dearest.
     folder = str(args.output_dir)  # SFTConfig has set one
     check_output_folder(folder)
     args.resume_from_checkpoint = find_checkpoint(args, sampler=not slsam.accept_state_mismatch)
     check_model(model, args)
     train, held_out = load_data(script, args)
+    # Training; what fails before its first step is the fault of the settings or of the checkpoint's files.
     with leaving_nothing(folder):
         trainer = build_trainer(train, held_out, args, model, slsam)
         begun = _Begun()
@@ -78,9 +80,10 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
             damage = damaged_file(args.resume_from_checkpoint)
             if not damage and not isinstance(error, ValueError | RuntimeError | OSError | SafetensorError):
                 raise
-            said = " ".join(str(error).split())[:MOST_SAID] if damage else str(error)
-            raise UserError(f"training cannot start: {said}{damage}") from error
+            reason = " ".join(str(error).split())[:LONGEST_QUOTE] if damage else str(error)
+            raise UserError(f"training cannot start: {reason}{damage}") from error
         stop.raise_if_stopped()
+    # Only what was trained to the end is saved as an adapter.
     trainer.save_model(folder)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -103,7 +106,7 @@ def damaged_file(checkpoint: str | None) -> str:
 
 
 def _is_sound(archive: Path) -> bool:
-    """Whether what torch has saved in a zip archive has the check sums that were saved with it."""
+    """Return whether what torch has saved in a zip archive has the checksums that were saved with it."""
     try:
         with zipfile.ZipFile(archive) as opened:
             return opened.testzip() is None
@@ -131,7 +134,7 @@ def check_output_folder(folder: str) -> None:
 def find_checkpoint(args: SFTConfig, *, sampler: bool = True) -> str | None:
     """Return the checkpoint folder that `args.resume_from_checkpoint` asks for, or `None` to start afresh.
 
-    It is a path, `true` for the newest whole one in `output_dir`, or `auto` for the same where there is one.
+    It is a path, `true` for the newest intact one in `output_dir`, or `auto` for the same where there is one.
 
     Args:
         args (`SFTConfig`): The run.
@@ -139,17 +142,18 @@ def find_checkpoint(args: SFTConfig, *, sampler: bool = True) -> str | None:
             `last_intact_checkpoint`.
 
     Raises:
-        UserError: there is none, or the one named is not whole.
+        UserError: there is none, or the one named is not intact.
     """
     asked = args.resume_from_checkpoint
-    wish = str(asked).lower()
-    if asked is None or wish in ("false", "none", "no"):
+    keyword = str(asked).lower()
+    if asked is None or keyword in ("false", "none", "no"):
         return None
-    if wish == "auto":
+    if keyword == "auto":
         return last_intact_checkpoint(str(args.output_dir), sampler=sampler)
-    if wish == "true":
+    if keyword == "true":
         asked = True
     else:
+        # Anything else is a path.
         folder = Path(asked).expanduser()
         if not (folder / "trainer_state.json").is_file():
             raise UserError(
@@ -170,14 +174,18 @@ def check_model(model: ModelConfig, args: SFTConfig) -> None:
     Raises:
         UserError: no such model, no network to fetch it, or a quantised base without adapters.
     """
+    # What is asked of the model, before it is looked for.
     name = model.model_name_or_path
     if not name:
         raise UserError("there is no model; give a folder or a name on the Hub: --model_name_or_path NAME.")
-    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+    quantized = model.load_in_4bit or model.load_in_8bit
+    if not (model.use_peft or quantized):
+        logger.warning("use_peft is false: every weight of the model is trained, and no adapter.")
+    if quantized and not model.use_peft:
         bits = 4 if model.load_in_4bit else 8
         raise UserError(
-            f"load_in_{bits}bit without use_peft: a quantised base cannot be trained itself. Add --use_peft to train "
-            f"LoRA adapters on it, or drop load_in_{bits}bit."
+            f"load_in_{bits}bit without use_peft: a quantised base cannot be trained itself. Leave out use_peft to "
+            f"train LoRA adapters on it, or leave out load_in_{bits}bit."
         )
     folder = Path(name).expanduser()
     if name == SMOLLM2 and not folder.exists():
@@ -228,6 +236,7 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
     Raises:
         UserError: what TRL, PEFT, transformers or SL-SAM refuse, in their words.
     """
+    # TRL loads the model from these; what is given as a mapping wins.
     given = args.model_init_kwargs or {}
     if isinstance(given, str):
         raise UserError(
@@ -238,6 +247,7 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     } | given
+    # Whatever does not fit is found here, before anything is trained.
     try:
         trainer = SLSAMTrainer(
             model=model.model_name_or_path,

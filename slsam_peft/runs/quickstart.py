@@ -35,8 +35,8 @@ class QuickstartSettings:
     """What the quickstart trains with.
 
     Args:
-        max_steps (`int`): Updates.
-        batch_size (`int`): Sequences per update.
+        max_steps (`int`): Steps of training.
+        batch_size (`int`): Sequences per step.
         learning_rate (`float`): Peak learning rate; it falls linearly to 0.
         lora_r (`int`): Rank of the adapters, on every linear layer; `lora_alpha` is twice that.
         seed (`int`): Seed of the adapters' start and of the batches.
@@ -63,7 +63,7 @@ def load_chat_model(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 class _Report(TrainerCallback):
-    """Hands every update's log to a function."""
+    """Hands every step's log to a function."""
 
     def __init__(self, report: Callable[[int, dict[str, float]], None]) -> None:
         self.report = report
@@ -81,7 +81,7 @@ def build_trainer(
     scratch: str,
     report: Callable[[int, dict[str, float]], None],
 ) -> SLSAMTrainer:
-    """Return an `SLSAMTrainer` for `model` that reports every update.
+    """Return an `SLSAMTrainer` for `model` that reports every step.
 
     Args:
         model (`PreTrainedModel`): From `load_chat_model`.
@@ -89,8 +89,9 @@ def build_trainer(
         data (`datasets.DatasetDict`): Splits `"train"` and `"test"`, as `stdlib_docs` builds them.
         settings (`QuickstartSettings`): What to train with.
         scratch (`str`): Folder for whatever the trainer writes.
-        report (`Callable`): Called with the update's number, from 1, and its log.
+        report (`Callable`): Called with the step's number, from 1, and its log.
     """
+    # What the trainer is told; the rest is TRL's default.
     set_seed(settings.seed)
     arguments = SFTConfig(
         output_dir=scratch,
@@ -110,6 +111,7 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
     )
+    # An adapter on every linear layer, and the trainer itself, which prints nothing of its own.
     lora = LoraConfig(
         r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -165,6 +167,7 @@ def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:
         UserError: the folder cannot be written.
     """
     try:
+        # All files are written beside the folder first, so that a full disk spoils no adapter in it.
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             new = Path(scratch) / "adapter"
@@ -174,11 +177,12 @@ def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:
             trace = Path(str(trainer.args.output_dir)) / FILE_NAME
             if trace.is_file():
                 shutil.copyfile(trace, new / FILE_NAME)
+            # Then each takes the place of its namesake.
             folder.mkdir(exist_ok=True)
             for file in sorted(new.iterdir()):
                 os.replace(file, folder / file.name)
     except OSError as error:
         raise UserError(
             f"the adapter could not be written to {folder}: {error.strerror or error}.\n"
-            "Free some space or name another folder with --output_dir."
+            "Free some space or name another folder with --output."
         ) from error

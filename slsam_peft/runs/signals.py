@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: training ends after the update in progress, with a checkpoint where checkpoints are saved."""
+"""Ctrl-C and SIGTERM: training ends after the step in progress, with a checkpoint where checkpoints are saved."""
 
 import logging
 import signal
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopOnSignal(TrainerCallback):
     """Ends training when a signal asks for it.
 
-    The first SIGINT or SIGTERM lets the update in progress finish; a checkpoint is saved unless `save_strategy` is
+    The first SIGINT or SIGTERM lets the step in progress finish; a checkpoint is saved unless `save_strategy` is
     `"no"` (`enable_jit_checkpoint` asks for one as well). A second signal ends at once, and so does the first one
     where several ranks train: the others would wait for this one's gradients.
 
@@ -70,10 +70,10 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None or not self._inside or has_ranks():
             raise Interrupted(number, f"{name}: stopped at once.")
         self.received = number
-        logger.warning("%s: training ends after this update. The same signal again ends it at once.", name)
+        logger.warning("%s: training ends after this step. The same signal again ends it at once.", name)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Note that updates have begun."""
+        """Note that steps have begun."""
         self._inside = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class StopOnSignal(TrainerCallback):
             return
         control.should_training_stop = True
         control.should_save = args.save_strategy != "no" or args.enable_jit_checkpoint
-        self._saved = f"{signal.Signals(self.received).name}: stopped after update {state.global_step}. "
+        self._saved = f"{signal.Signals(self.received).name}: stopped after step {state.global_step}. "
         if control.should_save:
             self._saved += (
                 f"Checkpoint: {args.output_dir}/checkpoint-{state.global_step}; go on with the same command and "
@@ -95,5 +95,5 @@ class StopOnSignal(TrainerCallback):
             self._saved += "No checkpoint was saved (save_strategy=no)."
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note that updates have ended."""
+        """Note that steps have ended."""
         self._inside = False

@@ -199,9 +199,9 @@ def test_debug_shows_the_error(words: list[str], inside: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "broken"),
     [
-        (["export", "adapter", "--out", "new"], "slsam_peft.adapters.export.copy_adapter"),
+        (["export", "adapter", "--output", "new"], "slsam_peft.adapters.export.copy_adapter"),
         (
-            ["export", "adapter", "--out", "new", "--merge", "--no_measure"],
+            ["export", "adapter", "--output", "new", "--merge", "--no_measure"],
             "slsam_peft.adapters.export.write_merged",
         ),
         (PLAN, "slsam_peft.cli.plan.run"),
@@ -227,7 +227,7 @@ def test_a_full_disk(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of `slsam-peft sft`'s trainer after two updates."""
+    """A checkpoint of `slsam-peft sft`'s trainer after two steps."""
     folder = tmp_path_factory.mktemp("made")
     config = SLSAMConfig(active_fraction=0.5)
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}

@@ -1,15 +1,19 @@
 """The clock: modes in alternation on one model, each beside its prediction."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from slsam_peft import SLSAMConfig
+from slsam_peft.cli.bench_plot import draw
+from slsam_peft.cli.main import main
 from slsam_peft.cli.outputs import write_figure
 from slsam_peft.errors import UserError
-from slsam_peft.runs.bench import MODES as ALL
-from slsam_peft.runs.bench import REFERENCE, Mode, draw, run_bench, select_modes
+from slsam_peft.runs.bench import run_bench
+from slsam_peft.runs.bench_modes import MODES as ALL
+from slsam_peft.runs.bench_modes import REFERENCE, Mode, select_modes
 from tests.tiny import llama, tokenizer
 
 MODES = {
@@ -38,8 +42,10 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
     assert plain["ratio"] == plain["predicted"] == 1.0
     assert math.isclose(dense["predicted"], 2.0, rel_tol=0.1)
     assert half["predicted"] < dense["predicted"]
-    assert math.isclose(fewer["predicted"], 1.0, rel_tol=0.1)  # three of four rows, and one of them for the ascent
-    assert math.isclose(ahead["predicted"], 1.0, rel_tol=0.1)  # three rows and one of the next update
+    assert math.isclose(
+        fewer["predicted"], 1.0, rel_tol=0.1
+    )  # three of four sequences, and one of them for the ascent
+    assert math.isclose(ahead["predicted"], 1.0, rel_tol=0.1)  # three sequences and one of the next step
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     picture = tmp_path / "bench.png"
@@ -52,7 +58,7 @@ def test_under_accumulation_a_micro_batch_pays_for_the_ascent():
     plain, fewer = run_bench(
         llama(), tokenizer(), lora_r=4, batch=1, length=16, accumulation=4, steps=2, rounds=1, modes=modes
     )
-    assert math.isclose(fewer.summary()["predicted"], 1.0, rel_tol=0.1)  # four passes of one row, as plain LoRA's
+    assert math.isclose(fewer.summary()["predicted"], 1.0, rel_tol=0.1)  # four passes of one sequence, as plain LoRA's
     assert plain.summary()["predicted"] == 1.0
 
 
@@ -80,3 +86,24 @@ def test_a_misspelt_mode_is_answered_with_the_nearest():
         UserError, match=r"'LoRA-SAN' is not known\. Did you mean 'LoRA-SAM'\? The modes are:\n  plain LoRA"
     ):
         select_modes(["LoRA-SAN"], 2, 1)
+
+
+def test_the_command_times_prints_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llama(num_hidden_layers=2).save_pretrained("model")
+    tokenizer().save_pretrained("model")
+    words = "bench --model model --lora_r 4 --batch_size 1 --max_length 16 --steps 1 --rounds 1 --modes LoRA-SAM"
+    assert main([*words.split(), "--output", "a.json", "--plot", "a.svg"]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        word in shown for word in ("Cost of a step", "s/step", "plain LoRA", "LoRA-SAM", "Written: a.json, a.svg")
+    )
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "LoRA-SAM"]
+    assert written["modes"][0]["seconds_per_step"] > 0
+
+
+def test_the_help_lists_every_mode(capsys):
+    assert main(["bench", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f'"{name}"' in shown for name in ALL if name != REFERENCE)

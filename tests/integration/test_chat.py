@@ -76,7 +76,7 @@ def test_a_seed_gives_the_same_draws(model):
 
 def test_one_prompt(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    assert main(["chat", "--adapter", str(folder / "adapter"), "--prompt", PROMPT, "--max_new_tokens", "4"]) == 0
+    assert main(["chat", str(folder / "adapter"), "--prompt", PROMPT, "--max_new_tokens", "4"]) == 0
     shown = capsys.readouterr().out
     assert "with the adapter" in shown
     assert "without" in shown
@@ -106,7 +106,7 @@ def test_a_conversation(folder, capsys, monkeypatch):
 
     monkeypatch.setattr("slsam_peft.adapters.chat.Answer", Spy)
     typed(monkeypatch, "w1", "", "w2", "/new", "w3")
-    assert main(["chat", "--adapter", str(folder / "adapter"), "--max_new_tokens", "2"]) == 0
+    assert main(["chat", str(folder / "adapter"), "--max_new_tokens", "2"]) == 0
     assert seen == [["user"], ["user"], *[["user", "assistant", "user"]] * 2, ["user"], ["user"]]
     assert "Traceback" not in capsys.readouterr().err
 
@@ -118,11 +118,11 @@ def test_interrupts_end_an_answer_then_the_command(folder, capsys, monkeypatch):
 
     monkeypatch.setattr("slsam_peft.adapters.chat.stream", interrupted)
     typed(monkeypatch, "w1", KeyboardInterrupt())
-    assert main(["chat", "--adapter", str(folder / "adapter")]) == 0
+    assert main(["chat", str(folder / "adapter")]) == 0
     shown = capsys.readouterr()
     assert "Stopped." in shown.out
     assert "Traceback" not in shown.err
-    assert main(["chat", "--adapter", str(folder / "adapter"), "--prompt", "w1"]) == 130
+    assert main(["chat", str(folder / "adapter"), "--prompt", "w1"]) == 130
 
 
 BAD = {
@@ -138,5 +138,5 @@ BAD = {
 def test_bad_input(words, said, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat, "_Talk", lambda *args: pytest.fail("went on"))
-    assert main(["chat", "--adapter", str(folder / "adapter"), *words]) == 2
+    assert main(["chat", str(folder / "adapter"), *words]) == 2
     assert said in " ".join(capsys.readouterr().err.split())

@@ -89,7 +89,7 @@ def test_an_adapter_trained_with_a_users_bandit(trained, tmp_path, check):
     code, found, lines = check(tmp_path / "adapter")
     assert code == 0
     assert f"bandit={own_bandit.__module__}:own_bandit" in "\n".join(lines)
-    words = ["--merge", "--no_measure", "--out", str(tmp_path / "merged")]
+    words = ["--merge", "--no_measure", "--output", str(tmp_path / "merged")]
     assert main(["--debug", "export", str(tmp_path / "adapter"), *words]) == 0
     assert f"bandit={own_bandit.__module__}:own_bandit" in (tmp_path / "merged/README.md").read_text()
 
@@ -126,7 +126,7 @@ def test_a_record_that_was_not_written_so_is_refused(change, adapter):
 def test_an_export_writes_nothing_before_the_record_is_known_good(adapter, tmp_path, capsys):
     recorded(adapter, "base.shape")
     for words in (["--merge"], []):
-        assert main(["export", str(adapter), "--out", str(tmp_path / "out"), *words]) == 2
+        assert main(["export", str(adapter), "--output", str(tmp_path / "out"), *words]) == 2
         assert "base.shape is missing" in " ".join(capsys.readouterr().err.split())
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 

@@ -44,7 +44,7 @@ KINDS = {
 
 
 def export(adapter, out, *words):
-    return main(["--debug", "export", str(adapter), "--out", str(out), *words])
+    return main(["--debug", "export", str(adapter), "--output", str(out), *words])
 
 
 @pytest.fixture
@@ -84,14 +84,16 @@ REFUSED = {
 def test_what_cannot_be_merged_by_tensor_is_refused(config, said, tmp_path, capsys):
     save_adapter(tmp_path / "adapter", tmp_path / "base", config)
     before = sorted(tmp_path.rglob("*"))
-    assert main(["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--merge"]) == 2
+    assert main(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--merge"]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_merged_model_is_complete(folders):
     folder, model = folders
-    assert export(folder / "adapter", folder / "out", "--merge", "--dtype", "bf16", "--max_shard_size", "20KB") == 0
+    assert (
+        export(folder / "adapter", folder / "out", "--merge", "--dtype", "bfloat16", "--max_shard_size", "20KB") == 0
+    )
     index = json.loads((folder / "out/model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
@@ -129,7 +131,7 @@ def test_nothing_is_overwritten_without_force(folders, capsys):
     out = folder / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    command = ["export", str(folder / "adapter"), "--out", str(out)]
+    command = ["export", str(folder / "adapter"), "--output", str(out)]
     for words, said in (([], "is not empty"), (["--force"], "--force replaces earlier exports only")):
         assert main([*command, *words]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
@@ -151,7 +153,9 @@ def test_a_failure_leaves_nothing(folders, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("slsam_peft.adapters.export.serialize_file", full)
-    assert main(["export", str(folder / "adapter"), "--out", str(folder / "deep/out"), "--merge", "--no_measure"]) == 2
+    assert (
+        main(["export", str(folder / "adapter"), "--output", str(folder / "deep/out"), "--merge", "--no_measure"]) == 2
+    )
     assert [p for p in sorted(folder.rglob("*")) if p.name != "deep"] == before
 
 
@@ -177,7 +181,7 @@ def quantized(tmp_path_factory):
 
 
 def test_a_merge_into_a_quantized_base_asks_for_a_choice(quantized, capsys):
-    command = ["export", str(quantized / "adapter"), "--out", str(quantized / "none"), "--merge"]
+    command = ["export", str(quantized / "adapter"), "--output", str(quantized / "none"), "--merge"]
     assert main(command) == 2
     said = " ".join(capsys.readouterr().err.split())
     for part in ("trained on a quantised base", "--base original", "--base dequantised"):
@@ -188,7 +192,7 @@ def test_a_merge_into_a_quantized_base_asks_for_a_choice(quantized, capsys):
 @pytest.mark.parametrize("way", ["original", "dequantised"])
 def test_both_ways_are_measured_before_one_is_written(way, quantized, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    words = ["--merge", "--base", way, "--dtype", "float32", "--data", str(quantized / "held.jsonl")]
+    words = ["--merge", "--base", way, "--dtype", "float32", "--eval_data", str(quantized / "held.jsonl")]
     assert export(quantized / "adapter", tmp_path / way, *words) == 0
     shown = capsys.readouterr().out
     rows = {n: line for n in ("original", "dequantised") for line in shown.splitlines() if f" {n} " in line}
@@ -202,7 +206,7 @@ def test_both_ways_are_measured_before_one_is_written(way, quantized, tmp_path, 
 
 
 def test_the_dequantized_merge_is_what_was_trained(quantized, tmp_path):
-    words = ["--merge", "--base", "dequantised", "--dtype", "float32", "--no_measure"]
+    words = ["--merge", "--base", "dequantized", "--dtype", "float32", "--no_measure"]
     assert export(quantized / "adapter", tmp_path / "out", *words) == 0
     base = AutoModelForCausalLM.from_pretrained(
         quantized / "base",
@@ -223,7 +227,14 @@ def test_a_choice_that_makes_no_sense_is_refused(tmp_path, capsys):
     save_base(tmp_path / "base")
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    command = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--model", str(tmp_path / "base")]
+    command = [
+        "export",
+        str(tmp_path / "adapter"),
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        str(tmp_path / "base"),
+    ]
     assert main([*command, "--merge", "--base", "original"]) == 2
     assert "was trained on a base that was not quantised" in capsys.readouterr().err
     assert main([*command, "--base", "original"]) == 2
@@ -236,13 +247,13 @@ from pathlib import Path
 from slsam_peft.cli.main import main
 small, adapter, out = sys.argv[1:]
 flags = ["--merge", "--no_measure", "--max_shard_size", "30MB"]
-assert main(["export", small, "--out", out + "-small", *flags]) == 0  # loads every library
+assert main(["export", small, "--output", out + "-small", *flags]) == 0  # loads every library
 def memory(name):
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) * 1024
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = memory("VmRSS")
-assert main(["export", adapter, "--out", out, *flags]) == 0
+assert main(["export", adapter, "--output", out, *flags]) == 0
 print(memory("VmHWM") - before, file=sys.stderr)
 """
 

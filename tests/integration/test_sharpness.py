@@ -101,8 +101,8 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     outputs = {name: tmp_path / f"flat.{name}" for name in ("json", "png")}
-    words = ["--adapter", folder / "adapter", "--data", folder / "train.jsonl", "--held_out", folder / "held.jsonl"]
-    words += ["--out", outputs["json"], "--plot", outputs["png"], *FEW]
+    words = [folder / "adapter", "--data", folder / "train.jsonl", "--eval_data", folder / "held.jsonl"]
+    words += ["--output", outputs["json"], "--plot", outputs["png"], *FEW]
     assert main(["--debug", "sharpness", *map(str, words)]) == 0
     shown = capsys.readouterr().out
     found = json.loads(outputs["json"].read_text())
@@ -168,7 +168,7 @@ def test_kinds_of_data(file, folder):
 
 BAD = {
     "no data": (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
-    "no held-out data": (["--held_out", "gone.jsonl"], "gone.jsonl does not exist"),
+    "no held-out data": (["--eval_data", "gone.jsonl"], "gone.jsonl does not exist"),
     "no adapter": (["--adapter", "gone"], "adapter folder gone does not exist"),
     "another base": (["--model", "other"], "does not fit other: base_model"),
     "radius": (["--rho", "0"], "--rho=0.0 is not allowed; it must be a finite number > 0"),
@@ -177,8 +177,8 @@ BAD = {
     "rows": (["--rows", "0"], "--rows=0 is not allowed"),
     "picture's type": (["--plot", "a.pdf"], "the name must end in .png or .svg"),
     "picture of nothing": (["--plot", "a.png", "--line_points", "0", "--plane_points", "0"], "nothing to show"),
-    "no folder": (["--out", "deep/a.json"], "the folder of deep/a.json does not exist"),
-    "file exists": (["--out", "mine.json"], "mine.json exists already"),
+    "no folder": (["--output", "deep/a.json"], "the folder of deep/a.json does not exist"),
+    "file exists": (["--output", "mine.json"], "mine.json exists already"),
     "no answer within reach": (["--max_length", "1"], "no row has an answer within 1 tokens; raise --max_length"),
     "preferences": (["--data", "preferences.jsonl"], "preferences.jsonl, line 1: 'prompt' without 'completion'"),
 }

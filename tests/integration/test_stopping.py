@@ -24,7 +24,7 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """The arguments of a run of five updates."""
+    """The arguments of a run of five steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".datasets")
     llama(num_hidden_layers=2).save_pretrained("model")
@@ -38,7 +38,7 @@ def command(tmp_path, monkeypatch):
 
 @pytest.fixture
 def signals(monkeypatch):
-    """Signals that are sent in the middle of an update, by its number; cleared, none are."""
+    """Signals that are sent in the middle of a step, by its number; cleared, none are."""
     sent = {}
     accumulate = SLSAM.accumulate
 
@@ -70,7 +70,7 @@ def test_training_stops_with_a_checkpoint_and_goes_on_from_it(number, command, s
     signals[2] = [number]
     assert main([*command, "--output_dir", "out"]) == CODES[number]
     said = capsys.readouterr().err
-    assert f"{number.name}: stopped after update 2. Checkpoint: out/checkpoint-2; go on with" in said
+    assert f"{number.name}: stopped after step 2. Checkpoint: out/checkpoint-2; go on with" in said
     assert "Traceback" not in said
     assert last_intact_checkpoint("out") == "out/checkpoint-2"
     assert not Path("out/adapter_model.safetensors").exists(), "an adapter that is not done"
@@ -85,7 +85,7 @@ def test_training_stops_with_a_checkpoint_and_goes_on_from_it(number, command, s
 def test_without_checkpoints_none_is_saved(command, signals, capsys):
     signals[2] = [signal.SIGTERM]
     assert main([*command, "--output_dir", "out", "--save_strategy", "no"]) == 143
-    assert "stopped after update 2. No checkpoint was saved (save_strategy=no)" in capsys.readouterr().err
+    assert "stopped after step 2. No checkpoint was saved (save_strategy=no)" in capsys.readouterr().err
     assert not list(Path("out").glob("checkpoint-*"))
 
 
@@ -110,7 +110,7 @@ def test_a_signal_before_training_leaves_nothing(command, monkeypatch, capsys):
 
 
 def test_training_that_diverges_ends_with_its_message(command, capsys):
-    """A base with a NaN in its head: no update is finite."""
+    """A base with a NaN in its head: no step is finite."""
     model = llama(num_hidden_layers=2)
     with torch.no_grad():
         model.lm_head.weight[7, 3] = float("nan")

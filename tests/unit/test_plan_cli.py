@@ -14,7 +14,7 @@ from trl import ModelConfig, SFTConfig
 from slsam_peft.cli import plan
 from slsam_peft.cli.main import main
 from slsam_peft.cli.parsing import Parser
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.config import BANDITS, SLSAMConfig
 from slsam_peft.cost.memory import NF4_BYTES, NF4_NESTED_BYTES
 from slsam_peft.cost.model import CostModel
 from slsam_peft.models.shapes import BUILT_IN, load_config, meta_model
@@ -56,7 +56,7 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name):
 
 
 def test_plan_of_a_local_configuration(capsys, folder):
-    made = planned(capsys, "--model", folder, "--batch_size", "4", "--seq_len", "64", "--lora_r", "4")
+    made = planned(capsys, "--model", folder, "--batch_size", "4", "--max_length", "64", "--lora_r", "4")
     cost = CostModel.from_model(meta_model(load_config(folder), lora_r=4), True)
     assert made["cost"]["plain_flops"] == cost.plain([(4, 64)])
     assert made["cost"]["lora_sam"] == 2
@@ -76,7 +76,7 @@ def test_a_budget_is_met_and_its_design_shown(capsys, folder):
 
 
 def test_flags_change_what_they_should(capsys):
-    base = ["--model", "smollm2-135m", "--batch_size", "2", "--seq_len", "256"]
+    base = ["--model", "smollm2-135m", "--batch_size", "2", "--max_length", "256"]
     plain = planned(capsys, *base)["memory"]
     packed = planned(capsys, *base, "--load_in_4bit")["memory"]
     linear = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -90,18 +90,18 @@ def test_flags_change_what_they_should(capsys):
         == 2 * planned(capsys, *base, "--load_in_4bit", "--adapter_dtype", "keep")["memory"]["adapters"]
     )
     assert (
-        planned(capsys, *base, "--gradient_accumulation", "3")["memory"]["hidden_state_cache"]
+        planned(capsys, *base, "--gradient_accumulation_steps", "3")["memory"]["hidden_state_cache"]
         == 3 * plain["hidden_state_cache"]
     )
-    limited = planned(capsys, *base, "--gradient_accumulation", "3", "--hidden_state_cache_limit_mib", "1")["memory"][
-        "hidden_state_cache"
-    ]
+    limited = planned(capsys, *base, "--gradient_accumulation_steps", "3", "--hidden_state_cache_limit_mib", "1")[
+        "memory"
+    ]["hidden_state_cache"]
     assert limited == plain["hidden_state_cache"] == 2 * 256 * 576 * 2
 
 
 def test_tables_name_the_parts_and_the_verdict(capsys, folder):
-    argv = ["plan", "--model", folder, "--granularity", "module", "--batch_size", "2", "--seq_len", "32"]
-    assert main(argv) == 0
+    argv = ["plan", "--model", folder, "--granularity", "module", "--batch_size", "2", "--max_length", "32"]
+    assert main([*argv, "--memory", "24", "--arms"]) == 0
     shown = capsys.readouterr().out
     for word in (
         "28 arms",
@@ -109,17 +109,52 @@ def test_tables_name_the_parts_and_the_verdict(capsys, folder):
         "plain LoRA",
         "LoRA-SAM",
         "optimizer states",
-        "Fits a GPU of 24 GiB",
+        "Fits: yes, a GPU of 24 GiB",
     ):
         assert word in shown
-    assert main([*argv, "--gpu_gib", "0.5"]) == 0
+    assert main([*argv, "--memory", "0.5"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Does not fit a GPU of 0.5 GiB" in shown
+    assert "Fits: no, a GPU of 0.5 GiB lacks" in shown
     assert "--load_in_4bit" in shown
 
 
+def test_the_answer_comes_first_and_arms_only_if_asked_for(capsys, folder, monkeypatch):
+    monkeypatch.setattr(plan, "_own_memory", lambda: None)  # whatever machine this is
+    assert main(["plan", "--model", folder, "--batch_size", "2", "--max_length", "32"]) == 0
+    shown = capsys.readouterr().out
+    answers = [
+        shown.index(word) for word in ("Cost: a step is expected to cost", "Memory: ", "Fits: GPUs of 4 GiB or")
+    ]
+    assert answers == sorted(answers)
+    assert answers[-1] < shown.index("LoRA-SAM ")
+    assert "inclusion" not in shown
+
+
+def test_a_model_that_fits_no_card_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "_own_memory", lambda: None)
+    base = ["--model", "smollm2-135m", "--batch_size", "2", "--max_length", "32"]
+    assert planned(capsys, *base)["smallest_card_gib"] == 4
+    assert planned(capsys, *base)["fits"] is None
+    monkeypatch.setattr(plan, "CARDS_GIB", (0.1,))
+    assert planned(capsys, *base)["smallest_card_gib"] is None
+    assert main(["plan", *base]) == 0
+    assert "Fits: no single GPU that is sold. Try --load_in_4bit" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_memory_of_this_machine_is_asked_for(capsys, folder, monkeypatch):
+    monkeypatch.setattr(plan, "_own_memory", lambda: 3.5)
+    made = planned(capsys, "--model", folder)
+    assert (made["gpu_gib"], made["fits"]) == (3.5, True)
+    assert planned(capsys, "--model", folder, "--memory", "0.1")["fits"] is False
+
+
+def test_the_plan_does_not_depend_on_the_bandit(capsys, folder):
+    first, *others = (planned(capsys, "--model", folder, "--design", "depth", "--bandit", name) for name in BANDITS)
+    assert all(other == first for other in others)
+
+
 def test_long_lists_of_arms_are_shown_by_kind(capsys):
-    assert main(["plan", "--model", "smollm2-135m", "--granularity", "module", "--seq_len", "32"]) == 0
+    assert main(["plan", "--model", "smollm2-135m", "--granularity", "module", "--max_length", "32", "--arms"]) == 0
     shown = capsys.readouterr().out
     assert "210 arms" in shown
     assert "*.mlp.up_proj (30)" in shown
@@ -131,7 +166,7 @@ def test_defaults_are_those_of_trl_and_of_the_method():
     values = parser.read(["--model", "x"])
     trl = {f.name: f.default for f in (*dataclasses.fields(SFTConfig), *dataclasses.fields(ModelConfig))}
     assert values.batch_size == trl["per_device_train_batch_size"]
-    assert values.seq_len == trl["max_length"]
+    assert values.max_length == trl["max_length"]
     assert values.optim == trl["optim"]
     assert values.lora_r == trl["lora_r"]
     assert values.gradient_checkpointing == trl["gradient_checkpointing"]
@@ -172,9 +207,7 @@ def test_70b_takes_less_than_a_minute_and_2_gib():
         "--json",
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", "slsam_peft.cli.main", *argv], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "slsam_peft", *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (

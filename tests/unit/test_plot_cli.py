@@ -40,11 +40,11 @@ def lines(axis):
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 @pytest.mark.parametrize(
-    ("arms", "steps"), [(blocks(30), 200), (modules(43), 30), (blocks(5), 1)], ids=["30", "301", "1 update"]
+    ("arms", "steps"), [(blocks(30), 200), (modules(43), 30), (blocks(5), 1)], ids=["30", "301", "1 step"]
 )
 def test_pictures_of_few_and_of_many_arms(arms, steps, suffix, folder, capsys):
     write_trace(folder / "run", arms, steps)
-    assert main(["plot", "run", "--out", f"a{suffix}"]) == 0
+    assert main(["plot", "run", "--output", f"a{suffix}"]) == 0
     assert capsys.readouterr().out == f"Written: a{suffix}\n"
     content = (folder / f"a{suffix}").read_bytes()
     if suffix == ".png":
@@ -60,7 +60,7 @@ def test_pictures_of_few_and_of_many_arms(arms, steps, suffix, folder, capsys):
 def test_a_picture_of_the_same_run_is_the_same_file(folder):
     write_trace(folder / "run", blocks(3), 5)
     for name in ("a", "b"):
-        assert main(["plot", "run", "--out", f"{name}.svg"]) == 0
+        assert main(["plot", "run", "--output", f"{name}.svg"]) == 0
     assert (folder / "a.svg").read_bytes() == (folder / "b.svg").read_bytes()
 
 
@@ -71,15 +71,15 @@ def test_every_axis_has_title_and_unit(folder):
     found = panels(made)
     assert len(found) == 6
     units = {
-        "Training loss, thick: mean over 6 updates": ("update", "loss (nats)"),
-        "Sharpness, thick: mean over 6 updates": ("update", "L(w + e) \N{MINUS SIGN} L(w) (nats)"),
-        "Cost of an update": ("update", "cost (plain LoRA updates)"),
-        "how often active": ("share of updates (%)\nblack: mean p", ""),
+        "Training loss, thick: mean over 6 steps": ("step", "loss (nats)"),
+        "Sharpness, thick: mean over 6 steps": ("step", "L(w + e) \N{MINUS SIGN} L(w) (nats)"),
+        "Cost of a step": ("step", "cost (plain LoRA steps)"),
+        "how often active": ("share of steps (%)\nblack: mean p", ""),
     }
     for title, labels in units.items():
         assert (found[title].get_xlabel(), found[title].get_ylabel()) == labels
     maps = [axis for title, axis in found.items() if "arms" in title]
-    assert [axis.get_xlabel() for axis in maps] == ["update"] * 2
+    assert [axis.get_xlabel() for axis in maps] == ["step"] * 2
     bars = [axis for axis in made.get_axes() if axis.get_ylabel().startswith("probability p")]
     assert len(bars) == 2
     assert made.get_suptitle() == "What the sampler did: 2 runs over 5 arms"
@@ -108,11 +108,11 @@ def test_a_long_run_is_averaged_over_columns_and_counted_exactly(folder):
     expected = trace.tensors()["probabilities"][:width].mean(0)
     assert shown.get_array().shape[1] == -(-2500 // width)
     np.testing.assert_allclose(shown.get_array()[:, 0], expected, rtol=1e-6)
-    assert left.get_xlabel() == "update (every 4th is shown)"
+    assert left.get_xlabel() == "step (every 4th is shown)"
     assert left.get_xlim() == (0.5, 10_000.5)
     bars = [patch.get_width() for patch in panels(made)["how often active"].patches]
     assert bars == [count / 10_000 for count in trace.activity.tolist()]
-    assert "mean so far, 1.00 at the end" in lines(panels(made)["Cost of an update"])
+    assert "mean so far, 1.00 at the end" in lines(panels(made)["Cost of a step"])
 
 
 def test_budget_runs_and_numbers_that_are_not_known(folder):
@@ -123,10 +123,10 @@ def test_budget_runs_and_numbers_that_are_not_known(folder):
     assert list(lines(both["Sharpness"])) == ["budget"]
     dashes = [line.get_linestyle() for line in lines(both["Training loss"]).values()]
     assert len(set(dashes)) == 2  # told apart without colour
-    cost = lines(both["Cost of an update"])
+    cost = lines(both["Cost of a step"])
     assert cost["budget 1.25"].get_ydata()[0] == 1.25
     alone = panels(figure(folder / "partial"))
-    for title, words in (("Sharpness", "ascent='two_pass'"), ("Cost of an update", "no cost model")):
+    for title, words in (("Sharpness", "ascent='two_pass'"), ("Cost of a step", "no cost model")):
         assert words in alone[title].texts[0].get_text()
 
 
@@ -207,11 +207,15 @@ def inconsistent(folder):
             "runs of different arms, so they do not fit into one plot: good has 3 arms, other has 4",
         ),
         (None, ["good", "./good"], "is named twice"),
-        (None, ["good", "--out", "a.jpg"], "--out=a.jpg: the name must end in .png or .svg."),
-        (None, ["good", "--out", "no/a.png"], "--out=no/a.png: name a file in a folder that exists."),
-        (None, ["good", "--out", "old.png"], "old.png exists already. Name another file with --out, or pass --force"),
+        (None, ["good", "--output", "a.jpg"], "--output=a.jpg: the name must end in .png or .svg."),
+        (None, ["good", "--output", "no/a.png"], "--output=no/a.png: name a file in a folder that exists."),
+        (
+            None,
+            ["good", "--output", "old.png"],
+            "old.png exists already. Name another file with --output, or pass --force",
+        ),
         (None, ["--live", "good", "other"], "--live follows one run, and 2 are named"),
-        (None, ["--live", "good", "--out", "a.png"], "--live writes no file"),
+        (None, ["--live", "good", "--output", "a.png"], "--live writes no file"),
         (None, ["--live", "nowhere"], "nowhere does not exist"),
         (damaged, ["--live", "damaged"], "is not a trace of SL-SAM, or is damaged ("),
         (None, [], "the following arguments are required: RUN"),
@@ -258,7 +262,7 @@ def shown(trace, age=None, width=100, height=40):
 def test_the_screen_shows_each_arm_highest_first(folder):
     trace = write_trace(folder / "run", blocks(6), 50, SLSAMConfig(design="depth", cost_budget=1.2), done=False)
     said = shown(read_trace(folder / "run" / FILE_NAME), age=4)
-    assert said[0].startswith("run  update 50 of 100 (50%)  written 4 s ago  design depth, bandit scale_free")
+    assert said[0].startswith("run  step 50 of 100 (50%)  written 4 s ago  design depth, bandit scale_free")
     assert [line.split()[0] for line in said[1:4]] == ["loss", "sharpness", "cost"]
     assert f"mean {trace.cost_total / 50:.2f} of 1.2" in said[3]
     rows = said[-6:]
@@ -298,7 +302,7 @@ def test_following_ends_when_the_run_is_done(folder, monkeypatch):
     live.follow(run, console)
     assert len(waited) == 4
     assert views == [10, 10, 20, 20]
-    assert "update 20 of 20 (100%)  done" in console.file.getvalue()
+    assert "step 20 of 20 (100%)  done" in console.file.getvalue()
 
 
 def test_control_c_ends_the_screen_with_130(folder, monkeypatch, capsys):

@@ -168,7 +168,7 @@ def coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["bench", "--model", "coded"],
         ["inspect", "coded"],
         ["check", "adapter"],
-        ["export", "adapter", "--out", "new", "--merge"],
+        ["export", "adapter", "--output", "new", "--merge"],
         ["quickstart", "--model", "coded"],
     ],
     ids=lambda words: words[0],

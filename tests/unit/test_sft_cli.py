@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.runs import finetune
 
 HELP_SECONDS = 2.0
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 # TRL sets fields of transformers by their old names.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -78,6 +80,47 @@ def test_every_setting_of_slsam_can_be_given(folder: Path) -> None:
     names = {f.name: "slsam_seed" if f.name == "seed" else f.name for f in fields(SLSAMConfig)}
     flags = [w for n, flag in names.items() if n not in unchanged for w in (f"--{flag}", str(getattr(wanted, n)))]
     assert parse([*GOOD, *flags]).slsam == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "trains_adapters"),
+    [
+        ("rho: 0.1\n", [], True),
+        ("use_peft: true\n", [], True),
+        ("use_peft: false\n", [], False),
+        ("use_peft: false\n", ["--use_peft"], True),
+        ("rho: 0.1\n", ["--use_peft", "false"], False),
+    ],
+)
+def test_adapters_are_trained_unless_told_otherwise(
+    content: str, flags: list[str], trains_adapters: bool, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("a.yaml").write_text(content)
+    settings = parse([*(word for word in GOOD if word != "--use_peft"), "--config", "a.yaml", *flags])
+    assert settings.model.use_peft is trains_adapters
+    finetune.check_model(settings.model, settings.training)
+    assert ("every weight of the model is trained" in caplog.text) is not trains_adapters
+
+
+def test_a_model_and_data_are_missed_before_anything_else(folder: Path) -> None:
+    Path("a.yaml").write_text("model_name_or_path: model\n")
+    for words, said in (
+        ([], "there is no model and no data set; add --model_name_or_path NAME --dataset_name NAME, or"),
+        (["--rho", "0.1"], "there is no model and no data set"),
+        (["--config", "a.yaml"], "there is no data set; add --dataset_name NAME, or"),
+        (["--dataset_name", "train.jsonl"], "there is no model; add --model_name_or_path NAME, or"),
+        (["--config", "a.yaml", "--model_name_or_path", "", "--dataset_name", "a"], "there is no model; add"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            parse(words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_two_flags_are_named_that_make_a_recipe_run() -> None:
+    recipe = ["--config", str(RECIPES / "lora_slsam.yaml")]
+    with pytest.raises(UserError, match="this machine has none that can do so. Add --use_cpu --bf16 false to run"):
+        parse(recipe)
+    assert parse([*recipe, "--use_cpu", "--bf16", "false"]).training.use_cpu
 
 
 def test_environment_variables_of_a_file_are_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,21 +189,21 @@ def test_smollm2_needs_no_hub(
     assert f"{folder / 'model'} cannot be trained" in capsys.readouterr().err  # it has no weights, but was found
 
 
-@pytest.mark.parametrize("wish", [None, "false", "False", "none"])
-def test_not_resuming(folder: Path, wish: str | None) -> None:
+@pytest.mark.parametrize("word", [None, "false", "False", "none"])
+def test_not_resuming(folder: Path, word: str | None) -> None:
     args = parse(GOOD).training
-    args.resume_from_checkpoint = wish
+    args.resume_from_checkpoint = word
     assert finetune.find_checkpoint(args) is None
 
 
 def test_the_last_checkpoint_is_resumed(folder: Path) -> None:
-    """The last one that was saved whole: a kill in a save left checkpoint-12."""
+    """The last intact one: a kill in a save left checkpoint-12."""
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_')):
         (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
         (folder / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
         save_file({"weight": torch.zeros(1)}, folder / "out" / f"checkpoint-{step}" / "model.safetensors")
-    for wish in ("true", "auto"):
-        args = parse([*GOOD, "--resume_from_checkpoint", wish]).training
+    for word in ("true", "auto"):
+        args = parse([*GOOD, "--resume_from_checkpoint", word]).training
         assert finetune.find_checkpoint(args) == "out/checkpoint-10"
 
 
