@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from slsam_peft.adapters.merge import Merge
 from slsam_peft.adapters.requantize import NF4, check_quantization, dequantized
 from slsam_peft.errors import UserError
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
+from slsam_peft.saving.atomic import replaced_folder
 from slsam_peft.saving.card import tags_of
 from slsam_peft.saving.record import FILE_NAME
 
@@ -63,16 +62,8 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     """
     check_out(out, force)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
+        with replaced_folder(out) as new:
             yield new
-            for file in new.iterdir():  # safetensors writes files that nobody but their owner reads
-                file.chmod(new.stat().st_mode & 0o666)
-            if out.exists():
-                os.replace(out, Path(scratch) / "old")
-            os.replace(new, out)
     except OSError as error:
         raise UserError(
             f"{out} could not be written: {error.strerror or error}. Free some space, or name another."

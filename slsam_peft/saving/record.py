@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from slsam_peft.saving.atomic import write_atomically
 
 FILE_NAME = "slsam.json"
 SCHEMA = 1
@@ -79,22 +80,7 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
     except Exception:  # any kind of model: whatever it refuses, its adapter must not be lost
         logger.warning("%s was not written: the adapter's record could not be made.", FILE_NAME, exc_info=True)
         return
-    write_text(Path(folder) / FILE_NAME, json.dumps(record, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: completely, or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's file is for its owner alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(Path(folder) / FILE_NAME, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def describe_base(model: PeftModel) -> dict[str, Any]:
