@@ -1,17 +1,16 @@
 """An argument parser whose errors are `UserError`s that name the nearest match."""
 
 import argparse
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string where none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    return hint_at(name, known)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,5 @@
 """Models from their configuration alone: on the meta device, without weights."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
 
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
@@ -58,8 +58,7 @@ def load_config(model: str) -> PreTrainedConfig:
     """
     if model.lower() in BUILT_IN and not os.path.exists(model):
         return AutoConfig.for_model(**BUILT_IN[model.lower()])
-    close = difflib.get_close_matches(model.lower(), BUILT_IN, n=1, cutoff=0.6)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = hint_at(model, BUILT_IN)
     if hint and "/" not in model and not os.path.exists(model):
         raise UserError(f"there is no built-in shape {model!r}.{hint} There are: {', '.join(BUILT_IN)}.")
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):

@@ -60,6 +60,7 @@ def test_text_column_may_have_another_name() -> None:
         ({}, "the columns are none"),
         ({"message": TURNS}, "Did you mean 'messages'"),
         ({"instruction": "a", "output": "b"}, "the columns are 'instruction', 'output'"),
+        ({"input": "a", "label": "b"}, "the columns are 'input', 'label'; a row needs"),  # and no hint at input_ids
         ({"text": None}, "'text' is null"),
         ({"text": 3}, "'text' must be a text, not a number"),
         ({"prompt": "a"}, "'prompt' without 'completion'"),
