@@ -17,8 +17,8 @@ DESCENTS = ("active", "all")
 GRANULARITIES = ("block", "module", "tensor")
 ADAPTER_DTYPES = ("float32", "keep")
 
-# How alike two names must be for one to be offered in place of the other, as difflib measures it: misspellings of short
-# names ("roh" for rho) come to 0.67, names that have little in common ("lr" and rho) to 0.4.
+# How alike two names must be for one to be offered in place of the other, as difflib measures it: misspellings of
+# short names ("roh" for rho) come to 0.67, names that have little in common ("lr" and rho) to 0.4.
 NEAR = 0.6
 
 PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)

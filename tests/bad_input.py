@@ -164,9 +164,9 @@ COMPARISONS: dict[str, tuple[str, str, str]] = {
 }
 # What only the model, the trainer or the data show.
 COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
-    "model folder missing": ("small", "./gone", "model=./gone is not a folder"),
-    "model unknown": ("small", "nobody/nothing", "model=nobody/nothing cannot be read: "),
-    "model folder empty": ("small", "./void", "model=./void cannot be read: "),
+    "model folder missing": ("small", "./gone", "model folder ./gone does not exist"),
+    "model unknown": ("small", "nobody/nothing", "model nobody/nothing cannot be read: "),
+    "model folder empty": ("small", "./void", "model void cannot be read: "),
     "less than one arm": (
         "active_fraction: 1.0",
         "active_fraction: 0.01",
@@ -224,7 +224,7 @@ BENCH: list[tuple[list[str], str]] = [
     (["--output", "gone/b.json"], "the folder of gone/b.json does not exist. Make it first, or name another file."),
     (["--output", "/proc/b.json"], "/proc/b.json cannot be written: "),
     (["--plot", "b.pdf"], "--plot b.pdf: the name must end in .png or .svg."),
-    (["--model", "./gone", "--output", "b.json"], "model ./gone could not be loaded: "),
+    (["--model", "./gone", "--output", "b.json"], "model folder ./gone does not exist"),
     (["--model", "nobody/nothing", "--output", "b.json"], "model nobody/nothing could not be loaded: "),
 ]
 ADAPTERS: list[tuple[list[str], str]] = [

@@ -12,12 +12,13 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from slsam_peft.adapters.skeleton import Shapes, skeleton_of
 from slsam_peft.algorithm.arms import Arms, arms_of
 from slsam_peft.errors import UserError
+from slsam_peft.models.load import load_config
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -96,11 +97,11 @@ def _in_base(config: Any, shapes: Shapes) -> tuple[_Placed | None, str]:
     base = config.base_model_name_or_path
     try:
         with _quiet():
-            shape = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+            shape = load_config(str(base), local=True)
             shape.quantization_config = None
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"the configuration of its base model {base!r} is not at hand"
     try:
         return _placed(model, config, shapes), ""

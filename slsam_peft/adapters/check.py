@@ -1,6 +1,6 @@
 """Whether an adapter is whole, fits its base, and computes what it did when it was saved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 from slsam_peft.adapters.load import Adapter, base_config, fit, load_adapted, raw_tensors
+from slsam_peft.models.load import Tell
 from slsam_peft.saving.record import differing, part_of, probe_logits
 
 # Of the recorded logits' standard deviation. Kernels sum in other orders on other machines.
@@ -15,8 +16,6 @@ PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.1, "float16":
 COARSEST = max(PROBE_TOLERANCE.values())  # of other dtypes
 
 NAMED = 3  # of a list of tensors
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from slsam_peft.adapters.base_files import INDEX, SINGLE, BaseFiles
-from slsam_peft.adapters.load import SETTINGS, WEIGHTS, Adapter, load_tokenizer, plain_config, raw_tensors
+from slsam_peft.adapters.load import SETTINGS, WEIGHTS, Adapter, adapter_tokenizer, plain_config, raw_tensors
 from slsam_peft.adapters.merge import Merge
 from slsam_peft.adapters.requantize import NF4, check_quantization, dequantized
 from slsam_peft.errors import UserError
+from slsam_peft.models.load import Tell
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.saving.atomic import replaced_folder
 from slsam_peft.saving.card import tags_of
@@ -32,8 +33,6 @@ WAYS = {
     DEQUANTIZED: "the dequantised weights it was trained on",
 }
 SHARD_BYTES = 5_000_000_000
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def copy_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = Non
         if (adapter.folder / name).is_file():
             shutil.copyfile(adapter.folder / name, folder / name)
     if (adapter.folder / "tokenizer_config.json").is_file():
-        load_tokenizer(adapter).save_pretrained(folder)
+        adapter_tokenizer(adapter).save_pretrained(folder)
 
 
 def way_of(adapter: Adapter, config: Any, base: str | None) -> str:
@@ -179,7 +178,7 @@ def write_merged(merge: Merge, adapter: Adapter, config: Any, folder: Path, merg
     new.save_pretrained(folder)
     if (Path(merge.folder) / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(merge.folder).save_pretrained(folder)
-    load_tokenizer(adapter).save_pretrained(folder)
+    adapter_tokenizer(adapter).save_pretrained(folder)
 
 
 def write_shards(merge: Merge, folder: Path, merging: Merging, tell: Tell) -> set[torch.dtype]:

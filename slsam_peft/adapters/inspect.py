@@ -21,7 +21,8 @@ from slsam_peft.adapters.arms import (
 )
 from slsam_peft.algorithm.arms import Arm, Arms
 from slsam_peft.errors import UserError
-from slsam_peft.models.shapes import load_config
+from slsam_peft.models.load import is_path
+from slsam_peft.models.shapes import find_config
 from slsam_peft.saving.trace_data import FILE_NAME, read_trace
 
 
@@ -87,7 +88,7 @@ def inspect(name: str, granularity: str) -> Inspection:
         raise UserError(f"{folder} holds neither {ADAPTER_CONFIG} nor config.json; name an adapter or a model.{hint}")
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder it is in.")
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not folder.exists() and is_path(name):
         raise UserError(f"the folder {name} does not exist; name an adapter's or a model's folder.")
     return _inspect_model(name, granularity)
 
@@ -122,7 +123,7 @@ def _activity(folder: Path, arms: Arms) -> dict[str, float]:
 
 
 def _inspect_model(name: str, granularity: str) -> Inspection:
-    config = load_config(name)
+    config = find_config(name)
     config.quantization_config = None
     try:
         with torch.device("meta"):

@@ -14,13 +14,13 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from slsam_peft.data.scoring import IGNORED, Tokens, padded
+from slsam_peft.models.load import Tell
 from slsam_peft.sharpness.curvature import HessianVector, lanczos
 from slsam_peft.sharpness.measures import Objective, Space, average_rise, filter_normalized, line, plane, worst_case
 
 ADAPTER = "adapter"
 FULL = "full weight"
 
-Tell = Callable[[str], None]
 Result = dict[str, Any]
 
 

