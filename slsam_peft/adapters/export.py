@@ -15,8 +15,9 @@ from safetensors import TensorSpec, serialize_file
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from slsam_peft.adapters.arms import SETTINGS, WEIGHTS
 from slsam_peft.adapters.base_files import INDEX, SINGLE, BaseFiles
-from slsam_peft.adapters.load import SETTINGS, WEIGHTS, Adapter, adapter_tokenizer, plain_config, raw_tensors
+from slsam_peft.adapters.load import Adapter, adapter_tokenizer, plain_config, raw_tensors
 from slsam_peft.adapters.merge import Merge
 from slsam_peft.adapters.requantize import NF4, check_quantization, dequantized
 from slsam_peft.errors import UserError

@@ -11,18 +11,17 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from slsam_peft.adapters.arms import (
-    ADAPTER_CONFIG,
+    SETTINGS,
     arms_in,
     changes,
-    first_line,
-    open_adapter,
+    read_structure,
     safe_file,
     shapes_in,
 )
 from slsam_peft.algorithm.arms import Arm, Arms
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import is_path
-from slsam_peft.models.shapes import find_config
+from slsam_peft.models.shapes import find_config, first_line
 from slsam_peft.saving.trace_data import FILE_NAME, read_trace
 
 
@@ -80,12 +79,12 @@ def inspect(name: str, granularity: str) -> Inspection:
         UserError: nothing of the kind is there, it is damaged, its weights are pickled, or its arms cannot be told.
     """
     folder = Path(name)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / SETTINGS).is_file():
         return _inspect_adapter(folder, granularity)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        below = sorted(str(path.parent) for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{SETTINGS}"))
         hint = f" There are adapters in: {', '.join(below[:4])}." if below else ""
-        raise UserError(f"{folder} holds neither {ADAPTER_CONFIG} nor config.json; name an adapter or a model.{hint}")
+        raise UserError(f"{folder} holds neither {SETTINGS} nor config.json; name an adapter or a model.{hint}")
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder it is in.")
     if not folder.exists() and is_path(name):
@@ -94,7 +93,7 @@ def inspect(name: str, granularity: str) -> Inspection:
 
 
 def _inspect_adapter(folder: Path, granularity: str) -> Inspection:
-    adapter = open_adapter(folder)
+    adapter = read_structure(folder)
     arms = arms_in(adapter.model, granularity, str(folder))
     weights, active = adapter.weights(), _activity(folder, arms)
     change = changes(adapter, weights, arms)

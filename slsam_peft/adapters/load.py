@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import find_model, is_path, load_config, load_model, load_tokenizer
 from slsam_peft.models.smollm2 import HUB_NAME, SMOLLM2
-from slsam_peft.saving.record import FILE_NAME, Record, base_name, shape_of
+from slsam_peft.saving.record import FILE_NAME, Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
 
-WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "adapter_config.json"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -102,11 +101,7 @@ def _header(path: Path) -> Shapes:
         pickled = path.with_suffix(".bin")
         hint = f" {pickled.name} is a pickle and is not read; save the adapter again." if pickled.exists() else ""
         raise UserError(f"{path} does not exist.{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({brief(error)}); copy or save the adapter again.") from error
+    return shapes_in(path)
 
 
 def _base_of(config: Any, given: str | None) -> str:
@@ -152,7 +147,7 @@ def fit(adapter: Adapter, config: Any) -> Fit:
     """
     shape = []
     if adapter.record is not None:
-        here = shape_of(config)
+        here = base_shape(config)
         shape = [
             f"{name} is {here[name]}, trained on {value}"
             for name, value in adapter.record["base"]["shape"].items()

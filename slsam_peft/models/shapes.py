@@ -71,7 +71,7 @@ def find_config(model: str) -> PreTrainedConfig:
         config = load_config(os.path.expanduser(model))
     except UserError as error:
         raise UserError(
-            f"no configuration for model {model!r}: {_first_line(error.__cause__ or error)}{hint}\n"
+            f"no configuration for model {model!r}: {first_line(error.__cause__ or error)}{hint}\n"
             f"Pass a built-in shape ({', '.join(BUILT_IN)}), a folder or file with a config.json that transformers "
             "knows, or the ID of a repository that can be reached."
         ) from error
@@ -105,12 +105,13 @@ def meta_model(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     except (ValueError, KeyError) as error:
-        raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {_first_line(error)}") from error
+        raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {first_line(error)}") from error
     for p in model.parameters():
         if p.requires_grad:  # rebound, not copied: a tensor on the meta device has nothing to copy, only a dtype
             p.data = p.data.to(torch.float32 if float32_adapters else dtype)
     return model
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, or its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -91,7 +91,7 @@ def describe_base(model: PeftModel) -> dict[str, Any]:
         quantization = quantization.to_dict()
     return {
         "name": base.config.name_or_path,
-        "shape": shape_of(base.config),
+        "shape": base_shape(base.config),
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantisation": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
         "unquantised": None if quantization is None else sorted(_plain_linears(model)),
@@ -99,7 +99,7 @@ def describe_base(model: PeftModel) -> dict[str, Any]:
     }
 
 
-def shape_of(config: Any) -> dict[str, Any]:
+def base_shape(config: Any) -> dict[str, Any]:
     """Return the fields of a model's config that an adapter depends on."""
     text = config.get_text_config()
     return {name: getattr(text, name, None) for name in SHAPE_FIELDS}

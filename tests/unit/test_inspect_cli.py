@@ -193,4 +193,4 @@ def test_an_adapter_of_another_base_is_told_from_its_own_names(base, tmp_path):
     found = inspect(str(tmp_path / "adapter"), "block")
     assert len(found.rows) == 5
     assert "does not fit the configuration of its base model" in found.notes[0]
-    assert adapter_arms.open_adapter(tmp_path / "adapter").note == found.notes[0]
+    assert adapter_arms.read_structure(tmp_path / "adapter").note == found.notes[0]
