@@ -1,4 +1,4 @@
-"""An adapter's arms from its own folder: modules on the meta device, weights read from safetensors by name."""
+"""Tells an adapter's arms from its own folder: its modules go to the meta device, its weights are read by name."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -67,6 +67,7 @@ def read_structure(folder: Path) -> AdapterStructure:
         raise UserError(
             f"{folder} holds prompts ({config.peft_type.value}): they are in no module, so there are no arms."
         )
+    # The base model's configuration tells most; without one, the names and shapes in the file must do.
     found, reason = _in_base(config, shapes)
     if found is not None:
         return AdapterStructure(config, *found, file)
@@ -123,6 +124,7 @@ def _placed(model: nn.Module, config: Any, shapes: Shapes) -> _Placed:
         placed: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
         trained = {n: p for n, p in placed.named_parameters() if p.requires_grad}
         named = get_peft_model_state_dict(placed, state_dict=dict(trained), save_embedding_layers=False)
+    # PEFT names its parameters as it saves them; each must be in the file, and each of the file's factors among them.
     keys: dict[Any, str] = {parameter: key for key, parameter in named.items()}
     for parameter, key in keys.items():
         if shapes.get(key) != tuple(parameter.shape):
@@ -207,7 +209,7 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep what libraries say on the way to themselves: what matters of it is checked here."""
+    """Silence what libraries say on the way: what matters of it is checked here."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""An adapter handed on: as a plain PEFT folder, or merged into its base, shard by shard."""
+"""Hands an adapter on: as a plain PEFT folder, or merged into its base, shard by shard."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from slsam_peft.saving.card import tags_of
 from slsam_peft.saving.record import FILE_NAME
 
 ORIGINAL = "original"
-DEQUANTIZED = "dequantised"
+DEQUANTIZED = "dequantized"
 WAYS = {
     ORIGINAL: "the original 16-bit weights",
     DEQUANTIZED: "the dequantised weights it was trained on",
@@ -41,7 +41,7 @@ class Merging:
     """How to merge.
 
     Args:
-        dtype (`torch.dtype` or `None`): Of the merged weights; `None`: as the base's files have them.
+        dtype (`torch.dtype` or `None`): Dtype of the merged weights; `None` keeps that of the base's files.
         shard_bytes (`int`): Size of a file, at most, unless a single tensor is larger.
     """
 
@@ -92,7 +92,7 @@ def copy_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = Non
     Args:
         adapter (`Adapter`): The adapter.
         folder (`Path`): An empty folder.
-        dtype (`torch.dtype`, *optional*): Of its tensors; as they are where it is missing.
+        dtype (`torch.dtype`, *optional*): Dtype of its tensors, which stay as they are without it.
     """
     if dtype is None:
         shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
@@ -107,7 +107,7 @@ def copy_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = Non
 
 
 def way_of(adapter: Adapter, config: Any, base: str | None) -> str:
-    """Return what to merge into: `"original"` or `"dequantised"`.
+    """Return what to merge into: `"original"` or `"dequantized"`.
 
     Args:
         adapter (`Adapter`): The adapter.
@@ -147,8 +147,8 @@ def build_merge(adapter: Adapter, config: Any, way: str) -> Merge:
     if way == ORIGINAL:
         return Merge(adapter, config, files)
     quantization = adapter.quantization or NF4
-    base = adapter.record["base"] if adapter.record is not None else {"dtype": "bfloat16", "unquantised": ["lm_head"]}
-    dtype, kept = getattr(torch, base["dtype"]), {f"{name}.weight" for name in base["unquantised"]}
+    base = adapter.record["base"] if adapter.record is not None else {"dtype": "bfloat16", "unquantized": ["lm_head"]}
+    dtype, kept = getattr(torch, base["dtype"]), {f"{name}.weight" for name in base["unquantized"]}
     merge: Merge
 
     def transform(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def write_merged(merge: Merge, adapter: Adapter, config: Any, folder: Path, merg
         config (`PreTrainedConfig`): The base's.
         folder (`Path`): An empty folder.
         merging (`Merging`): Dtype and size of the shards.
-        tell (callable): Told of every shard.
+        tell (callable): Is told of every shard.
     """
     dtypes = write_shards(merge, folder, merging, tell)
     new = plain_config(config)
@@ -191,16 +191,7 @@ def write_shards(merge: Merge, folder: Path, merging: Merging, tell: Tell) -> se
     for number, plan in enumerate(plans, 1):
         file = SINGLE if len(plans) == 1 else f"model-{number:05}-of-{len(plans):05}.safetensors"
         tell(f"Merging: shard {number} of {len(plans)}")
-        entries = {}
-        for place in plan:
-            view = buffer[place.start : place.start + place.size].view(place.dtype).view(place.shape)
-            view.copy_(merge.tensor(place.name))
-            entries[place.name] = TensorSpec(
-                dtype=str(place.dtype).removeprefix("torch."),
-                shape=place.shape,
-                data_ptr=view.data_ptr(),
-                data_len=place.size,
-            )
+        entries = {place.name: _merged_into(buffer, place, merge) for place in plan}
         serialize_file(entries, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(entries, file)
     places = [place for plan in plans for place in plan]
@@ -208,6 +199,14 @@ def write_shards(merge: Merge, folder: Path, merging: Merging, tell: Tell) -> se
         index = {"metadata": {"total_size": sum(p.size for p in places)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {p.dtype for p in places if p.dtype.is_floating_point}
+
+
+def _merged_into(buffer: torch.Tensor, place: "Place", merge: Merge) -> TensorSpec:
+    """Put a merged tensor into its place in the buffer, and return what safetensors writes it from."""
+    view = buffer[place.start : place.start + place.size].view(place.dtype).view(place.shape)
+    view.copy_(merge.tensor(place.name))
+    dtype = str(place.dtype).removeprefix("torch.")
+    return TensorSpec(dtype=dtype, shape=place.shape, data_ptr=view.data_ptr(), data_len=place.size)
 
 
 @dataclass(frozen=True)
@@ -242,8 +241,9 @@ def _end(plan: list[Place]) -> int:
 
 def write_card(folder: Path, adapter: Adapter, way: str, dtype: str) -> None:
     """Write the model card of a merged model."""
+    # A card is read elsewhere, where the folder of a local base means nothing.
     base: str | None = adapter.base
-    if Path(adapter.base).is_dir():  # a card is read elsewhere, where this folder means nothing
+    if Path(adapter.base).is_dir():
         base = HUB_NAME if Path(adapter.base).name == MODEL_NAME else None
     tags, trained = [], "It was trained by another trainer than this package's."
     if adapter.record is not None:

@@ -1,10 +1,11 @@
-"""What an adapter or a model consists of, arm by arm, read from safetensors alone."""
+"""Tells what an adapter or a model consists of, arm by arm, from safetensors alone."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,8 +38,8 @@ class ArmRow:
         bytes (`int`): Memory of its weights.
         norm (`float` or `None`): L2 norm of its weights; `None` where no weights were read.
         change (`float` or `None`): Frobenius norm of what its LoRA modules add to the base weights; `None` where that
-            is not known from the adapter alone, or the arm has no whole module.
-        active (`float` or `None`): Share of the training's updates in which it was active, where a trace tells.
+            is not known from the adapter alone, or the arm has no complete module.
+        active (`float` or `None`): Share of the training's steps in which it was active, where a trace tells.
     """
 
     name: str
@@ -122,6 +123,27 @@ def _activity(folder: Path, arms: Arms) -> dict[str, float]:
 
 
 def _inspect_model(name: str, granularity: str) -> Inspection:
+    model = _without_weights(name)
+    arms = arms_in(model, granularity, name)
+    facts = {"architecture": type(model).__name__, "blocks": str(len(arms.blocks))}
+    if not os.path.isdir(name):
+        rows = [_row(arm, arm.parameters, False) for arm in arms]
+        return Inspection(f"Model {name}", facts, rows, ["Sizes from the configuration; no weights were read."])
+    # An arm of which some tensors cannot be read gets its sizes from the configuration, and no norm.
+    files = _model_files(Path(name))
+    rows, lacking = [], 0
+    for arm in arms:
+        found = [_tensor(files, n) for n in arm.parameter_names]
+        usable = [t for t in found if t is not None and t.is_floating_point()]
+        lacking += len(found) - len(usable)
+        complete = len(usable) == len(found)
+        rows.append(_row(arm, usable if complete else arm.parameters, complete))
+    note = f"{lacking} tensors are stored in another form (quantised, or under other names): no norm for their arms."
+    return Inspection(f"Model {name}", facts, rows, [note] if lacking else [])
+
+
+def _without_weights(name: str) -> Any:
+    """Return a model on the meta device, from its configuration alone, with every parameter trainable."""
     config = find_config(name)
     config.quantization_config = None
     try:
@@ -129,22 +151,7 @@ def _inspect_model(name: str, granularity: str) -> Inspection:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UserError(f"cannot build a {config.model_type!r} model: {first_line(error)}") from error
-    model.requires_grad_(True)
-    arms = arms_in(model, granularity, name)
-    facts = {"architecture": type(model).__name__, "blocks": str(len(arms.blocks))}
-    if not os.path.isdir(name):
-        rows = [_row(arm, arm.parameters, False) for arm in arms]
-        return Inspection(f"Model {name}", facts, rows, ["Sizes from the configuration; no weights were read."])
-    files = _model_files(Path(name))
-    rows, lacking = [], 0
-    for arm in arms:
-        found = [_tensor(files, n) for n in arm.parameter_names]
-        usable = [t for t in found if t is not None and t.is_floating_point()]
-        lacking += len(found) - len(usable)
-        whole = len(usable) == len(found)
-        rows.append(_row(arm, usable if whole else arm.parameters, whole))
-    note = f"{lacking} tensors are stored in another form (quantised, or under other names): no norm for their arms."
-    return Inspection(f"Model {name}", facts, rows, [note] if lacking else [])
+    return model.requires_grad_(True)
 
 
 def _row(

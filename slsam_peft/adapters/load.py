@@ -1,4 +1,4 @@
-"""Adapters on disk: what folder, which base, do they fit, and the model with both."""
+"""Loads adapters from disk: their folder, their base model, whether the two fit, and the model made of both."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from slsam_peft.models.load import find_model, is_path, load_config, load_model,
 from slsam_peft.models.smollm2 import HUB_NAME, SMOLLM2
 from slsam_peft.saving.record import FILE_NAME, Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
-
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,8 +41,8 @@ class Adapter:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """How the base was quantised in training; `None`: not at all, or not known."""
-        return None if self.record is None else self.record["base"]["quantisation"]
+        """How the base was quantised in training; `None` where it was not, or that is not known."""
+        return None if self.record is None else self.record["base"]["quantization"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
     if not path.is_dir():
         raise UserError(f"adapter folder {folder} does not exist (from {Path.cwd()}).")
     if not (path / SETTINGS).is_file():
-        what = "a whole model, not an adapter" if (path / "config.json").is_file() else "no adapter"
+        what = "a full model, not an adapter" if (path / "config.json").is_file() else "no adapter"
         raise UserError(f"{folder} holds {what}: {SETTINGS} is missing. Name the folder an adapter was saved in.")
     try:
         config: Any = PeftConfig.from_pretrained(str(path))
@@ -143,8 +142,9 @@ def fit(adapter: Adapter, config: Any) -> Fit:
 
     Args:
         adapter (`Adapter`): The adapter.
-        config (`PreTrainedConfig`): Of the base.
+        config (`PreTrainedConfig`): The base's.
     """
+    # The base's own sizes, against those it had in training.
     shape = []
     if adapter.record is not None:
         here = base_shape(config)
@@ -153,6 +153,7 @@ def fit(adapter: Adapter, config: Any) -> Fit:
             for name, value in adapter.record["base"]["shape"].items()
             if here[name] != value
         ]
+    # The adapter's tensors, against the places that PEFT makes for them.
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
         own = {name: tuple(p.shape) for name, p in base.named_parameters(remove_duplicate=False)}
@@ -162,7 +163,7 @@ def fit(adapter: Adapter, config: Any) -> Fit:
             return Fit([*shape, brief(error)], sorted(adapter.shapes), [], [])
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     places: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    # Embeddings that are adapted or were resized are saved whole beside the adapter.
+    # Embeddings that are adapted or were resized are saved in full beside the adapter.
     known = places | {key: own[name] for key in adapter.shapes if (name := base_name(key)) in own}
     return Fit(
         shape=shape,

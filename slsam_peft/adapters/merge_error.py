@@ -1,4 +1,4 @@
-"""How far a merged model is from the adapter on the base it was trained on."""
+"""Measures how far a merged model is from the adapter on the base it was trained on."""
 
 import gc
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def measure(
         adapter (`Adapter`): On its base as it was in training, it is what the others are compared with.
         folders (`dict[str, Path]`): Merged models, by what they are called.
         held_out (`HeldOut`, *optional*): Data.
-        tell (callable): Told of every model.
+        tell (callable): Is told of every model.
 
     Returns:
         `tuple`: The trained state's held-out loss, and the outcome of each folder.

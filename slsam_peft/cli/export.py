@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--base",
-        choices=("original", "dequantised"),
+        choices=("original", "dequantized"),
         help="what to merge into where the base was quantised in training: its original weights, or those weights "
         "quantised and back, as training saw them",
     )
@@ -124,7 +124,7 @@ def _merge(
     if adapter.record is None and args.base is None:
         console.print(
             "No record tells whether this adapter's base was quantised in training; taken as not. If it was, choose "
-            "--base original or --base dequantised.",
+            "--base original or --base dequantized.",
             style="yellow",
         )
     with new_folder(args.out, args.force) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as spare:

@@ -1,4 +1,4 @@
-"""Models from their configuration alone: on the meta device, without weights."""
+"""Builds models from their configuration alone: on the meta device, without weights."""
 
 import os
 from collections.abc import Sequence
@@ -89,8 +89,8 @@ def meta_model(
 
     Args:
         config (`PreTrainedConfig`): Its configuration.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of its weights.
-        lora_r (`int`, *optional*, defaults to `16`): Rank.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of its weights.
+        lora_r (`int`, *optional*, defaults to `16`): Rank of the adapters.
         target_modules (`str` or `Sequence[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`.
         float32_adapters (`bool`, *optional*, defaults to `True`): Adapters in float32 instead of `dtype`.
 

@@ -1,4 +1,4 @@
-"""`slsam.json` beside an adapter: what it was trained with, on which base, and what it answered when it was saved.
+"""Writes `slsam.json` beside an adapter: what it was trained with, on which base, what it answered when it was saved.
 
 PEFT keeps the base model's name only. To tell later whether a base is the one an adapter belongs to, whether it was
 quantised, and whether the adapter still computes what it did, the trainer writes down a few numbers with it.
@@ -22,15 +22,15 @@ from torch import nn
 from slsam_peft.saving.atomic import write_atomically
 
 FILE_NAME = "slsam.json"
-SCHEMA = 1
+SCHEMA = 2
 
-SAMPLED_TENSORS = 256  # of the base, at most
-SAMPLED_VALUES = 4  # of each
+SAMPLED_TENSORS = 256  # tensors of the base that are sampled, at most
+SAMPLED_VALUES = 4  # values of each
 SAMPLE_TOLERANCE = 2**-7  # relative: one unit in the last place of bfloat16, whatever dtype the base is loaded in
 
 PROBE_TOKENS = 16
-PROBE_POSITIONS = 4  # the last ones
-PROBE_VALUES = 64  # of each position's logits
+PROBE_POSITIONS = 4  # the last tokens of the probe
+PROBE_VALUES = 64  # logits of each position that are recorded
 
 SHAPE_FIELDS = (
     "model_type",
@@ -42,7 +42,7 @@ SHAPE_FIELDS = (
     "vocab_size",
 )
 
-# What lies below a layer of PEFT and is the base model's.
+# Names of what lies below a layer of PEFT and is the base model's.
 _BASE_CHILDREN = ("base_layer", "original_module", "token_adapter")
 _PACKAGES = ("slsam_peft", "torch", "transformers", "trl", "peft", "bitsandbytes")
 _TRAINING = (
@@ -93,8 +93,8 @@ def describe_base(model: PeftModel) -> dict[str, Any]:
         "name": base.config.name_or_path,
         "shape": base_shape(base.config),
         "dtype": str(base.dtype).removeprefix("torch."),
-        "quantisation": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
-        "unquantised": None if quantization is None else sorted(_plain_linears(model)),
+        "quantization": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
+        "unquantized": None if quantization is None else sorted(_plain_linears(model)),
         "values": sample_base(model),
     }
 
@@ -216,7 +216,7 @@ def _values(parameter: torch.Tensor) -> list[float]:
 
 
 def _plain_linears(model: nn.Module) -> Iterator[str]:
-    """Linear layers that a quantised model keeps as they were, adapters left out."""
+    """Yield names of linear layers that a quantised model keeps as they were, adapters left out."""
     adapters = adapter_prefixes(model)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and not name.startswith(adapters):

@@ -106,8 +106,8 @@ RECORDED = {
     "an integer dtype": ("base.dtype", "int8"),
     "a number for a dtype": ("base.dtype", 32),
     "an unknown field": ("base.shape", {"hiden_size": 32}),
-    "a word for settings": ("base.quantisation", "nf4"),
-    "quantised, and not known what": ("base.quantisation", {"load_in_4bit": True}),
+    "a word for settings": ("base.quantization", "nf4"),
+    "quantised, and not known what": ("base.quantization", {"load_in_4bit": True}),
     "words in place of samples": ("base.values", {"lm_head.weight": ["a", "b", "c", "d"]}),
     "part of a probe": ("probe", [[0.0]]),
     "no probe": ("probe",),
@@ -119,7 +119,7 @@ def test_a_record_that_was_not_written_so_is_refused(change, adapter):
     recorded(adapter, *change)
     with pytest.raises(UserError, match=r"slsam\.json is damaged \(\w") as caught:
         read_record(adapter)
-    assert (change[0] if change[-1] != {"load_in_4bit": True} else "base.unquantised") in str(caught.value)
+    assert (change[0] if change[-1] != {"load_in_4bit": True} else "base.unquantized") in str(caught.value)
     assert "Copy it again" in str(caught.value)
 
 
@@ -133,7 +133,7 @@ def test_an_export_writes_nothing_before_the_record_is_known_good(adapter, tmp_p
 
 def test_a_record_holds_what_tells_a_base(trained):
     record = json.loads((trained / "adapter/slsam.json").read_text())
-    assert record["base"]["quantisation"] is None
+    assert record["base"]["quantization"] is None
     assert record["base"]["shape"]["num_hidden_layers"] == 5
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"} <= set(
         record["base"]["values"]
@@ -244,6 +244,10 @@ BAD = {
     "record of odd values": (
         lambda f: recorded(f, "base.values", {"lm_head.weight": [1.0]}) and f,
         "base.values.lm_head.weight is [1.0]; it must be a list of 4 numbers",
+    ),
+    "older record": (
+        lambda f: (f / "slsam.json").write_text('{"schema": 1, "training": {"updates": 3}}') and f,
+        "has schema 1; this version reads schema 2. Use the version of slsam-peft that wrote it, or delete the file",
     ),
     "newer record": (lambda f: (f / "slsam.json").write_text('{"schema": 9}') and f, "has schema 9"),
 }
