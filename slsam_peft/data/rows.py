@@ -1,4 +1,4 @@
-"""The kinds of rows that supervised fine-tuning takes, and what is wrong with a row that is none of them."""
+"""Tells the kinds of rows that supervised fine-tuning takes, and what is wrong with a row that is none of them."""
 
 from collections.abc import Mapping
 from typing import Any
