@@ -1,6 +1,6 @@
-"""Trainings to be killed, for test_kills.py: a server that has imported everything and forks one process a life.
+"""Trainings to be killed, for test_kills.py: a server that has imported everything and forks one process per life.
 
-It reads one JSON object a line, `{"folder": ..., "after": seconds}` or `{"folder": ..., "nth": n, "event": ...}`, and
+It reads one JSON object per line, `{"folder": ..., "after": seconds}` or `{"folder": ..., "nth": n, "event": ...}`, and
 answers with one: where the life resumed from and whether it was killed. A life goes on from the newest intact
 checkpoint.
 """

@@ -269,13 +269,13 @@ def _curvature(
     start = (start / start.norm() + gradient / gradient.norm().clamp_min(1e-12)).detach()
     done = 0
 
-    def counted(vector: torch.Tensor) -> torch.Tensor:
+    def told(vector: torch.Tensor) -> torch.Tensor:
         nonlocal done
         done += 1
         tell(f"Measuring the curvature on {name}: product {done} of {settings.lanczos_steps}")
         return product(vector)
 
-    found = asdict(lanczos(counted, start, settings.lanczos_steps))
+    found = asdict(lanczos(told, start, settings.lanczos_steps))
     return found | {"method": product.method, "agreement": product.agreement}
 
 

@@ -15,7 +15,7 @@ from slsam_peft.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
-_JSON_FORM = "a file holds one JSON object a line, or one list of objects"
+_JSON_FORM = "a file holds one JSON object per line, or one list of objects"
 
 Located = tuple[str, dict[str, Any]]  # ("line 3", row)
 

@@ -1,4 +1,4 @@
-"""`slsam-peft check`: what it finds in adapters that are whole, damaged, or on the wrong base."""
+"""`slsam-peft check`: what it finds in adapters that are sound, damaged, or on the wrong base."""
 
 import json
 
@@ -44,8 +44,8 @@ def check(capsys, monkeypatch):
     """Run the command; return its exit code and each finding's mark and text."""
     monkeypatch.setenv("COLUMNS", "400")
 
-    def run(*words):
-        code = main(["--debug", "check", *map(str, words)])
+    def run(*arguments):
+        code = main(["--debug", "check", *map(str, arguments)])
         lines = capsys.readouterr().out.splitlines()
         split = [line.split("  ", 1) for line in lines if "  " in line]
         rows = [(mark.strip(), rest.strip()) for mark, rest in split]
@@ -89,8 +89,8 @@ def test_an_adapter_trained_with_a_users_bandit(trained, tmp_path, check):
     code, found, lines = check(tmp_path / "adapter")
     assert code == 0
     assert f"bandit={own_bandit.__module__}:own_bandit" in "\n".join(lines)
-    words = ["--merge", "--no_measure", "--out", str(tmp_path / "merged")]
-    assert main(["--debug", "export", str(tmp_path / "adapter"), *words]) == 0
+    arguments = ["--merge", "--no_measure", "--out", str(tmp_path / "merged")]
+    assert main(["--debug", "export", str(tmp_path / "adapter"), *arguments]) == 0
     assert f"bandit={own_bandit.__module__}:own_bandit" in (tmp_path / "merged/README.md").read_text()
 
 
@@ -99,7 +99,7 @@ RECORDED = {
     "no base": ("base",),
     "a list for a base": ("base", []),
     "a list as a setting": ("method.rho", [1]),
-    "no number of updates": ("training.steps",),
+    "no number of steps": ("training.steps",),
     "a word for a rate": ("training.learning_rate", "fast"),
     "no versions": ("versions",),
     "unknown dtype": ("base.dtype", "float33"),
@@ -125,8 +125,8 @@ def test_a_record_that_was_not_written_so_is_refused(change, adapter):
 
 def test_an_export_writes_nothing_before_the_record_is_known_good(adapter, tmp_path, capsys):
     recorded(adapter, "base.shape")
-    for words in (["--merge"], []):
-        assert main(["export", str(adapter), "--out", str(tmp_path / "out"), *words]) == 2
+    for arguments in (["--merge"], []):
+        assert main(["export", str(adapter), "--out", str(tmp_path / "out"), *arguments]) == 2
         assert "base.shape is missing" in " ".join(capsys.readouterr().err.split())
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
@@ -271,12 +271,12 @@ def cut(file):
     return file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(("spoil", "said"), BAD.values(), ids=BAD)
-def test_what_cannot_be_checked(spoil, said, adapter, capsys):
+@pytest.mark.parametrize(("spoil", "expected"), BAD.values(), ids=BAD)
+def test_what_cannot_be_checked(spoil, expected, adapter, capsys):
     folder = spoil(adapter)
     assert main(["check", str(folder)]) == 2
     shown = capsys.readouterr().err
-    assert said in " ".join(shown.split())
+    assert expected in " ".join(shown.split())
     assert "Traceback" not in shown
 
 
