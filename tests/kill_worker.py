@@ -1,7 +1,7 @@
 """Trainings to be killed, for test_kills.py: a server that has imported everything and forks one process per life.
 
-It reads one JSON object per line, `{"folder": ..., "after": seconds}` or `{"folder": ..., "nth": n, "event": ...}`, and
-answers with one: where the life resumed from and whether it was killed. A life goes on from the newest intact
+It reads one JSON object per line, `{"folder": ..., "after": seconds}` or `{"folder": ..., "nth": n, "event": ...}`,
+and answers with one: where the life resumed from and whether it was killed. A life goes on from the newest intact
 checkpoint.
 """
 
