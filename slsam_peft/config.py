@@ -17,6 +17,10 @@ DESCENTS = ("active", "all")
 GRANULARITIES = ("block", "module", "tensor")
 ADAPTER_DTYPES = ("float32", "keep")
 
+# How alike two names must be for one to be offered in place of the other, as difflib measures it: misspellings of
+# short names ("roh" for rho) come to 0.67, names that have little in common ("lr" and rho) to 0.4.
+NEAR = 0.6
+
 PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
 
 
@@ -37,9 +41,16 @@ def check_name(what: str, value: Any, allowed: tuple[str, ...], callable_too: bo
 
 
 def hint_at(value: Any, allowed: Iterable[str]) -> str:
-    """Return the nearest of the allowed names as a question to end a message with; empty where none is near."""
-    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4) if isinstance(value, str) else []
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return the nearest of the allowed names as a question to end a message with; empty where none is near.
+
+    Neither letter case nor the dashes in front of a flag count: "--lr" and "--rho" have two characters in common that
+    say nothing.
+    """
+    if not isinstance(value, str):
+        return ""
+    names = {name.lstrip("-").lower(): name for name in allowed}
+    near = difflib.get_close_matches(value.lstrip("-").lower(), names, n=1, cutoff=NEAR)
+    return f" Did you mean '{names[near[0]]}'?" if near else ""
 
 
 def _help(text: str) -> dict[str, str]:

@@ -88,7 +88,7 @@ SFT_FLAGS: dict[str, Case] = {
     "output below a file": (["--output_dir", "train.jsonl/out"], ["output_dir=train.jsonl/out", "cannot be written"]),
     "output is a file": (["--output_dir", "train.jsonl"], ["output_dir=train.jsonl cannot be written"]),
     "output not writable": (["--output_dir", "/proc/slsam/out"], ["output_dir=/proc/slsam/out cannot be written"]),
-    "nothing to resume": (["--resume_from_checkpoint", "true"], ["output_dir=out has no whole checkpoint-<step>"]),
+    "nothing to resume": (["--resume_from_checkpoint", "true"], ["output_dir=out has no intact checkpoint-<step>"]),
     "no checkpoint": (["--resume_from_checkpoint", "model"], ["model is no checkpoint", "trainer_state.json"]),
 }
 
@@ -177,9 +177,9 @@ COMPARISONS: dict[str, tuple[str, str, str]] = {
 }
 # What only the model, the trainer or the data show.
 COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
-    "model folder missing": ("small", "./gone", "model=./gone is not a folder"),
-    "model unknown": ("small", "nobody/nothing", "model=nobody/nothing cannot be read: "),
-    "model folder empty": ("small", "./void", "model=./void cannot be read: "),
+    "model folder missing": ("small", "./gone", "model folder ./gone does not exist"),
+    "model unknown": ("small", "nobody/nothing", "model nobody/nothing cannot be read: "),
+    "model folder empty": ("small", "./void", "model void cannot be read: "),
     "less than one arm": (
         "active_fraction: 1.0",
         "active_fraction: 0.01",
@@ -237,7 +237,7 @@ BENCH: list[tuple[list[str], str]] = [
     (["--output", "gone/b.json"], "the folder of gone/b.json does not exist. Make it first, or name another file."),
     (["--output", "/proc/b.json"], "/proc/b.json cannot be written: "),
     (["--plot", "b.pdf"], "--plot b.pdf: the name must end in .png or .svg."),
-    (["--model", "./gone", "--output", "b.json"], "model ./gone could not be loaded: "),
+    (["--model", "./gone", "--output", "b.json"], "model folder ./gone does not exist"),
     (["--model", "nobody/nothing", "--output", "b.json"], "model nobody/nothing could not be loaded: "),
 ]
 ADAPTERS: list[tuple[list[str], str]] = [
@@ -316,19 +316,19 @@ CHECKPOINTS: dict[str, list[str]] = {
     "slsam cut": ["slsam.safetensors is damaged", "resume from an older checkpoint"],
     "slsam flipped": ["slsam.safetensors is damaged", "SHA-256", "resume from an older checkpoint"],
     "slsam missing": ["slsam.safetensors does not exist", "accept_state_mismatch"],
-    "state cut": ["checkpoint-2 is not whole: trainer_state.json is cut short"],
+    "state cut": ["checkpoint-2 is not intact: trainer_state.json is cut short"],
     "state missing": ["is no checkpoint", "trainer_state.json"],
-    "adapter cut": ["is not whole: adapter_model.safetensors is cut short", "start afresh"],
-    "adapter flipped": ["is not whole: adapter_model.safetensors is damaged", "SHA-256", "start afresh"],
-    "optimizer flipped": ["is not whole: optimizer.pt is damaged", "SHA-256", "start afresh"],
-    "scheduler flipped": ["is not whole: scheduler.pt is damaged", "SHA-256", "start afresh"],
-    "random flipped": ["is not whole: rng_state.pth is damaged", "SHA-256", "start afresh"],
-    "hashes cut": ["is not whole: slsam_files.json is damaged", "start afresh"],
-    "adapter missing": ["is not whole: adapter_model.safetensors is missing", "start afresh"],
-    "optimizer cut": ["is not whole: optimizer.pt is cut short", "start afresh"],
-    "optimizer missing": ["is not whole: optimizer.pt is missing", "start afresh"],
-    "scheduler cut": ["is not whole: scheduler.pt is cut short", "start afresh"],
-    "scheduler missing": ["is not whole: scheduler.pt is missing", "start afresh"],
-    "random cut": ["is not whole: rng_state.pth is cut short", "start afresh"],
-    "random missing": ["is not whole: rng_state.pth is missing", "start afresh"],
+    "adapter cut": ["is not intact: adapter_model.safetensors is cut short", "start afresh"],
+    "adapter flipped": ["is not intact: adapter_model.safetensors is damaged", "SHA-256", "start afresh"],
+    "optimizer flipped": ["is not intact: optimizer.pt is damaged", "SHA-256", "start afresh"],
+    "scheduler flipped": ["is not intact: scheduler.pt is damaged", "SHA-256", "start afresh"],
+    "random flipped": ["is not intact: rng_state.pth is damaged", "SHA-256", "start afresh"],
+    "hashes cut": ["is not intact: slsam_files.json is damaged", "start afresh"],
+    "adapter missing": ["is not intact: adapter_model.safetensors is missing", "start afresh"],
+    "optimizer cut": ["is not intact: optimizer.pt is cut short", "start afresh"],
+    "optimizer missing": ["is not intact: optimizer.pt is missing", "start afresh"],
+    "scheduler cut": ["is not intact: scheduler.pt is cut short", "start afresh"],
+    "scheduler missing": ["is not intact: scheduler.pt is missing", "start afresh"],
+    "random cut": ["is not intact: rng_state.pth is cut short", "start afresh"],
+    "random missing": ["is not intact: rng_state.pth is missing", "start afresh"],
 }

@@ -1,7 +1,7 @@
-"""Trainings to be killed, for test_kills.py: a server that has imported everything and forks one process a life.
+"""Trainings to be killed, for test_kills.py: a server that has imported everything and forks one process per life.
 
-It reads one JSON object a line, `{"folder": ..., "after": seconds}` or `{"folder": ..., "nth": n, "event": ...}`, and
-answers with one: where the life resumed from and whether it was killed. A life goes on from the newest whole
+It reads one JSON object per line, `{"folder": ..., "after": seconds}` or `{"folder": ..., "nth": n, "event": ...}`,
+and answers with one: where the life resumed from and whether it was killed. A life goes on from the newest intact
 checkpoint.
 """
 
@@ -27,7 +27,7 @@ SAVE_STEPS = 2
 
 
 class Reports(TrainerCallback):
-    """Tells the server when updates begin, and from which one on."""
+    """Tells the server when steps begin, and from which one on."""
 
     def __init__(self, pipe):
         self.pipe = pipe

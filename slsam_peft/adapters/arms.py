@@ -1,4 +1,4 @@
-"""An adapter's arms from its own folder: modules on the meta device, weights read from safetensors by name."""
+"""Tells an adapter's arms from its own folder: its modules go to the meta device, its weights are read by name."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,21 +12,23 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from slsam_peft.adapters.skeleton import Shapes, skeleton_of
 from slsam_peft.algorithm.arms import Arms, arms_of
 from slsam_peft.errors import UserError
+from slsam_peft.models.load import load_config
+from slsam_peft.models.shapes import first_line
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 # What PEFT raises, one way or another, when an adapter does not belong on the structure it is put on.
 _MISFITS = (ValueError, KeyError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class AdapterStructure:
     """An adapter without its base weights.
 
     Args:
@@ -49,8 +51,8 @@ class Adapter:
             return {parameter: file.get_tensor(key) for parameter, key in self.keys.items()}
 
 
-def open_adapter(folder: Path) -> Adapter:
-    """Open a PEFT adapter's folder. No network is asked and no pickle read.
+def read_structure(folder: Path) -> AdapterStructure:
+    """Read which modules and parameters an adapter consists of. No network is asked and no pickle read.
 
     Args:
         folder (`Path`): Holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -58,16 +60,17 @@ def open_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: something is missing, damaged or pickled, or does not tell its structure.
     """
-    file = safe_file(folder, ADAPTER, "adapter_model.bin")
+    file = safe_file(folder, WEIGHTS, "adapter_model.bin")
     shapes = shapes_in(file)
     config = _config(folder)
     if config.is_prompt_learning:
         raise UserError(
             f"{folder} holds prompts ({config.peft_type.value}): they are in no module, so there are no arms."
         )
+    # The base model's configuration tells most; without one, the names and shapes in the file must do.
     found, reason = _in_base(config, shapes)
     if found is not None:
-        return Adapter(config, *found, file)
+        return AdapterStructure(config, *found, file)
     fresh = _config(folder)
     fresh.task_type = None  # a plain module is all it is put into
     try:
@@ -75,17 +78,17 @@ def open_adapter(folder: Path) -> Adapter:
     except _MISFITS as error:
         raise UserError(
             f"the arms of {folder} cannot be told: {reason}, and its own names do not say enough "
-            f"({first_line(error)}).\nPut the base model's config.json where {ADAPTER_CONFIG} says it is."
+            f"({first_line(error)}).\nPut the base model's config.json where {SETTINGS} says it is."
         ) from error
-    return Adapter(config, *found, file, f"Structure from the adapter's own names: {reason}.")
+    return AdapterStructure(config, *found, file, f"Structure from the adapter's own names: {reason}.")
 
 
 def _config(folder: Path) -> Any:
     try:
-        with _quiet():
+        with _without_warnings():
             return PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what a malformed file leads to
-        raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{folder / SETTINGS} cannot be read: {first_line(error)}") from error
 
 
 _Placed = tuple[nn.Module, dict[nn.Parameter, str]]
@@ -95,12 +98,12 @@ def _in_base(config: Any, shapes: Shapes) -> tuple[_Placed | None, str]:
     """Return the adapter in its base model, or `None` and why not."""
     base = config.base_model_name_or_path
     try:
-        with _quiet():
-            shape = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        with _without_warnings():
+            shape = load_config(str(base), local=True)
             shape.quantization_config = None
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"the configuration of its base model {base!r} is not at hand"
     try:
         return _placed(model, config, shapes), ""
@@ -117,10 +120,11 @@ def _placed(model: nn.Module, config: Any, shapes: Shapes) -> _Placed:
     config.inference_mode = False
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # others compute with base weights, and there are none
-    with _quiet():
+    with _without_warnings():
         placed: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
         trained = {n: p for n, p in placed.named_parameters() if p.requires_grad}
         named = get_peft_model_state_dict(placed, state_dict=dict(trained), save_embedding_layers=False)
+    # PEFT names its parameters as it saves them; each must be in the file, and each of the file's factors among them.
     keys: dict[Any, str] = {parameter: key for key, parameter in named.items()}
     for parameter, key in keys.items():
         if shapes.get(key) != tuple(parameter.shape):
@@ -145,7 +149,7 @@ def arms_in(model: nn.Module, granularity: str, name: str) -> Arms:
         raise UserError(f"{name}: {error}") from error
 
 
-def changes(adapter: Adapter, weights: Mapping[nn.Parameter, torch.Tensor], arms: Arms) -> dict[str, float]:
+def changes(adapter: AdapterStructure, weights: Mapping[nn.Parameter, torch.Tensor], arms: Arms) -> dict[str, float]:
     """Return, by arm, the Frobenius norm of scaling * B A over its LoRA modules.
 
     Arms that hold only one factor of a module are left out, and DoRA, which changes base weights by more than that.
@@ -204,8 +208,8 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what libraries say on the way to themselves: what matters of it is checked here."""
+def _without_warnings() -> Iterator[None]:
+    """Silence what libraries say on the way: what matters of it is checked here."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -214,8 +218,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's first line, or its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

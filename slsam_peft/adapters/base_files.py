@@ -1,4 +1,4 @@
-"""A base model's safetensors files, read tensor by tensor."""
+"""Reads a base model's safetensors files tensor by tensor."""
 
 import json
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ class BaseFiles:
     def read(self, stored: Stored) -> torch.Tensor:
         """Return one tensor, mapped from its file.
 
-        The file is opened anew each time: pages of a mapping that stays open would add up to the whole file.
+        The file is opened anew each time: pages of a mapping that stays open would add up to all of the file.
         """
         with safe_open(stored.file, framework="pt") as file:
             return file.get_tensor(stored.key)

@@ -1,4 +1,4 @@
-"""Two answers to one prompt, token by token: with an adapter and without it."""
+"""Gives two answers to one prompt, token by token: with an adapter and without it."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,10 +17,10 @@ class Answer:
         model (`PeftModel`): In evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer. Without a chat template the last message is continued.
         messages (`list[dict]`): The conversation so far; the last message is the user's.
-        adapted (`bool`): With the adapter.
-        limit (`int`): Tokens, at most.
-        temperature (`float`): 0: the most likely token each time.
-        seed (`int`): Of the draws, where the temperature is not 0.
+        adapted (`bool`): Whether the adapter takes part.
+        limit (`int`): Tokens that an answer has at most.
+        temperature (`float`): 0 takes the most likely token each time.
+        seed (`int`): Seed of the draws, where the temperature is not 0.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Whether an adapter is whole, fits its base, and computes what it did when it was saved."""
+"""Checks whether an adapter is undamaged, fits its base, and computes what it did when it was saved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +8,14 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 from slsam_peft.adapters.load import Adapter, base_config, fit, load_adapted, raw_tensors
+from slsam_peft.models.load import Tell
 from slsam_peft.saving.record import differing, part_of, probe_logits
 
-# Of the recorded logits' standard deviation. Kernels sum in other orders on other machines.
+# A share of the recorded logits' standard deviation: kernels sum in other orders on other machines.
 PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 COARSEST = max(PROBE_TOLERANCE.values())  # of other dtypes
 
-NAMED = 3  # of a list of tensors
-
-Tell = Callable[[str], None]
+NAMED = 3  # tensors of a list that a finding names
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Finding:
     """One thing that was looked at.
 
     Args:
-        what (`str`): What.
+        what (`str`): What was looked at.
         result (`str`): What was found.
         good (`bool` or `None`): Whether it is as it should be; `None` where it could not be told.
     """
@@ -39,7 +38,7 @@ def examine(adapter: Adapter, tell: Tell) -> Iterator[Finding]:
 
     Args:
         adapter (`Adapter`): From `open_adapter`.
-        tell (callable): Told of what takes time.
+        tell (callable): Is told of what takes time.
 
     Raises:
         UserError: the base cannot be read.

@@ -1,11 +1,9 @@
-"""An adapter handed on: as a plain PEFT folder, or merged into its base, shard by shard."""
+"""Hands an adapter on: as a plain PEFT folder, or merged into its base, shard by shard."""
 
 import json
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,15 @@ from safetensors import TensorSpec, serialize_file
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from slsam_peft.adapters.arms import SETTINGS, WEIGHTS
 from slsam_peft.adapters.base_files import INDEX, SINGLE, BaseFiles
-from slsam_peft.adapters.load import SETTINGS, WEIGHTS, Adapter, load_tokenizer, plain_config, raw_tensors
+from slsam_peft.adapters.load import Adapter, adapter_tokenizer, plain_config, raw_tensors
 from slsam_peft.adapters.merge import Merge
 from slsam_peft.adapters.requantize import NF4, check_quantization, dequantized
 from slsam_peft.errors import UserError
+from slsam_peft.models.load import Tell
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
+from slsam_peft.saving.atomic import replaced_folder
 from slsam_peft.saving.card import tags_of
 from slsam_peft.saving.record import FILE_NAME
 
@@ -34,15 +35,13 @@ WAYS = {
 }
 SHARD_BYTES = 5_000_000_000
 
-Tell = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Merging:
     """How to merge.
 
     Args:
-        dtype (`torch.dtype` or `None`): Of the merged weights; `None`: as the base's files have them.
+        dtype (`torch.dtype` or `None`): Dtype of the merged weights; `None` keeps that of the base's files.
         shard_bytes (`int`): Size of a file, at most, unless a single tensor is larger.
     """
 
@@ -63,16 +62,8 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     """
     check_out(out, force)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
+        with replaced_folder(out) as new:
             yield new
-            for file in new.iterdir():  # safetensors writes files that nobody but their owner reads
-                file.chmod(new.stat().st_mode & 0o666)
-            if out.exists():
-                os.replace(out, Path(scratch) / "old")
-            os.replace(new, out)
     except OSError as error:
         raise UserError(
             f"{out} could not be written: {error.strerror or error}. Free some space, or name another."
@@ -105,7 +96,7 @@ def copy_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = Non
     Args:
         adapter (`Adapter`): The adapter.
         folder (`Path`): An empty folder.
-        dtype (`torch.dtype`, *optional*): Of its tensors; as they are where it is missing.
+        dtype (`torch.dtype`, *optional*): Dtype of its tensors, which stay as they are without it.
     """
     if dtype is None:
         shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
@@ -116,11 +107,11 @@ def copy_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = Non
         if (adapter.folder / name).is_file():
             shutil.copyfile(adapter.folder / name, folder / name)
     if (adapter.folder / "tokenizer_config.json").is_file():
-        load_tokenizer(adapter).save_pretrained(folder)
+        adapter_tokenizer(adapter).save_pretrained(folder)
 
 
 def way_of(adapter: Adapter, config: Any, base: str | None) -> str:
-    """Return what to merge into: `"original"` or `"dequantised"`.
+    """Return what to merge into: `"original"` or `"dequantized"`.
 
     Args:
         adapter (`Adapter`): The adapter.
@@ -160,8 +151,8 @@ def build_merge(adapter: Adapter, config: Any, way: str) -> Merge:
     if way == ORIGINAL:
         return Merge(adapter, config, files)
     quantization = adapter.quantization or NF4
-    base = adapter.record["base"] if adapter.record is not None else {"dtype": "bfloat16", "unquantised": ["lm_head"]}
-    dtype, kept = getattr(torch, base["dtype"]), {f"{name}.weight" for name in base["unquantised"]}
+    base = adapter.record["base"] if adapter.record is not None else {"dtype": "bfloat16", "unquantized": ["lm_head"]}
+    dtype, kept = getattr(torch, base["dtype"]), {f"{name}.weight" for name in base["unquantized"]}
     merge: Merge
 
     def transform(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -182,7 +173,7 @@ def write_merged(merge: Merge, adapter: Adapter, config: Any, folder: Path, merg
         config (`PreTrainedConfig`): The base's.
         folder (`Path`): An empty folder.
         merging (`Merging`): Dtype and size of the shards.
-        tell (callable): Told of every shard.
+        tell (callable): Is told of every shard.
     """
     dtypes = write_shards(merge, folder, merging, tell)
     new = plain_config(config)
@@ -192,7 +183,7 @@ def write_merged(merge: Merge, adapter: Adapter, config: Any, folder: Path, merg
     new.save_pretrained(folder)
     if (Path(merge.folder) / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(merge.folder).save_pretrained(folder)
-    load_tokenizer(adapter).save_pretrained(folder)
+    adapter_tokenizer(adapter).save_pretrained(folder)
 
 
 def write_shards(merge: Merge, folder: Path, merging: Merging, tell: Tell) -> set[torch.dtype]:
@@ -204,16 +195,7 @@ def write_shards(merge: Merge, folder: Path, merging: Merging, tell: Tell) -> se
     for number, plan in enumerate(plans, 1):
         file = SINGLE if len(plans) == 1 else f"model-{number:05}-of-{len(plans):05}.safetensors"
         tell(f"Merging: shard {number} of {len(plans)}")
-        entries = {}
-        for place in plan:
-            view = buffer[place.start : place.start + place.size].view(place.dtype).view(place.shape)
-            view.copy_(merge.tensor(place.name))
-            entries[place.name] = TensorSpec(
-                dtype=str(place.dtype).removeprefix("torch."),
-                shape=place.shape,
-                data_ptr=view.data_ptr(),
-                data_len=place.size,
-            )
+        entries = {place.name: _merged_into(buffer, place, merge) for place in plan}
         serialize_file(entries, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(entries, file)
     places = [place for plan in plans for place in plan]
@@ -221,6 +203,14 @@ def write_shards(merge: Merge, folder: Path, merging: Merging, tell: Tell) -> se
         index = {"metadata": {"total_size": sum(p.size for p in places)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {p.dtype for p in places if p.dtype.is_floating_point}
+
+
+def _merged_into(buffer: torch.Tensor, place: "Place", merge: Merge) -> TensorSpec:
+    """Put a merged tensor into its place in the buffer, and return what safetensors writes it from."""
+    view = buffer[place.start : place.start + place.size].view(place.dtype).view(place.shape)
+    view.copy_(merge.tensor(place.name))
+    dtype = str(place.dtype).removeprefix("torch.")
+    return TensorSpec(dtype=dtype, shape=place.shape, data_ptr=view.data_ptr(), data_len=place.size)
 
 
 @dataclass(frozen=True)
@@ -255,8 +245,9 @@ def _end(plan: list[Place]) -> int:
 
 def write_card(folder: Path, adapter: Adapter, way: str, dtype: str) -> None:
     """Write the model card of a merged model."""
+    # A card is read elsewhere, where the folder of a local base means nothing.
     base: str | None = adapter.base
-    if Path(adapter.base).is_dir():  # a card is read elsewhere, where this folder means nothing
+    if Path(adapter.base).is_dir():
         base = HUB_NAME if Path(adapter.base).name == MODEL_NAME else None
     tags, trained = [], "It was trained by another trainer than this package's."
     if adapter.record is not None:

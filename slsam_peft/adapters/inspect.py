@@ -1,27 +1,28 @@
-"""What an adapter or a model consists of, arm by arm, read from safetensors alone."""
+"""Tells what an adapter or a model consists of, arm by arm, from safetensors alone."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from slsam_peft.adapters.arms import (
-    ADAPTER_CONFIG,
+    SETTINGS,
     arms_in,
     changes,
-    first_line,
-    open_adapter,
+    read_structure,
     safe_file,
     shapes_in,
 )
 from slsam_peft.algorithm.arms import Arm, Arms
 from slsam_peft.errors import UserError
-from slsam_peft.models.shapes import load_config
+from slsam_peft.models.load import is_path
+from slsam_peft.models.shapes import find_config, first_line
 from slsam_peft.saving.trace_data import FILE_NAME, read_trace
 
 
@@ -37,8 +38,8 @@ class ArmRow:
         bytes (`int`): Memory of its weights.
         norm (`float` or `None`): L2 norm of its weights; `None` where no weights were read.
         change (`float` or `None`): Frobenius norm of what its LoRA modules add to the base weights; `None` where that
-            is not known from the adapter alone, or the arm has no whole module.
-        active (`float` or `None`): Share of the training's updates in which it was active, where a trace tells.
+            is not known from the adapter alone, or the arm has no complete module.
+        active (`float` or `None`): Share of the training's steps in which it was active, where a trace tells.
     """
 
     name: str
@@ -79,21 +80,21 @@ def inspect(name: str, granularity: str) -> Inspection:
         UserError: nothing of the kind is there, it is damaged, its weights are pickled, or its arms cannot be told.
     """
     folder = Path(name)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / SETTINGS).is_file():
         return _inspect_adapter(folder, granularity)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        below = sorted(str(path.parent) for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{SETTINGS}"))
         hint = f" There are adapters in: {', '.join(below[:4])}." if below else ""
-        raise UserError(f"{folder} holds neither {ADAPTER_CONFIG} nor config.json; name an adapter or a model.{hint}")
+        raise UserError(f"{folder} holds neither {SETTINGS} nor config.json; name an adapter or a model.{hint}")
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder it is in.")
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not folder.exists() and is_path(name):
         raise UserError(f"the folder {name} does not exist; name an adapter's or a model's folder.")
     return _inspect_model(name, granularity)
 
 
 def _inspect_adapter(folder: Path, granularity: str) -> Inspection:
-    adapter = open_adapter(folder)
+    adapter = read_structure(folder)
     arms = arms_in(adapter.model, granularity, str(folder))
     weights, active = adapter.weights(), _activity(folder, arms)
     change = changes(adapter, weights, arms)
@@ -122,29 +123,35 @@ def _activity(folder: Path, arms: Arms) -> dict[str, float]:
 
 
 def _inspect_model(name: str, granularity: str) -> Inspection:
-    config = load_config(name)
-    config.quantization_config = None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"cannot build a {config.model_type!r} model: {first_line(error)}") from error
-    model.requires_grad_(True)
+    model = _without_weights(name)
     arms = arms_in(model, granularity, name)
     facts = {"architecture": type(model).__name__, "blocks": str(len(arms.blocks))}
     if not os.path.isdir(name):
         rows = [_row(arm, arm.parameters, False) for arm in arms]
         return Inspection(f"Model {name}", facts, rows, ["Sizes from the configuration; no weights were read."])
+    # An arm of which some tensors cannot be read gets its sizes from the configuration, and no norm.
     files = _model_files(Path(name))
     rows, lacking = [], 0
     for arm in arms:
         found = [_tensor(files, n) for n in arm.parameter_names]
         usable = [t for t in found if t is not None and t.is_floating_point()]
         lacking += len(found) - len(usable)
-        whole = len(usable) == len(found)
-        rows.append(_row(arm, usable if whole else arm.parameters, whole))
+        complete = len(usable) == len(found)
+        rows.append(_row(arm, usable if complete else arm.parameters, complete))
     note = f"{lacking} tensors are stored in another form (quantised, or under other names): no norm for their arms."
     return Inspection(f"Model {name}", facts, rows, [note] if lacking else [])
+
+
+def _without_weights(name: str) -> Any:
+    """Return a model on the meta device, from its configuration alone, with every parameter trainable."""
+    config = find_config(name)
+    config.quantization_config = None
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"cannot build a {config.model_type!r} model: {first_line(error)}") from error
+    return model.requires_grad_(True)
 
 
 def _row(

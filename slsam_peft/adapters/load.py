@@ -1,6 +1,5 @@
-"""Adapters on disk: what folder, which base, do they fit, and the model with both."""
+"""Loads adapters from disk: their folder, their base model, whether the two fit, and the model made of both."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,19 +7,16 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.errors import UserError
-from slsam_peft.models.bnb_cpu import keep_trainable
-from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
-from slsam_peft.saving.record import FILE_NAME, Record, base_name, shape_of
+from slsam_peft.models.load import find_model, is_path, load_config, load_model, load_tokenizer
+from slsam_peft.models.smollm2 import HUB_NAME, SMOLLM2
+from slsam_peft.saving.record import FILE_NAME, Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
-
-WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "adapter_config.json"
-SMOLLM2 = "smollm2"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -45,8 +41,8 @@ class Adapter:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """How the base was quantised in training; `None`: not at all, or not known."""
-        return None if self.record is None else self.record["base"]["quantisation"]
+        """How the base was quantised in training; `None` where it was not, or that is not known."""
+        return None if self.record is None else self.record["base"]["quantization"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
     if not path.is_dir():
         raise UserError(f"adapter folder {folder} does not exist (from {Path.cwd()}).")
     if not (path / SETTINGS).is_file():
-        what = "a whole model, not an adapter" if (path / "config.json").is_file() else "no adapter"
+        what = "a full model, not an adapter" if (path / "config.json").is_file() else "no adapter"
         raise UserError(f"{folder} holds {what}: {SETTINGS} is missing. Name the folder an adapter was saved in.")
     try:
         config: Any = PeftConfig.from_pretrained(str(path))
@@ -96,9 +92,7 @@ def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
             f"{folder} holds {config.peft_type.value} prompts, no weights of modules; it is not supported."
         )
     shapes = _header(path / WEIGHTS)
-    return Adapter(
-        path, config, shapes, read_record(path), base_folder(model or config.base_model_name_or_path, model)
-    )
+    return Adapter(path, config, shapes, read_record(path), _base_of(config, model))
 
 
 def _header(path: Path) -> Shapes:
@@ -106,35 +100,29 @@ def _header(path: Path) -> Shapes:
         pickled = path.with_suffix(".bin")
         hint = f" {pickled.name} is a pickle and is not read; save the adapter again." if pickled.exists() else ""
         raise UserError(f"{path} does not exist.{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({brief(error)}); copy or save the adapter again.") from error
+    return shapes_in(path)
 
 
-def base_folder(name: str | None, given: str | None = None) -> str:
-    """Return what `from_pretrained` takes for a base model's name; `"smollm2"` is fetched where it is not there yet.
+def _base_of(config: Any, given: str | None) -> str:
+    """Return what `from_pretrained` takes for an adapter's base model.
 
     Args:
-        name (`str` or `None`): Folder, Hub name, or `"smollm2"`.
-        given (`str`, *optional*): The same where a user has named it, for the message.
+        config (`PeftConfig`): The adapter's settings.
+        given (`str` or `None`): The base that the user has named.
 
     Raises:
         UserError: there is no name, or no such folder.
     """
+    name = given or config.base_model_name_or_path
     if not name:
         raise UserError("the adapter does not name its base model; name it with --model.")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name in (SMOLLM2, HUB_NAME):
-        return str(fetch_smollm2())
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    there = Path(name).expanduser().is_dir()
+    if is_path(name) and not there:
         if given is not None:
             raise UserError(f"--model={name} is not a folder; name one with a model in it, or a hub name.")
         raise UserError(f"the adapter's base model {name} is not here; name its folder or hub name with --model.")
-    return name
+    # An adapter trained on the fetched model is saved with the name that others know it by.
+    return find_model(SMOLLM2 if name == HUB_NAME and not there else name)
 
 
 def base_config(adapter: Adapter) -> Any:
@@ -144,9 +132,9 @@ def base_config(adapter: Adapter) -> Any:
         UserError: it cannot be found or read.
     """
     try:
-        return AutoConfig.from_pretrained(adapter.base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"base model {adapter.base} cannot be read: {brief(error)}") from error
+        return load_config(adapter.base)
+    except UserError as error:
+        raise UserError(f"base {error}") from error
 
 
 def fit(adapter: Adapter, config: Any) -> Fit:
@@ -154,16 +142,18 @@ def fit(adapter: Adapter, config: Any) -> Fit:
 
     Args:
         adapter (`Adapter`): The adapter.
-        config (`PreTrainedConfig`): Of the base.
+        config (`PreTrainedConfig`): The base's.
     """
+    # The base's own sizes, against those it had in training.
     shape = []
     if adapter.record is not None:
-        here = shape_of(config)
+        here = base_shape(config)
         shape = [
             f"{name} is {here[name]}, trained on {value}"
             for name, value in adapter.record["base"]["shape"].items()
             if here[name] != value
         ]
+    # The adapter's tensors, against the places that PEFT makes for them.
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
         own = {name: tuple(p.shape) for name, p in base.named_parameters(remove_duplicate=False)}
@@ -173,7 +163,7 @@ def fit(adapter: Adapter, config: Any) -> Fit:
             return Fit([*shape, brief(error)], sorted(adapter.shapes), [], [])
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     places: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    # Embeddings that are adapted or were resized are saved whole beside the adapter.
+    # Embeddings that are adapted or were resized are saved in full beside the adapter.
     known = places | {key: own[name] for key in adapter.shapes if (name := base_name(key)) in own}
     return Fit(
         shape=shape,
@@ -238,50 +228,37 @@ def load_adapted(
     """
     check_fit(adapter)
     recorded = None if adapter.record is None else getattr(torch, adapter.record["base"]["dtype"])
-    base = load_base(adapter.base, dtype or recorded, adapter.quantization, attention)
+    dtype = dtype or recorded
+    base = load_model(adapter.base, dtype, _quantization(adapter, dtype), attention)
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the adapter {adapter.folder} cannot be loaded: {brief(error)}") from error
-    return model.eval(), load_tokenizer(adapter)
+    return model.eval(), adapter_tokenizer(adapter)
 
 
-def load_base(
-    name: str, dtype: torch.dtype | None, quantization: dict[str, Any] | None, attention: str | None = None
-) -> Any:
-    """Load a causal language model.
-
-    Args:
-        name (`str`): Folder or Hub name.
-        dtype (`torch.dtype` or `None`): `None`: as its files are.
-        quantization (`dict` or `None`): bitsandbytes' settings, as a model's config has them.
-        attention (`str`, *optional*): The attention's implementation, as transformers names it.
+def _quantization(adapter: Adapter, dtype: torch.dtype | None) -> BitsAndBytesConfig | None:
+    """Return how the base was quantised in training, for a model that computes in `dtype`.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the record holds settings that bitsandbytes does not take.
     """
-    arguments: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": attention}
-    if quantization is not None:
-        settings = dict(quantization)
-        if dtype is not None:
-            settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-        try:
-            arguments["quantization_config"] = BitsAndBytesConfig.from_dict(settings)
-        except (TypeError, ValueError, AttributeError) as error:  # all of them are raised for values of odd types
-            raise UserError(
-                f"base model {name} cannot be quantised as recorded: {brief(error)}. Delete {FILE_NAME} beside the "
-                "adapter: it then counts as one on a base that was not quantised."
-            ) from error
-    arguments["device_map"] = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+    if adapter.quantization is None:
+        return None
+    settings = dict(adapter.quantization)
+    if dtype is not None:
+        settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, SafetensorError, ImportError) as error:
-        raise UserError(f"base model {name} cannot be loaded: {brief(error)}") from error
-    keep_trainable(model)
-    return model
+        made: Any = BitsAndBytesConfig.from_dict(settings)
+    except (TypeError, ValueError, AttributeError) as error:  # all of them are raised for values of odd types
+        raise UserError(
+            f"base model {adapter.base} cannot be quantised as recorded: {brief(error)}. Delete {FILE_NAME} beside "
+            "the adapter: it then counts as one on a base that was not quantised."
+        ) from error
+    return made
 
 
-def load_tokenizer(adapter: Adapter) -> Any:
+def adapter_tokenizer(adapter: Adapter) -> Any:
     """Return the tokenizer saved with an adapter, or its base's.
 
     Raises:
@@ -289,9 +266,10 @@ def load_tokenizer(adapter: Adapter) -> Any:
     """
     own = (adapter.folder / "tokenizer_config.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(str(adapter.folder) if own else adapter.base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"neither {adapter.folder} nor {adapter.base} has a tokenizer: {brief(error)}") from error
+        return load_tokenizer(str(adapter.folder) if own else adapter.base)
+    except UserError as error:
+        reason = brief(error.__cause__ or error)
+        raise UserError(f"neither {adapter.folder} nor {adapter.base} has a tokenizer: {reason}") from error
 
 
 def raw_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -308,6 +286,3 @@ def parameter_count(model: nn.Module) -> int:
 def brief(error: BaseException, limit: int = 300) -> str:
     """Return an error's message on one line, cut off where it is long."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
-
-
-Tell = Callable[[str], None]

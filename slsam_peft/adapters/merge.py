@@ -1,4 +1,4 @@
-"""An adapter merged into its base one tensor at a time, by PEFT's own merge of each layer.
+"""Merges an adapter into its base one tensor at a time, by PEFT's own merge of each layer.
 
 PEFT's layers are built around a base without values: every parameter is one zero, expanded to its shape. For each
 tensor of the base the layer it belongs to is given the real values, merges, and has them taken away again.
@@ -161,7 +161,7 @@ def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 
 def _replaced(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what the adapter's file holds whole: saved modules, resized embeddings, trained biases."""
+    """Yield what the adapter's file holds in full: saved modules, resized embeddings, trained biases."""
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             saved: Any = module.modules_to_save[ADAPTER_NAME]
@@ -186,6 +186,7 @@ def _tied(base: Any) -> tuple[str, str]:
 
 
 def _merged(layer: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Lend a layer the real values of its base, let PEFT merge into them, and take them away again."""
     base = layer.get_base_layer()
     kept = {name: base._parameters[name] for name in values}
     try:

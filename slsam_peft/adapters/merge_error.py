@@ -1,7 +1,6 @@
-"""How far a merged model is from the adapter on the base it was trained on."""
+"""Measures how far a merged model is from the adapter on the base it was trained on."""
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,12 @@ from typing import Any
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from slsam_peft.adapters.load import Adapter, load_adapted, load_base
+from slsam_peft.adapters.load import Adapter, load_adapted
 from slsam_peft.data.examples import load_examples
 from slsam_peft.data.load import STDLIB_DOCS
 from slsam_peft.data.scoring import score
+from slsam_peft.models.load import Tell, load_model
 from slsam_peft.saving.record import probe_logits
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def measure(
         adapter (`Adapter`): On its base as it was in training, it is what the others are compared with.
         folders (`dict[str, Path]`): Merged models, by what they are called.
         held_out (`HeldOut`, *optional*): Data.
-        tell (callable): Told of every model.
+        tell (callable): Is told of every model.
 
     Returns:
         `tuple`: The trained state's held-out loss, and the outcome of each folder.
@@ -76,7 +74,7 @@ def measure(
     for name, folder in folders.items():
         gc.collect()
         tell(f"Measuring the merge into {name} weights")
-        merged = load_base(str(folder), None, None).eval()
+        merged = load_model(str(folder), None).eval()
         outcomes[name] = _compare(reference, probe_logits(merged), _loss(merged, rows))
         del merged
     return trained_loss, outcomes

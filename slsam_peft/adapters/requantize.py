@@ -1,4 +1,4 @@
-"""The weights that training on a quantised base saw: quantised as bitsandbytes does it, and back."""
+"""Makes the weights that training on a quantised base saw: quantised as bitsandbytes does it, and back."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def dequantized(weight: torch.Tensor, quantization: dict[str, Any], dtype: torch
         `torch.Tensor`: Shape and dtype of `weight` in `dtype`.
 
     Raises:
-        UserError: another kind of quantisation.
+        UserError: the settings are of another kind of quantisation.
     """
     check_quantization(quantization)
     source = weight.to(dtype).contiguous()
@@ -45,7 +45,7 @@ def dequantized(weight: torch.Tensor, quantization: dict[str, Any], dtype: torch
 
 
 def check_quantization(quantization: dict[str, Any]) -> None:
-    """Refuse what `dequantised` cannot repeat.
+    """Refuse what `dequantized` cannot repeat.
 
     Raises:
         UserError: it is not bitsandbytes in 4 or 8 bits.

@@ -1,4 +1,4 @@
-"""Flatness of a trained adapter: its own parameters, and the full weights W + BA of the layers it adapts."""
+"""Measures how flat the loss is around an adapter: in its parameters, and in the full weights W + BA of its layers."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from slsam_peft.data.scoring import IGNORED, Tokens, padded
+from slsam_peft.models.load import Tell
 from slsam_peft.sharpness.curvature import HessianVector, lanczos
 from slsam_peft.sharpness.measures import Objective, Space, average_rise, filter_normalized, line, plane, worst_case
 
-ADAPTER = "adapter"
-FULL = "full weight"
+ADAPTER_SPACE = "adapter"
+FULL_SPACE = "full weight"
 
-Tell = Callable[[str], None]
 Result = dict[str, Any]
 
 
@@ -30,18 +30,18 @@ class FlatnessSettings:
 
     Args:
         rho (`float`): Radius of the worst case.
-        adaptive_rho (`float`): The same over |w| + 0.01 (ASAM).
+        adaptive_rho (`float`): Radius of the worst case over |w| + 0.01 (ASAM).
         sigma (`float`): Standard deviation of the noise on each entry.
-        adaptive_sigma (`float`): The same over |w| + 0.01.
+        adaptive_sigma (`float`): Standard deviation of the noise over |w| + 0.01.
         ascent_steps (`int`): Steps of the worst case's ascent from each start.
         restarts (`int`): Its random starts.
         draws (`int`): Pairs of noise.
-        lanczos_steps (`int`): Hessian-vector products; 0: no curvature.
-        line_points (`int`): Points of the 1-D slice; 0: none.
-        plane_points (`int`): Points of each side of the 2-D slice; 0: none.
+        lanczos_steps (`int`): Hessian-vector products; 0 leaves the curvature out.
+        line_points (`int`): Points of the 1-D slice; 0 leaves it out.
+        plane_points (`int`): Points of each side of the 2-D slice; 0 leaves it out.
         extent (`float`): How far slices reach, in filter-normalised directions: at 1 each filter has moved by its
             own length.
-        seed (`int`): Of all draws.
+        seed (`int`): Seed of all draws.
     """
 
     rho: float
@@ -58,16 +58,16 @@ class FlatnessSettings:
     seed: int
 
 
-def objective_of(model: Any, rows: Sequence[Tokens], batch_size: int) -> Objective:
-    """Return the mean loss of an answer token over `rows`.
+def objective_of(model: Any, sequences: Sequence[Tokens], batch_size: int) -> Objective:
+    """Return the mean loss of an answer token over sequences.
 
     Args:
         model (`PeftModel`): A causal language model in evaluation mode.
-        rows (`Sequence[Tokens]`): Each has at least one token to predict.
-        batch_size (`int`): Rows of a batch; those of like length come together.
+        sequences (`Sequence[Tokens]`): Each has at least one token to predict.
+        batch_size (`int`): Sequences of a batch; those of like length come together.
     """
     device = model.get_input_embeddings().weight.device
-    ordered = sorted(rows, key=lambda row: len(row.ids))
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))
     batches, counts = [], []
     for start in range(0, len(ordered), batch_size):
         ids, mask, labels = (t.to(device) for t in padded(ordered[start : start + batch_size]))
@@ -77,7 +77,7 @@ def objective_of(model: Any, rows: Sequence[Tokens], batch_size: int) -> Objecti
 
 
 def _batch_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
-    first = max(0, int((labels != IGNORED).any(0).int().argmax()) - 1)  # no answer token before
+    first = max(0, int((labels != IGNORED).any(0).int().argmax()) - 1)  # logits before any answer are not computed
     targets = labels[:, first + 1 :]
 
     def loss() -> torch.Tensor:
@@ -156,40 +156,42 @@ def measure_flatness(
     settings: FlatnessSettings,
     *,
     batch_size: int,
-    spaces: Sequence[str] = (ADAPTER, FULL),
+    spaces: Sequence[str] = (ADAPTER_SPACE, FULL_SPACE),
     tell: Tell,
 ) -> Result:
     """Measure everything, on each data set and in each space.
 
     Args:
         model (`PeftModel`): In evaluation mode, its adapter trainable, the best in float32.
-        data (`dict[str, Sequence[Tokens]]`): Rows by the name of their data set; slices are taken on each, planes on
-            the first.
+        data (`dict[str, Sequence[Tokens]]`): Sequences by the name of their data set; lines are taken on each, planes
+            on the first.
         settings (`FlatnessSettings`): What to measure.
-        batch_size (`int`): Rows of a batch.
+        batch_size (`int`): Sequences of a batch.
         spaces (`Sequence[str]`, *optional*): `"adapter"`, `"full weight"` or both.
-        tell (callable): Told of what is going on.
+        tell (callable): Is told of what is going on.
 
     Returns:
         `dict`: Plain values. `"loss"` by data set; `"spaces"`, by space, with `"parameters"`, `"line"`, `"plane"` and,
         under `"data"` by data set, the rises; `"curvature"` by data set.
     """
-    objectives = {name: objective_of(model, rows, batch_size) for name, rows in data.items()}
+    objectives = {name: objective_of(model, sequences, batch_size) for name, sequences in data.items()}
     tell("Measuring the loss")
     result: Result = {
         "loss": {name: objective.value() for name, objective in objectives.items()},
-        "rows": {name: len(rows) for name, rows in data.items()},
+        "rows": {name: len(sequences) for name, sequences in data.items()},
         "settings": asdict(settings),
         "spaces": {},
         "curvature": {},
     }
+    # How the loss rises around the weights, and along slices through them.
     for kind in spaces:
-        if kind == ADAPTER:
+        if kind == ADAPTER_SPACE:
             result["spaces"][kind] = _measure_space(adapter_space(model), kind, objectives, settings, tell)
             continue
         with full_space(model) as space:
             if space is not None:
                 result["spaces"][kind] = _measure_space(space, kind, objectives, settings, tell)
+    # The largest curvature, in the adapter's own parameters alone.
     if settings.lanczos_steps:
         parameters = [p for p in model.parameters() if p.requires_grad]
         for name, objective in objectives.items():
@@ -200,41 +202,35 @@ def measure_flatness(
 def _measure_space(
     space: Space, kind: str, objectives: dict[str, Objective], settings: FlatnessSettings, tell: Tell
 ) -> Result:
+    """Measure the rises of the loss on each data set, plain and adaptive, and the slices."""
     measured: Result = {"parameters": space.size, "data": {}}
     for name, objective in objectives.items():
+        where = f"Measuring the {kind} on {name}:"
         found = measured["data"][name] = {}
-        for adaptive, word in ((False, ""), (True, "adaptive ")):
-            # The same noise for each data set and each adapter of this shape.
-            generator = torch.Generator().manual_seed(settings.seed)
-            tell(f"Measuring the {kind} on {name}: {word}worst case")
-            found[f"{word}worst case"] = asdict(
-                worst_case(
-                    objective,
-                    space,
-                    settings.adaptive_rho if adaptive else settings.rho,
-                    steps=settings.ascent_steps,
-                    restarts=settings.restarts,
-                    generator=generator,
-                    adaptive=adaptive,
-                )
-            )
-            tell(f"Measuring the {kind} on {name}: {word}average under noise")
-            found[f"{word}average"] = asdict(
-                average_rise(
-                    objective,
-                    space,
-                    settings.adaptive_sigma if adaptive else settings.sigma,
-                    draws=settings.draws,
-                    generator=generator,
-                    adaptive=adaptive,
-                )
-            )
+        for adaptive in (False, True):
+            found |= _rises(objective, space, settings, adaptive, lambda what, where=where: tell(f"{where} {what}"))
     return measured | _slices(space, kind, objectives, settings, tell)
+
+
+def _rises(objective: Objective, space: Space, settings: FlatnessSettings, adaptive: bool, tell: Tell) -> Result:
+    """Measure how far the loss rises at worst within a radius, and on average under noise."""
+    word = "adaptive " if adaptive else ""
+    rho = settings.adaptive_rho if adaptive else settings.rho
+    sigma = settings.adaptive_sigma if adaptive else settings.sigma
+    # Each data set and each adapter of this shape gets the same noise.
+    generator = torch.Generator().manual_seed(settings.seed)
+    tell(f"{word}worst case")
+    steps, restarts = settings.ascent_steps, settings.restarts
+    worst = worst_case(objective, space, rho, steps=steps, restarts=restarts, generator=generator, adaptive=adaptive)
+    tell(f"{word}average under noise")
+    average = average_rise(objective, space, sigma, draws=settings.draws, generator=generator, adaptive=adaptive)
+    return {f"{word}worst case": asdict(worst), f"{word}average": asdict(average)}
 
 
 def _slices(
     space: Space, kind: str, objectives: dict[str, Objective], settings: FlatnessSettings, tell: Tell
 ) -> Result:
+    """Take the loss along a random line through the weights on each data set, and on a plane on the first."""
     if not settings.line_points and not settings.plane_points:
         return {}
     generator = torch.Generator().manual_seed(settings.seed)
@@ -263,6 +259,7 @@ def _places(points: int, extent: float) -> list[float]:
 def _curvature(
     objective: Objective, parameters: list[nn.Parameter], settings: FlatnessSettings, name: str, tell: Tell
 ) -> Result:
+    """Measure the largest curvature with Lanczos' method."""
     tell(f"Measuring the curvature on {name}: choosing how to multiply with the Hessian")
     product = HessianVector(objective, parameters)
     size = sum(p.numel() for p in parameters)
@@ -272,13 +269,13 @@ def _curvature(
     start = (start / start.norm() + gradient / gradient.norm().clamp_min(1e-12)).detach()
     done = 0
 
-    def counted(vector: torch.Tensor) -> torch.Tensor:
+    def told(vector: torch.Tensor) -> torch.Tensor:
         nonlocal done
         done += 1
         tell(f"Measuring the curvature on {name}: product {done} of {settings.lanczos_steps}")
         return product(vector)
 
-    found = asdict(lanczos(counted, start, settings.lanczos_steps))
+    found = asdict(lanczos(told, start, settings.lanczos_steps))
     return found | {"method": product.method, "agreement": product.agreement}
 
 

@@ -1,4 +1,4 @@
-"""The modules an adapter needs around it, built from the names and shapes in its own file."""
+"""Builds the modules an adapter needs around it, from the names and shapes in its own file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,8 +42,9 @@ def skeleton_of(shapes: Shapes) -> nn.Module:
         shapes (`Mapping[str, tuple[int, ...]]`): Every tensor of `adapter_model.safetensors`.
 
     Raises:
-        SkeletonError: a tensor is neither a LoRA factor of a linear layer or an embedding nor a weight trained whole.
+        SkeletonError: a tensor is neither a factor of a linear layer or an embedding nor a weight trained in full.
     """
+    # The tensors of each layer, by the layer's path.
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         parts = [
@@ -51,6 +52,7 @@ def skeleton_of(shapes: Shapes) -> nn.Module:
         ]
         cut = next((i for i, part in enumerate(parts) if part in _FACTORS), len(parts) - 1)
         layers.setdefault(".".join(parts[:cut]), {})[parts[cut]] = shape
+    # The layers in the modules that hold them.
     tree: dict[str, Any] = {}
     for path, found in layers.items():
         node, parts = tree, path.split(".")
@@ -101,7 +103,7 @@ def _child(child: Any) -> nn.Module:
 
 
 def _rank(child: Any) -> int:
-    """Order in which parts of a model run: embeddings, what holds the blocks, everything else."""
+    """Return the order in which parts of a model run: embeddings, what holds the blocks, everything else."""
     if isinstance(child, nn.Embedding):
         return 0
     return 1 if _holds_blocks(child) else 2

@@ -47,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
     check_outputs([args.output], args.force, args.plot)
     modes = select_modes(args.modes, args.batch_size, args.gradient_accumulation_steps)
     with loading(args.debug) as (console, status):
-        from slsam_peft.models.load import load_base
+        from slsam_peft.models.load import compute_dtype, find_model, load_with_tokenizer
+        from slsam_peft.models.smollm2 import SMOLLM2
         from slsam_peft.runs.bench import run_bench
 
         status.update("Loading the model")
-        model, tokenizer = load_base(args.model, args.load_in_4bit, tell=status.update)
+        source = find_model(args.model or SMOLLM2, status.update)
+        model, tokenizer = load_with_tokenizer(source, compute_dtype("auto"), nf4=args.load_in_4bit)
         measured = run_bench(
             model,
             tokenizer,

@@ -85,7 +85,7 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
     base, training = record["base"], record["training"]
     if base["name"] and base["name"] != adapter.base:
         facts["trained on"] = base["name"]
-    facts["base in training"] = f"{base['dtype']}, {_quantization(base['quantisation'])}"
+    facts["base in training"] = f"{base['dtype']}, {_quantization(base['quantization'])}"
     facts["method"] = "SL-SAM, " + ", ".join(tag.removeprefix("sl-sam:") for tag in tags_of(record["method"])[1:])
     facts["training"] = ", ".join(f"{name}={value}" for name, value in training.items())
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

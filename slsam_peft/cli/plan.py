@@ -172,7 +172,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     from slsam_peft.cost.expected import ExpectedCost, rule_of
     from slsam_peft.cost.memory import OPTIMIZERS, MemorySettings, memory_of
     from slsam_peft.cost.model import CostModel
-    from slsam_peft.models.shapes import load_config, meta_model
+    from slsam_peft.models.shapes import find_config, meta_model
 
     if args.optim not in OPTIMIZERS:
         raise UserError(f"--optim={args.optim!r} is not known to the plan; known: {', '.join(sorted(OPTIMIZERS))}.")
@@ -180,7 +180,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     float32 = args.adapter_dtype == "float32" or not args.load_in_4bit
     targets = args.lora_target_modules[0] if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
-    model = meta_model(load_config(args.model), dtype, args.lora_r, targets, float32)
+    model = meta_model(find_config(args.model), dtype, args.lora_r, targets, float32)
     arms = arms_of(model, config.granularity)
     cost = CostModel.from_model(model, args.gradient_checkpointing, blocks=arms.blocks)
     # What a step of it costs.

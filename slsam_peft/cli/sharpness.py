@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from slsam_peft.adapters.load import load_adapted, open_adapter
-        from slsam_peft.adapters.sharpness import ADAPTER, FULL, FlatnessSettings, finite, measure_flatness
+        from slsam_peft.adapters.sharpness import ADAPTER_SPACE, FULL_SPACE, FlatnessSettings, finite, measure_flatness
         from slsam_peft.data.examples import load_examples
 
         # Model and data first, then everything that is measured on them.
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if args.eval_data is not None:
             data["held-out"] = load_examples(tokenizer, args.data, held_out=args.eval_data, **limits)
         settings = FlatnessSettings(**{name: getattr(args, name) for name, *_ in NUMBERS})
-        spaces = {"both": (ADAPTER, FULL), "adapter": (ADAPTER,), "full": (FULL,)}[args.space]
+        spaces = {"both": (ADAPTER_SPACE, FULL_SPACE), "adapter": (ADAPTER_SPACE,), "full": (FULL_SPACE,)}[args.space]
         result = measure_flatness(model, data, settings, batch_size=args.batch_size, spaces=spaces, tell=status.update)
     # The tables go to the screen; files are written where they were asked for.
     for table in _tables(result, settings):

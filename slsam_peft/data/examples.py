@@ -1,4 +1,4 @@
-"""Rows of a data set as tokens, of which the answers count; of plain text, everything."""
+"""Turns the rows of a data set into tokens, of which those of the answers count, or all of a plain text."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def load_examples(
         name (`str`): File, folder, Hub name or `"stdlib_docs"`, see `slsam_peft.data.load`.
         held_out (`str`, *optional*): A held-out file, or the split of `name` to take instead of `"train"`.
         rows (`int`): How many, at most.
-        max_length (`int`): Tokens of a row; what is longer is cut.
+        max_length (`int`): Tokens of a sequence; what is longer is cut.
 
     Raises:
         UserError: the data cannot be read, are of a kind that has no answer to predict, or no answer is left.

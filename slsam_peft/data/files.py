@@ -1,4 +1,4 @@
-"""Local JSON, JSON Lines and Parquet files, row by row, with the line each row stands on.
+"""Reads local JSON, JSON Lines and Parquet files row by row, with the line each row stands on.
 
 The `datasets` library fills columns that a row lacks with nulls and names no line when a file is malformed, so files
 are checked here before it reads them.
@@ -15,7 +15,7 @@ from slsam_peft.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
-_JSON_FORM = "a file holds one JSON object a line, or one list of objects"
+_JSON_FORM = "a file holds one JSON object per line, or one list of objects"
 
 Located = tuple[str, dict[str, Any]]  # ("line 3", row)
 
@@ -41,23 +41,29 @@ def check_file(path: Path, text_field: str = "text") -> str:
             f"data file {path}: the extension '{path.suffix}' is not known; allowed: {', '.join(SUFFIXES)}. "
             "Convert the file, or rename it if it is one of these."
         )
-    kind = first = ""
     try:
-        for where, row in _rows(path, text_field):
-            try:
-                found = kind_of(row, text_field)
-            except RowError as error:
-                raise UserError(f"{path}, {where}: {error}.") from None
-            if kind and found != kind:
-                raise UserError(
-                    f"{path}, {where}: a {found} row, but {first} is a {kind} row; a file holds rows of one kind. "
-                    "Split the file, or bring all rows into one form."
-                )
-            kind, first = kind or found, first or where
+        kind = _kind_of_all(path, text_field)
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}.") from None
     if not kind:
         raise UserError(f"data file {path} is empty; it needs at least one row with {needed_columns(text_field)}.")
+    return kind
+
+
+def _kind_of_all(path: Path, text_field: str) -> str:
+    """Return the kind of all rows of a file; empty where there is none."""
+    kind = first = ""
+    for where, row in _rows(path, text_field):
+        try:
+            found = kind_of(row, text_field)
+        except RowError as error:
+            raise UserError(f"{path}, {where}: {error}.") from None
+        if kind and found != kind:
+            raise UserError(
+                f"{path}, {where}: a {found} row, but {first} is a {kind} row; a file holds rows of one kind. "
+                "Split the file, or bring all rows into one form."
+            )
+        kind, first = kind or found, first or where
     return kind
 
 
@@ -93,6 +99,7 @@ def _json_list(path: Path) -> Iterator[Located]:
     """Yield the rows of a list one by one, so that each has its line."""
     text = _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1)
     decoder = json.JSONDecoder()
+    # Each turn reads one row and what separates it from the next; `counted` is how far newlines have been counted.
     at, line, counted = _skip_space(text, text.index("[") + 1), 1, 0
     while not text.startswith("]", at):
         line, counted = line + text.count("\n", counted, at), at
@@ -149,7 +156,7 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[Located]:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            # Only what decides: a file may have other, large columns.
+            # Only the columns that decide are read: a file may have other, large ones.
             read = [name for name in names if name in (*COLUMNS, text_field)] or names[:1]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=read):

@@ -1,4 +1,4 @@
-"""Training and evaluation data from local files, folders or the Hub, checked before anything is trained."""
+"""Loads training and evaluation data from local files, folders or the Hub, checked before anything is trained."""
 
 import os
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 STDLIB_DOCS = "stdlib_docs"  # a name that needs no network: see slsam_peft.data.stdlib_docs
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# Never part of a name on the Hub, where "OpenHermes-2.5" has a suffix too.
+# These are never part of a name on the Hub, where "OpenHermes-2.5" has a suffix too.
 _FILE_SUFFIXES = (*SUFFIXES, ".arrow", ".csv", ".gz", ".ndjson", ".pkl", ".tsv", ".txt", ".xlsx", ".zip", ".zst")
 
 
@@ -48,6 +48,7 @@ def load_split(
         UserError: the data cannot be found or read, are empty, or rows are not what `SFTTrainer` takes. The message
             names the file and the line, and what to do.
     """
+    # What exists here comes before what has the same name elsewhere.
     path = Path(name).expanduser()
     if name == STDLIB_DOCS and not path.exists():
         return _stdlib_docs(split)

@@ -1,8 +1,9 @@
-"""The kinds of rows that supervised fine-tuning takes, and what is wrong with a row that is none of them."""
+"""Tells the kinds of rows that supervised fine-tuning takes, and what is wrong with a row that is none of them."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from slsam_peft.config import hint_at
 
 COLUMNS = ("input_ids", "prompt", "completion", "messages", "conversations")
 
@@ -50,10 +51,11 @@ def _no_columns(row: Mapping[str, Any], text_field: str) -> str:
     empty = [name for name in (*COLUMNS, text_field) if name in row]
     if empty:
         return f"'{empty[0]}' is null; a row needs {needed_columns(text_field)}"
-    near = [n for name in row for n in difflib.get_close_matches(name, (*COLUMNS, text_field), n=1)]
-    hint = f". Did you mean '{near[0]}'?" if near else ""
+    # Whoever has token ids knows their column's name; "input" is nearest to it, and means a prompt.
+    offered = [name for name in (*COLUMNS, text_field) if name != "input_ids"]
+    hint = next(filter(None, (hint_at(name, offered) for name in row)), "")
     found = ", ".join(repr(name) for name in row) or "none"
-    return f"the columns are {found}; a row needs {needed_columns(text_field)}{hint}"
+    return f"the columns are {found}; a row needs {needed_columns(text_field)}{hint and '.' + hint}"
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> str:

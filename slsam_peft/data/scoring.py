@@ -1,4 +1,4 @@
-"""Pairs as tokens, and how well a model predicts the answers of held-out ones."""
+"""Turns pairs of question and answer into tokens, and scores how well a model predicts held-out answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,49 +91,54 @@ def tokenize(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | N
 
 
 def answered(tokenizer: Any, pairs: Sequence[Pair], max_length: int, prompt_format: str | None = None) -> list[Tokens]:
-    """Return the pairs as tokens, see `tokenise`, without those whose answer is cut off whole: they teach nothing."""
-    rows = (tokenize(tokenizer, pair, max_length, prompt_format) for pair in pairs)
-    return [row for row in rows if row.prompt < len(row.ids)]
+    """Return the pairs as `tokenize` makes them, without those of which no answer is left."""
+    sequences = (tokenize(tokenizer, pair, max_length, prompt_format) for pair in pairs)
+    return [sequence for sequence in sequences if sequence.prompt < len(sequence.ids)]
 
 
 @torch.inference_mode()
-def score(model: torch.nn.Module, rows: Sequence[Tokens]) -> Score:
-    """Score the answers of `rows`, in evaluation mode. A row whose answer was cut off whole counts for nothing.
+def score(model: torch.nn.Module, sequences: Sequence[Tokens]) -> Score:
+    """Score the answers of sequences, in evaluation mode. One whose answer was cut off entirely counts for nothing.
 
     Args:
         model (`torch.nn.Module`): A causal language model that takes `logits_to_keep`.
-        rows (`Sequence[Tokens]`): Pairs.
+        sequences (`Sequence[Tokens]`): Pairs.
     """
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    loss = torch.zeros((), dtype=torch.float64)
-    right = exact = tokens = answers = 0
-    ordered = sorted(rows, key=lambda row: len(row.ids))  # little padding
+    loss, hits, tokens, exact, answers = 0.0, 0, 0, 0, 0
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))  # batches of like lengths need little padding
     for start in range(0, len(ordered), SCORED_BATCH):
-        ids, mask, labels = (t.to(device) for t in padded(ordered[start : start + SCORED_BATCH]))
-        first = max(0, int((labels != IGNORED).any(0).int().argmax()) - 1)  # no answer token before
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False).logits
-        targets = labels[:, first + 1 :]
-        scored = targets != IGNORED
-        logits = logits[:, :-1]
-        loss += cross_entropy(logits[scored].float(), targets[scored], reduction="sum").double().cpu()
-        hit = logits.argmax(-1) == targets
-        right += int((hit & scored).sum())
+        batch_loss, hit, scored = _predictions(model, ordered[start : start + SCORED_BATCH])
+        loss += batch_loss
+        hits += int((hit & scored).sum())
         tokens += int(scored.sum())
         exact += int(((hit | ~scored).all(1) & scored.any(1)).sum())
         answers += int(scored.any(1).sum())
     model.train(training)
-    return Score(float(loss) / tokens, right / tokens, exact / answers, tokens)
+    return Score(loss / tokens, hits / tokens, exact / answers, tokens)
 
 
-def padded(rows: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ids, attention mask and labels, each of shape `(rows, longest)`."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
+def _predictions(model: torch.nn.Module, batch: Sequence[Tokens]) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Return the summed loss of a batch's answers, where the likeliest token is right, and where one is scored."""
+    device = next(model.parameters()).device
+    ids, mask, labels = (t.to(device) for t in padded(batch))
+    first = max(0, int((labels != IGNORED).any(0).int().argmax()) - 1)  # logits before any answer are not computed
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False).logits
+    logits, targets = logits[:, :-1], labels[:, first + 1 :]
+    scored = targets != IGNORED
+    loss = cross_entropy(logits[scored].float(), targets[scored], reduction="sum").double().cpu()
+    return float(loss), logits.argmax(-1) == targets, scored
+
+
+def padded(sequences: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, attention mask and labels, each of shape `(sequences, longest)`."""
+    width = max(len(sequence.ids) for sequence in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, : len(row.ids)] = 1
-        labels[i, row.prompt : len(row.ids)] = ids[i, row.prompt : len(row.ids)]
+    for i, sequence in enumerate(sequences):
+        length = len(sequence.ids)
+        ids[i, :length] = torch.tensor(sequence.ids)
+        mask[i, :length] = 1
+        labels[i, sequence.prompt : length] = ids[i, sequence.prompt : length]
     return ids, mask, labels

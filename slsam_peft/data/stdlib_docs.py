@@ -40,7 +40,7 @@ MAX_SIGNATURE = 60  # characters
 
 
 def stdlib_docs(
-    *, n_train: int | None = None, n_test: int | None = None, seed: int = 0, noisy: float = 0.0
+    *, n_train: int | None = None, n_test: int | None = None, seed: int = 0, label_noise: float = 0.0
 ) -> "DatasetDict":
     """Build questions on the standard library and their answers, in conversational prompt-completion form.
 
@@ -49,28 +49,31 @@ def stdlib_docs(
             is missing.
         n_test (`int`, *optional*): Held-out pairs; all where it is missing. The same ones for every `seed`.
         seed (`int`, defaults to `0`): Seed of the training pairs' choice, order and noise.
-        noisy (`float`, defaults to `0.0`): Share of training pairs, in [0, 1], whose answers are swapped among each
-            other, so that each of them has a wrong one. Held-out pairs are never touched.
+        label_noise (`float`, defaults to `0.0`): Share of training pairs, in [0, 1], whose answers are swapped among
+            each other, so that each of them has a wrong one. Held-out pairs are never touched.
 
     Returns:
         `datasets.DatasetDict`: Splits `"train"` and `"test"` with columns `prompt` and `completion`. They come from
         different modules and share no answer.
 
     Raises:
-        ValueError: more pairs asked for than there are; `noisy` outside [0, 1], or so small that it means one pair.
+        ValueError: more pairs are asked for than there are, or `label_noise` is outside [0, 1] or so small that it
+            means one pair.
         RuntimeError: Python runs without documentation strings (`-OO`).
     """
     from datasets import Dataset, DatasetDict
 
     if sys.flags.optimize >= 2:
         raise RuntimeError("Python's documentation strings are missing: run without -OO (and PYTHONOPTIMIZE=2).")
+    # No answer of a held-out pair is trained on.
     held_out = list(_pairs(HELD_OUT_MODULES))
     answers = {answer for _, answer in held_out}
     train = [pair for pair in _pairs(TRAIN_MODULES) if pair[1] not in answers]
+    # The seed decides which pairs are trained on, and whose answers are wrong; the held-out ones never change.
     rng = random.Random(seed)
     train = rng.sample(train, _size("n_train", n_train, len(train)))
     held_out = random.Random(0).sample(held_out, _size("n_test", n_test, len(held_out)))
-    train = _swap_answers(train, noisy, rng)
+    train = _swap_answers(train, label_noise, rng)
     splits = {"train": train, "test": held_out}
     return DatasetDict({name: Dataset.from_list([_row(*pair) for pair in split]) for name, split in splits.items()})
 
@@ -91,14 +94,19 @@ def _row(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
 
 
 def _swap_answers(pairs: list[tuple[str, str]], share: float, rng: random.Random) -> list[tuple[str, str]]:
+    """Return pairs of which a share have each other's answers."""
     if not 0 <= share <= 1:
-        raise ValueError(f"noisy={share} is not allowed; it is a share in [0, 1].")
+        raise ValueError(f"label_noise={share} is not allowed; it is a share in [0, 1].")
     count = round(share * len(pairs))
     if share > 0 and count < 2:
-        raise ValueError(f"noisy={share} of {len(pairs)} pairs is {count}; at least 2 answers are needed to swap.")
+        raise ValueError(
+            f"label_noise={share} of {len(pairs)} pairs is {count}; at least 2 answers are needed to swap."
+        )
     chosen = rng.sample(range(len(pairs)), count)
     swapped = list(pairs)
-    for here, there in zip(chosen, chosen[1:] + chosen[:1], strict=True):  # one cycle: nobody keeps his answer
+    for here, there in zip(
+        chosen, chosen[1:] + chosen[:1], strict=True
+    ):  # one cycle, so that no question keeps its answer
         swapped[here] = (pairs[here][0], pairs[there][1])
     return swapped
 
@@ -116,6 +124,7 @@ def _pairs(modules: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _documented(name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield a question for a module and each of its public classes, methods and functions, with the thing itself."""
     yield f"What is Python's `{name}` module for?", module
     for attribute in sorted(_public(module)):
         thing = getattr(module, attribute)
@@ -156,6 +165,7 @@ def _answer(thing: Any) -> str | None:
     text = thing.__doc__
     if not isinstance(text, str):
         return None
+    # The first paragraphs say what a thing does; examples and lists follow them.
     kept: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         lines = paragraph.strip("\n").splitlines()

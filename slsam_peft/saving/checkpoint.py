@@ -10,12 +10,12 @@ from safetensors.torch import load, save
 
 from slsam_peft.algorithm.slsam import SLSAM
 from slsam_peft.saving.atomic import write_atomically
-from slsam_peft.saving.checksum import BLANK, DamagedError, seal, unseal
+from slsam_peft.saving.checksum import BLANK, DamagedError, add_checksum, verified_metadata
 
 FILE_NAME = "slsam.safetensors"
-SCHEMA = 2
+SCHEMA = 3
 
-# Settings that do not change what an update computes.
+# Settings that do not change what a step computes.
 _FREE_SETTINGS = {"hidden_state_cache_limit_mib", "max_skipped_steps", "accept_state_mismatch", "trace"}
 
 
@@ -38,7 +38,7 @@ def save_state(slsam: SLSAM, folder: str | os.PathLike) -> Path:
     plain = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
     content = save(tensors, metadata={"schema": str(SCHEMA), "state": json.dumps(plain), **BLANK})
     target = Path(folder) / FILE_NAME
-    write_atomically(target, seal(content))
+    write_atomically(target, add_checksum(content))
     return target
 
 
@@ -72,7 +72,7 @@ def load_state(slsam: SLSAM, folder: str | os.PathLike) -> None:
 def _read(path: Path, accept: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
-        metadata = unseal(content)
+        metadata = verified_metadata(content)
     except (OSError, DamagedError) as error:
         raise StateMismatchError(f"{path} is damaged ({error}); resume from an older checkpoint. {accept}") from error
     if metadata["schema"] != str(SCHEMA):

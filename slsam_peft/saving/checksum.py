@@ -5,19 +5,19 @@ import json
 import re
 from typing import Any
 
-BLANK = {"sha256": "0" * 64}  # goes into the metadata of a file that is to be sealed
+BLANK = {"sha256": "0" * 64}  # goes into the metadata of a file that is to get a checksum
 
 _FIELD = re.compile(rb'"sha256":"([0-9a-f]{64})"')  # as safetensors writes it; inside values, quotes are escaped
 
 
 class DamagedError(ValueError):
-    """A file is not what was written: it was cut short, or some of its bits are others."""
+    """A file is not what was written: it was cut short, or some of its bits have changed."""
 
 
-def seal(content: bytes) -> bytes:
+def add_checksum(content: bytes) -> bytes:
     """Fill in the checksum of a safetensors file whose metadata has a place for it, `BLANK` or an earlier one.
 
-    The checksum is that of the whole file, with zeros in its own place.
+    The checksum covers every byte of the file, with zeros in its own place.
 
     Args:
         content (`bytes`): The file.
@@ -29,14 +29,14 @@ def seal(content: bytes) -> bytes:
     return content[:start] + _checksum(content, start, end) + content[end:]
 
 
-def unseal(content: bytes) -> dict[str, Any]:
-    """Check a file and return its metadata. What passes is, bit for bit, what `seal` returned.
+def verified_metadata(content: bytes) -> dict[str, Any]:
+    """Check a file and return its metadata. What passes is, bit for bit, what `add_checksum` returned.
 
     Args:
         content (`bytes`): The file.
 
     Raises:
-        DamagedError: it was cut short or changed, or was never sealed.
+        DamagedError: it was cut short or changed, or never had a checksum.
     """
     start, end = _place(content)
     if content[start:end] != _checksum(content, start, end):
@@ -45,6 +45,7 @@ def unseal(content: bytes) -> dict[str, Any]:
 
 
 def _place(content: bytes) -> tuple[int, int]:
+    """Return where the checksum begins and ends."""
     found = _FIELD.search(_header(content))
     if found is None:
         raise DamagedError("it holds no checksum, as every such file of schema 2 and later does")
@@ -56,7 +57,7 @@ def _header(content: bytes) -> bytes:
 
 
 def _checksum(content: bytes, start: int, end: int) -> bytes:
-    view = memoryview(content)  # states with remembered gradients are large: no copies
+    view = memoryview(content)  # a state that keeps gradients is large, so nothing is copied
     digest = hashlib.sha256(view[:start])
     digest.update(BLANK["sha256"].encode())
     digest.update(view[end:])

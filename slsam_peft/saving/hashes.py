@@ -17,22 +17,22 @@ _STATE = re.compile(
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)")
 
 
-def write_hashes(folder: Path, sealed: frozenset[str]) -> None:
-    """Record the files of a checkpoint as they are now, atomically.
+def write_hashes(folder: Path, checksummed: frozenset[str]) -> None:
+    """Record the hashes of a checkpoint's files as they are now, atomically.
 
     Args:
         folder (`Path`): The checkpoint, all of whose files are written but `trainer_state.json`.
-        sealed (`frozenset[str]`): Names of files that hold their own checksum.
+        checksummed (`frozenset[str]`): Names of files that hold their own checksum.
 
     Raises:
         OSError: the record cannot be written.
     """
-    hashes = {name: _hash(path) for name, path in _files(folder) if name not in sealed}
+    hashes = {name: _hash(path) for name, path in _files(folder) if name not in checksummed}
     write_atomically(folder / RECORD_NAME, json.dumps({"sha256": hashes}, indent=1).encode())
 
 
 def damaged_files(folder: Path) -> Iterator[str]:
-    """Yield what is wrong with a checkpoint by its record, each the end of a sentence; nothing without a record.
+    """Yield what is wrong with a checkpoint by its record, each as the end of a sentence; nothing without a record.
 
     Files are found in the folder, never by the names in the record.
 
@@ -47,6 +47,7 @@ def damaged_files(folder: Path) -> Iterator[str]:
         yield f"{RECORD_NAME} is damaged"
         return
     files = dict(_files(folder))
+    # Names in the record are compared with those found, and never followed.
     yield from (f"{name} is missing" for name, _ in recorded if name not in files)
     for name, expected in recorded:
         if name in files and _hash(files[name]) != expected:
@@ -54,7 +55,7 @@ def damaged_files(folder: Path) -> Iterator[str]:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name and path of each file that is recorded; PEFT gives each of several adapters a folder of its own."""
+    """Yield name and path of each file that is recorded; PEFT gives each of several adapters a folder of its own."""
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         known = _ADAPTER.fullmatch(path.name) or (path.parent == folder and _STATE.fullmatch(path.name))
         if known and path.is_file():

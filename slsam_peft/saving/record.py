@@ -1,4 +1,4 @@
-"""`slsam.json` beside an adapter: what it was trained with, on which base, and what it answered when it was saved.
+"""Writes `slsam.json` beside an adapter: what it was trained with, on which base, what it answered when it was saved.
 
 PEFT keeps the base model's name only. To tell later whether a base is the one an adapter belongs to, whether it was
 quantised, and whether the adapter still computes what it did, the trainer writes down a few numbers with it.
@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-FILE_NAME = "slsam.json"
-SCHEMA = 1
+from slsam_peft.saving.atomic import write_atomically
 
-SAMPLED_TENSORS = 256  # of the base, at most
-SAMPLED_VALUES = 4  # of each
+FILE_NAME = "slsam.json"
+SCHEMA = 2
+
+SAMPLED_TENSORS = 256  # tensors of the base that are sampled, at most
+SAMPLED_VALUES = 4  # values of each
 SAMPLE_TOLERANCE = 2**-7  # relative: one unit in the last place of bfloat16, whatever dtype the base is loaded in
 
 PROBE_TOKENS = 16
-PROBE_POSITIONS = 4  # the last ones
-PROBE_VALUES = 64  # of each position's logits
+PROBE_POSITIONS = 4  # the last tokens of the probe
+PROBE_VALUES = 64  # logits of each position that are recorded
 
 SHAPE_FIELDS = (
     "model_type",
@@ -41,7 +42,7 @@ SHAPE_FIELDS = (
     "vocab_size",
 )
 
-# What lies below a layer of PEFT and is the base model's.
+# Names of what lies below a layer of PEFT and is the base model's.
 _BASE_CHILDREN = ("base_layer", "original_module", "token_adapter")
 _PACKAGES = ("slsam_peft", "torch", "transformers", "trl", "peft", "bitsandbytes")
 _TRAINING = (
@@ -79,22 +80,7 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
     except Exception:  # any kind of model: whatever it refuses, its adapter must not be lost
         logger.warning("%s was not written: the adapter's record could not be made.", FILE_NAME, exc_info=True)
         return
-    write_text(Path(folder) / FILE_NAME, json.dumps(record, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: completely, or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's file is for its owner alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(Path(folder) / FILE_NAME, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def describe_base(model: PeftModel) -> dict[str, Any]:
@@ -105,15 +91,15 @@ def describe_base(model: PeftModel) -> dict[str, Any]:
         quantization = quantization.to_dict()
     return {
         "name": base.config.name_or_path,
-        "shape": shape_of(base.config),
+        "shape": base_shape(base.config),
         "dtype": str(base.dtype).removeprefix("torch."),
-        "quantisation": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
-        "unquantised": None if quantization is None else sorted(_plain_linears(model)),
+        "quantization": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
+        "unquantized": None if quantization is None else sorted(_plain_linears(model)),
         "values": sample_base(model),
     }
 
 
-def shape_of(config: Any) -> dict[str, Any]:
+def base_shape(config: Any) -> dict[str, Any]:
     """Return the fields of a model's config that an adapter depends on."""
     text = config.get_text_config()
     return {name: getattr(text, name, None) for name in SHAPE_FIELDS}
@@ -230,7 +216,7 @@ def _values(parameter: torch.Tensor) -> list[float]:
 
 
 def _plain_linears(model: nn.Module) -> Iterator[str]:
-    """Linear layers that a quantised model keeps as they were, adapters left out."""
+    """Yield names of linear layers that a quantised model keeps as they were, adapters left out."""
     adapters = adapter_prefixes(model)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and not name.startswith(adapters):

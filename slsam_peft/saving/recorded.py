@@ -23,7 +23,7 @@ def read_record(folder: Path) -> Record | None:
     """Return the record in `folder`, or `None` where there is none.
 
     Raises:
-        UserError: it cannot be read, a newer version wrote it, or a value is missing or of another kind than is
+        UserError: it cannot be read, another version wrote it, or a value is missing or of another kind than is
             written. The message names the file, the value's place in it, and what to do.
     """
     path = folder / FILE_NAME
@@ -41,7 +41,8 @@ def read_record(folder: Path) -> Record | None:
         ) from error
     if schema != SCHEMA:
         raise UserError(
-            f"{path} has schema {schema!r}; this version reads schema {SCHEMA}. Use the one that wrote it."
+            f"{path} has schema {schema!r}; this version reads schema {SCHEMA}. Use the version of slsam-peft that "
+            "wrote it, or delete the file: the adapter then counts as one of another trainer."
         )
     return record
 
@@ -55,10 +56,10 @@ def _check(record: Any) -> None:
     _get(record, "base.name", lambda v: v is None or isinstance(v, str), "a text")
     _get(record, "base.dtype", _is_dtype, "the name of a floating dtype of torch")
     _get(record, "base.shape", _is_shape, f"a mapping of some of {', '.join(SHAPE_FIELDS)} to their values")
-    quantization = _get(record, "base.quantisation", lambda v: v is None or isinstance(v, dict), "a mapping or null")
-    names = _get(record, "base.unquantised", lambda v: v is None or _is_list(v, str), "a list of texts, or null")
+    quantization = _get(record, "base.quantization", lambda v: v is None or isinstance(v, dict), "a mapping or null")
+    names = _get(record, "base.unquantized", lambda v: v is None or _is_list(v, str), "a list of texts, or null")
     if quantization is not None and names is None:
-        raise ValueError("base.unquantised is null; for a quantised base it must be a list of texts")
+        raise ValueError("base.unquantized is null; for a quantised base it must be a list of texts")
     _entries(record, "base.values", _are_samples, f"a list of {SAMPLED_VALUES} numbers")
     _get(
         record,

@@ -1,4 +1,4 @@
-"""Which checkpoints can be resumed from: one whose save was cut short (a kill, a full disk) is passed over."""
+"""Finds checkpoints to resume from. One whose save was cut short (by a kill, by a full disk) is passed over."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from transformers.utils import (
 )
 
 from slsam_peft.saving.checkpoint import FILE_NAME
-from slsam_peft.saving.checksum import DamagedError, unseal
+from slsam_peft.saving.checksum import DamagedError, verified_metadata
 from slsam_peft.saving.hashes import damaged_files
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def last_intact_checkpoint(folder: str | os.PathLike, *, sampler: bool = True) -> str | None:
-    """Return the newest checkpoint of a run that was saved whole. Newer ones are logged as warnings, with the reason.
+    """Return the newest intact checkpoint of a run. Newer ones are logged as warnings, with the reason.
 
     `trainer.train(resume_from_checkpoint=last_intact_checkpoint("out"))` goes on after a kill at any moment, also in
     the middle of a save, and starts afresh where there is nothing to go on from.
@@ -45,7 +45,7 @@ def last_intact_checkpoint(folder: str | os.PathLike, *, sampler: bool = True) -
             `False` for `SLSAMConfig(accept_state_mismatch=True)`.
 
     Returns:
-        `str` or `None`: Path of a `checkpoint-<step>` folder; `None` where no checkpoint is whole.
+        `str` or `None`: Path of a `checkpoint-<step>` folder; `None` where no checkpoint is intact.
     """
     newest, passed = _newest(folder, sampler)
     for path, why in passed.items():
@@ -54,7 +54,7 @@ def last_intact_checkpoint(folder: str | os.PathLike, *, sampler: bool = True) -
 
 
 def intact_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) -> str:
-    """Return the checkpoint that `resume_from_checkpoint=asked` means: a path, or `True` for the newest whole one.
+    """Return the checkpoint that `resume_from_checkpoint=asked` means: a path, or `True` for the newest intact one.
 
     A damaged or missing sampler state in one that is named is left to `load_state`, which can be told to accept it.
 
@@ -64,21 +64,21 @@ def intact_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) -
         sampler (`bool`, *optional*, defaults to `True`): For `True`, as in `last_intact_checkpoint`.
 
     Raises:
-        ValueError: `True`, and `folder` has no whole checkpoint; or the one asked for is not whole.
+        ValueError: `True`, and `folder` has no intact checkpoint; or the one asked for is not intact.
     """
     if asked is not True:
         path = Path(str(asked))
         why = what_is_missing(path, sampler=False) if path.is_dir() else None
         if why:
             newest, _ = _newest(path.parent, sampler)
-            instead = f"Go on from {newest}." if newest else "No other is whole: start afresh."
-            raise ValueError(f"{path} is not whole: {why}. {instead}")
+            instead = f"Go on from {newest}." if newest else "No other is intact: start afresh."
+            raise ValueError(f"{path} is not intact: {why}. {instead}")
         return str(asked)
     newest, passed = _newest(folder, sampler)
     if newest is None:
         path, why = next(iter(passed.items()), (None, None))
         raise ValueError(
-            f"resume_from_checkpoint=True, but output_dir={folder} has no whole checkpoint-<step> folder"
+            f"resume_from_checkpoint=True, but output_dir={folder} has no intact checkpoint-<step> folder"
             + (f" (in {Path(path).name}, {why}). " if path else ". ")
             + ("accept_state_mismatch goes on without the sampler's state. " if FILE_NAME in (why or "") else "")
             + "Name the folder of the run to resume, or leave resume_from_checkpoint out to start afresh."
@@ -87,7 +87,7 @@ def intact_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) -
 
 
 def _newest(folder: str | os.PathLike, sampler: bool) -> tuple[str | None, dict[str, str]]:
-    """Return the newest whole checkpoint, and why newer ones are none."""
+    """Return the newest intact checkpoint, and why each newer one is not."""
     found = [(int(match[1]), path) for path in _folders(folder) if (match := _CHECKPOINT.fullmatch(path.name))]
     passed: dict[str, str] = {}
     for _, path in sorted(found, reverse=True):
@@ -99,12 +99,12 @@ def _newest(folder: str | os.PathLike, sampler: bool) -> tuple[str | None, dict[
 
 
 def what_is_missing(checkpoint: str | os.PathLike, *, sampler: bool = True) -> str | None:
-    """Return why a checkpoint is not whole, as the end of a sentence, or `None` where it is.
+    """Return why a checkpoint is not intact, as the end of a sentence, or `None` where it is.
 
     The trainer writes `trainer_state.json` last, so a complete one vouches for the files before it; those are looked
     at nevertheless, for what a crash of the machine or a deletion under way takes away: transformers goes on
     without a file that is missing. With its record of hashes (`slsam_files.json`) any changed bit shows; checkpoints
-    of earlier versions have none. One of the model alone (`save_only_model`) is whole.
+    of earlier versions have none. One of the model alone (`save_only_model`) is intact.
 
     Args:
         checkpoint (`str` or `os.PathLike`): The folder.
@@ -114,6 +114,8 @@ def what_is_missing(checkpoint: str | os.PathLike, *, sampler: bool = True) -> s
 
 
 def _faults(folder: Path, sampler: bool) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint, what is cheap to see first."""
+    # The trainer writes this file last.
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except FileNotFoundError:
@@ -122,20 +124,22 @@ def _faults(folder: Path, sampler: bool) -> Iterator[str]:
         yield f"{TRAINER_STATE_NAME} is cut short"
     if (folder / _UNFINISHED).exists():
         yield f"{_UNFINISHED} is there"
+    # What should be there is, and is as long as it says.
     names = {path.name for path in folder.iterdir()}
     present = names - {TRACE_NAME, *(() if sampler else (FILE_NAME,))}  # a lost recording ends no training
     yield from (f"{name} is missing" for name in (*_lost_weights(folder, names), *_lost_state(names, sampler)))
     yield from (f"{name} is cut short" for name in sorted(present) if not _is_complete(folder / name))
+    # Every bit is as it was written.
     yield from damaged_files(folder)
     if FILE_NAME in present:
         try:
-            unseal((folder / FILE_NAME).read_bytes())
+            verified_metadata((folder / FILE_NAME).read_bytes())
         except (OSError, DamagedError) as error:
             yield f"{FILE_NAME} is damaged ({error})"
 
 
 def _lost_weights(folder: Path, names: set[str]) -> Iterator[str]:
-    """Names of weights that must be there: those of each adapter that has a configuration, or a whole model's."""
+    """Yield names of weights that are missing: of each adapter that has a configuration, or of a full model."""
     adapters = [path for path in (folder, *sorted(_folders(folder))) if (path / ADAPTER_CONFIG_NAME).is_file()]
     for path in adapters:
         if not any((path / name).is_file() for name in _ADAPTER):
@@ -145,7 +149,7 @@ def _lost_weights(folder: Path, names: set[str]) -> Iterator[str]:
 
 
 def _lost_state(names: set[str], sampler: bool) -> list[str]:
-    """Names of what training goes on from, where some of it is there and some is not."""
+    """Return names of what training goes on from and is missing, where some of it is there."""
     lost = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if name not in names]
     lost += [] if any(name.startswith("rng_state") for name in names) else ["rng_state.pth"]
     alone = len(lost) == 3 and FILE_NAME not in names  # the model alone was saved
@@ -160,7 +164,7 @@ def _folders(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a file of tensors is as long as it says: its header (safetensors), its last record (torch's zip)."""
+    """Return whether a file of tensors is as long as its header (safetensors) or last record (torch's zip) says."""
     if file.suffix in (".pt", ".pth", ".bin"):
         return zipfile.is_zipfile(file)
     if file.suffix != ".safetensors" or file.name.startswith("."):

@@ -1,4 +1,4 @@
-"""Traces as they lie on disk, read for pictures: checked, and without torch, so that it is quick."""
+"""Reads traces from disk for pictures: it checks them, and needs no torch, so that it is quick."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load
 
 from slsam_peft.errors import UserError
-from slsam_peft.saving.checksum import unseal
+from slsam_peft.saving.checksum import verified_metadata
 
 FILE_NAME = "slsam_trace.safetensors"
 SCHEMA = 3
@@ -54,12 +54,12 @@ class TraceData:
 
     @property
     def share(self) -> np.ndarray:
-        """Share of all updates in which each arm was active, shape `(L,)`."""
+        """Share of all steps in which each arm was active, shape `(L,)`."""
         return self.values["activity"] / self.plain["steps"]
 
     @property
     def mean_cost(self) -> float:
-        """Mean predicted cost over every update, in plain LoRA updates; NaN where none was predicted."""
+        """Mean predicted cost over every step, in plain LoRA steps; NaN where none was predicted."""
         return float(self.values["cost_total"][0]) / self.plain["steps"]
 
 
@@ -90,11 +90,11 @@ def read_trace(path: Path, label: str = "") -> TraceData:
         label (`str`, *optional*): Names the run; its folder where it is missing.
 
     Raises:
-        UserError: it is damaged (any bit changed, or cut short), of another version, or has no update in it.
+        UserError: it is damaged (any bit changed, or cut short), of another version, or has no step in it.
     """
     try:
         content = path.read_bytes()
-        metadata = unseal(content)
+        metadata = verified_metadata(content)
         if "trace" not in metadata:
             raise UserError(f"{path} is not a trace of SL-SAM; name a file {FILE_NAME} or the folder it is in.")
         if metadata["schema"] != str(SCHEMA):
@@ -109,14 +109,15 @@ def read_trace(path: Path, label: str = "") -> TraceData:
             f"{path} is not a trace of SL-SAM, or is damaged ({error}). Checkpoints hold copies of a run's trace."
         ) from error
     if not len(values["step"]):
-        raise UserError(f"{path} is empty: no update has been recorded yet. Plot it once training has made some.")
+        raise UserError(f"{path} is empty: no step has been recorded yet. Plot it once training has made some.")
     return _in_depth_order(label or path.absolute().parent.name, path, values, plain)
 
 
 def _check_shapes(values: dict[str, np.ndarray], plain: dict[str, Any]) -> None:
-    rows, arms = len(values["step"]), len(plain["names"])
-    expected: dict[str, tuple[int, ...]] = {name: (rows,) for name in _PER_STEP}
-    expected |= {name: (rows, arms) for name in _PER_ARM}
+    """Raise `ValueError` or `KeyError` naming the first value that is missing or does not fit the others."""
+    steps, arms = len(values["step"]), len(plain["names"])
+    expected: dict[str, tuple[int, ...]] = {name: (steps,) for name in _PER_STEP}
+    expected |= {name: (steps, arms) for name in _PER_ARM}
     expected |= {"activity": (arms,), "cost_total": (1,)}
     for name, shape in expected.items():
         if values[name].shape != shape:
@@ -134,7 +135,7 @@ def _in_depth_order(label: str, path: Path, values: dict[str, np.ndarray], plain
     names, depths = plain["names"], plain["depths"]
     order = list(range(len(names)))
     if None not in depths:
-        order.sort(key=lambda i: depths[i])  # stable
+        order.sort(key=lambda i: depths[i])  # arms of one depth stay as they are
     values = {**values, **{name: values[name][:, order] for name in _PER_ARM}, "activity": values["activity"][order]}
     return TraceData(label, path, [names[i] for i in order], [depths[i] for i in order], values, plain)
 
@@ -150,19 +151,26 @@ def read_runs(runs: Sequence[Path]) -> list[TraceData]:
     if twice is not None:
         raise UserError(f"{twice} is named twice; name each run once.")
     traces = [read_trace(p, label) for p, label in zip(paths, _labels(paths), strict=True)]
-    first = traces[0]
     for other in traces[1:]:
-        if other.names != first.names:
-            there = next((n for n in other.names if n not in first.names), None)
-            here = next((n for n in first.names if n not in other.names), None)
-            difference = "their order differs"
-            if there or here:
-                difference = f"only {other.label} has {there!r}" if there else f"only {first.label} has {here!r}"
-            raise UserError(
-                f"these are runs of different arms, so they do not fit into one plot: {first.label} has "
-                f"{len(first.names)} arms, {other.label} has {len(other.names)}; {difference}. Plot them one by one."
-            )
+        _check_same_arms(traces[0], other)
     return traces
+
+
+def _check_same_arms(first: TraceData, other: TraceData) -> None:
+    """Raise `UserError`, naming the first difference, unless two traces are of the same arms."""
+    if other.names == first.names:
+        return
+    only_other = next((n for n in other.names if n not in first.names), None)
+    only_first = next((n for n in first.names if n not in other.names), None)
+    difference = "their order differs"
+    if only_other:
+        difference = f"only {other.label} has {only_other!r}"
+    elif only_first:
+        difference = f"only {first.label} has {only_first!r}"
+    raise UserError(
+        f"these are runs of different arms, so they do not fit into one plot: {first.label} has {len(first.names)} "
+        f"arms, {other.label} has {len(other.names)}; {difference}. Plot them one by one."
+    )
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`slsam_trace.safetensors` in a trainer's output folder, and in each checkpoint for a run that goes on from it."""
+"""Writes `slsam_trace.safetensors` into a trainer's output folder, and into checkpoints to go on from."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from slsam_peft.algorithm.slsam import SLSAM
 from slsam_peft.algorithm.trace import Trace
 from slsam_peft.saving.atomic import write_atomically
-from slsam_peft.saving.checksum import BLANK, seal, unseal
+from slsam_peft.saving.checksum import BLANK, add_checksum, verified_metadata
 from slsam_peft.saving.trace_data import FILE_NAME, SCHEMA
 
 WRITE_SECONDS = 5.0  # between two writes, at least
@@ -28,7 +28,7 @@ class TraceFile:
     Args:
         slsam (`SLSAM`): What is recorded.
         folder (`str` or `Path`): The output folder.
-        total (`int`): Updates the run will make; told to whoever follows it.
+        total (`int`): Steps the run will make; shown to whoever follows it.
         trace (`Trace`, *optional*): What to go on with; a new one where it is missing.
     """
 
@@ -45,7 +45,7 @@ class TraceFile:
         self._broken = False
 
     def see(self, step: int, slsam: SLSAM) -> None:
-        """Record update `step`, from 1, and write if it is time to."""
+        """Record step `step`, counted from 1, and write if it is time to."""
         if self._broken:
             return
         self.trace.record(step, slsam)
@@ -59,7 +59,7 @@ class TraceFile:
             self._write(Path(folder), done=False)
 
     def finish(self) -> None:
-        """Write the whole of it, as that of a run that is done."""
+        """Write all that was recorded, as the trace of a run that is done."""
         if not self._broken and self.trace.steps:
             self._write(self._folder, done=True)
 
@@ -70,7 +70,7 @@ class TraceFile:
             metadata = {"schema": str(SCHEMA), "trace": json.dumps(plain), **BLANK}
             content = save(self.trace.tensors(), metadata=metadata)
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / FILE_NAME, seal(content))
+            write_atomically(folder / FILE_NAME, add_checksum(content))
         except OSError as error:
             self._broken = True
             logger.warning("%s cannot be written (%s): this run is no longer recorded.", folder / FILE_NAME, error)
@@ -84,20 +84,20 @@ def recorded_until(folder: str | Path, slsam: SLSAM, step: int) -> Trace | None:
     Args:
         folder (`str` or `Path`): The checkpoint.
         slsam (`SLSAM`): What goes on being recorded.
-        step (`int`): Updates made before the checkpoint.
+        step (`int`): Steps made before the checkpoint.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return None
     try:
         content = path.read_bytes()
-        metadata = unseal(content)
+        metadata = verified_metadata(content)
         if metadata["schema"] != str(SCHEMA):
             raise ValueError(f"schema {metadata['schema']}, and this version reads {SCHEMA}")
         plain: dict[str, Any] = json.loads(metadata["trace"])
         trace = Trace.restored(load(content), plain)
     except (OSError, KeyError, ValueError, TypeError) as error:
-        logger.warning("%s is not gone on with (%s): the trace begins after update %d.", path, error, step)
+        logger.warning("%s is not gone on with (%s): the trace begins after step %d.", path, error, step)
         return None
     same = trace.names == [a.name for a in slsam.arms] and trace.depths == [a.depth for a in slsam.arms]
     return trace if same and trace.last == step else None

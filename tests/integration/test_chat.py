@@ -37,15 +37,15 @@ def both(model, prompt=PROMPT, **settings):
 
 
 def test_answers_are_those_of_generate(model):
-    words = tokenizer()
-    inputs = words.apply_chat_template(
+    encoder = tokenizer()
+    inputs = encoder.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
 
     def generate():
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=9, do_sample=False)
-        return [t for t in output[0, inputs["input_ids"].shape[1] :].tolist() if t != words.eos_token_id]
+        return [t for t in output[0, inputs["input_ids"].shape[1] :].tolist() if t != encoder.eos_token_id]
 
     answers = both(model)
     assert answers[0].tokens == generate()
@@ -134,9 +134,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("words", "said"), BAD.values(), ids=BAD)
-def test_bad_input(words, said, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("arguments", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(arguments, expected, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat, "_Talk", lambda *args: pytest.fail("went on"))
-    assert main(["chat", str(folder / "adapter"), *words]) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert main(["chat", str(folder / "adapter"), *arguments]) == 2
+    assert expected in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""`slsam-peft check`: what it finds in adapters that are whole, damaged, or on the wrong base."""
+"""`slsam-peft check`: what it finds in adapters that are sound, damaged, or on the wrong base."""
 
 import json
 
@@ -44,8 +44,8 @@ def check(capsys, monkeypatch):
     """Run the command; return its exit code and each finding's mark and text."""
     monkeypatch.setenv("COLUMNS", "400")
 
-    def run(*words):
-        code = main(["--debug", "check", *map(str, words)])
+    def run(*arguments):
+        code = main(["--debug", "check", *map(str, arguments)])
         lines = capsys.readouterr().out.splitlines()
         split = [line.split("  ", 1) for line in lines if "  " in line]
         rows = [(mark.strip(), rest.strip()) for mark, rest in split]
@@ -70,7 +70,7 @@ def test_an_adapter_that_is_as_it_was(trained, check):
     for what in ("values", "base's shape", "modules", "unused tensors", "plain PEFT", "base's weights", "logits"):
         assert found[what][0] == "ok", lines
     text = "\n".join(lines)
-    for part in ("rho=0.07", "design=depth", "updates=3", "learning_rate=0.01", "float32, not quantised", "peft 0."):
+    for part in ("rho=0.07", "design=depth", "steps=3", "learning_rate=0.01", "float32, not quantised", "peft 0."):
         assert part in text
 
 
@@ -89,8 +89,8 @@ def test_an_adapter_trained_with_a_users_bandit(trained, tmp_path, check):
     code, found, lines = check(tmp_path / "adapter")
     assert code == 0
     assert f"bandit={own_bandit.__module__}:own_bandit" in "\n".join(lines)
-    words = ["--merge", "--no_measure", "--output", str(tmp_path / "merged")]
-    assert main(["--debug", "export", str(tmp_path / "adapter"), *words]) == 0
+    arguments = ["--merge", "--no_measure", "--output", str(tmp_path / "merged")]
+    assert main(["--debug", "export", str(tmp_path / "adapter"), *arguments]) == 0
     assert f"bandit={own_bandit.__module__}:own_bandit" in (tmp_path / "merged/README.md").read_text()
 
 
@@ -99,15 +99,15 @@ RECORDED = {
     "no base": ("base",),
     "a list for a base": ("base", []),
     "a list as a setting": ("method.rho", [1]),
-    "no number of updates": ("training.steps",),
+    "no number of steps": ("training.steps",),
     "a word for a rate": ("training.learning_rate", "fast"),
     "no versions": ("versions",),
     "unknown dtype": ("base.dtype", "float33"),
     "an integer dtype": ("base.dtype", "int8"),
     "a number for a dtype": ("base.dtype", 32),
     "an unknown field": ("base.shape", {"hiden_size": 32}),
-    "a word for settings": ("base.quantisation", "nf4"),
-    "quantised, and not known what": ("base.quantisation", {"load_in_4bit": True}),
+    "a word for settings": ("base.quantization", "nf4"),
+    "quantised, and not known what": ("base.quantization", {"load_in_4bit": True}),
     "words in place of samples": ("base.values", {"lm_head.weight": ["a", "b", "c", "d"]}),
     "part of a probe": ("probe", [[0.0]]),
     "no probe": ("probe",),
@@ -119,21 +119,21 @@ def test_a_record_that_was_not_written_so_is_refused(change, adapter):
     recorded(adapter, *change)
     with pytest.raises(UserError, match=r"slsam\.json is damaged \(\w") as caught:
         read_record(adapter)
-    assert (change[0] if change[-1] != {"load_in_4bit": True} else "base.unquantised") in str(caught.value)
+    assert (change[0] if change[-1] != {"load_in_4bit": True} else "base.unquantized") in str(caught.value)
     assert "Copy it again" in str(caught.value)
 
 
 def test_an_export_writes_nothing_before_the_record_is_known_good(adapter, tmp_path, capsys):
     recorded(adapter, "base.shape")
-    for words in (["--merge"], []):
-        assert main(["export", str(adapter), "--output", str(tmp_path / "out"), *words]) == 2
+    for arguments in (["--merge"], []):
+        assert main(["export", str(adapter), "--output", str(tmp_path / "out"), *arguments]) == 2
         assert "base.shape is missing" in " ".join(capsys.readouterr().err.split())
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_a_record_holds_what_tells_a_base(trained):
     record = json.loads((trained / "adapter/slsam.json").read_text())
-    assert record["base"]["quantisation"] is None
+    assert record["base"]["quantization"] is None
     assert record["base"]["shape"]["num_hidden_layers"] == 5
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"} <= set(
         record["base"]["values"]
@@ -245,6 +245,10 @@ BAD = {
         lambda f: recorded(f, "base.values", {"lm_head.weight": [1.0]}) and f,
         "base.values.lm_head.weight is [1.0]; it must be a list of 4 numbers",
     ),
+    "older record": (
+        lambda f: (f / "slsam.json").write_text('{"schema": 1, "training": {"updates": 3}}') and f,
+        "has schema 1; this version reads schema 2. Use the version of slsam-peft that wrote it, or delete the file",
+    ),
     "newer record": (lambda f: (f / "slsam.json").write_text('{"schema": 9}') and f, "has schema 9"),
 }
 
@@ -267,12 +271,12 @@ def cut(file):
     return file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(("spoil", "said"), BAD.values(), ids=BAD)
-def test_what_cannot_be_checked(spoil, said, adapter, capsys):
+@pytest.mark.parametrize(("spoil", "expected"), BAD.values(), ids=BAD)
+def test_what_cannot_be_checked(spoil, expected, adapter, capsys):
     folder = spoil(adapter)
     assert main(["check", str(folder)]) == 2
     shown = capsys.readouterr().err
-    assert said in " ".join(shown.split())
+    assert expected in " ".join(shown.split())
     assert "Traceback" not in shown
 
 

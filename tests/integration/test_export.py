@@ -43,8 +43,8 @@ KINDS = {
 }
 
 
-def export(adapter, out, *words):
-    return main(["--debug", "export", str(adapter), "--output", str(out), *words])
+def export(adapter, out, *arguments):
+    return main(["--debug", "export", str(adapter), "--output", str(out), *arguments])
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ REFUSED = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("config", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_merged_by_tensor_is_refused(config, said, tmp_path, capsys):
+@pytest.mark.parametrize(("config", "expected"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_merged_by_tensor_is_refused(config, expected, tmp_path, capsys):
     save_adapter(tmp_path / "adapter", tmp_path / "base", config)
     before = sorted(tmp_path.rglob("*"))
     assert main(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--merge"]) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert expected in " ".join(capsys.readouterr().err.split())
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -132,9 +132,9 @@ def test_nothing_is_overwritten_without_force(folders, capsys):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     command = ["export", str(folder / "adapter"), "--output", str(out)]
-    for words, said in (([], "is not empty"), (["--force"], "--force replaces earlier exports only")):
-        assert main([*command, *words]) == 2
-        assert said in " ".join(capsys.readouterr().err.split())
+    for arguments, expected in (([], "is not empty"), (["--force"], "--force replaces earlier exports only")):
+        assert main([*command, *arguments]) == 2
+        assert expected in " ".join(capsys.readouterr().err.split())
         assert [(p.name, p.read_text()) for p in out.iterdir()] == [("notes.txt", "mine")]
     (out / "notes.txt").unlink()
     assert main(command) == 0
@@ -183,31 +183,31 @@ def quantized(tmp_path_factory):
 def test_a_merge_into_a_quantized_base_asks_for_a_choice(quantized, capsys):
     command = ["export", str(quantized / "adapter"), "--output", str(quantized / "none"), "--merge"]
     assert main(command) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    for part in ("trained on a quantised base", "--base original", "--base dequantised"):
-        assert part in said
+    shown = " ".join(capsys.readouterr().err.split())
+    for part in ("trained on a quantised base", "--base original", "--base dequantized"):
+        assert part in shown
     assert not (quantized / "none").exists()
 
 
-@pytest.mark.parametrize("way", ["original", "dequantised"])
+@pytest.mark.parametrize("way", ["original", "dequantized"])
 def test_both_ways_are_measured_before_one_is_written(way, quantized, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    words = ["--merge", "--base", way, "--dtype", "float32", "--eval_data", str(quantized / "held.jsonl")]
-    assert export(quantized / "adapter", tmp_path / way, *words) == 0
+    arguments = ["--merge", "--base", way, "--dtype", "float32", "--eval_data", str(quantized / "held.jsonl")]
+    assert export(quantized / "adapter", tmp_path / way, *arguments) == 0
     shown = capsys.readouterr().out
-    rows = {n: line for n in ("original", "dequantised") for line in shown.splitlines() if f" {n} " in line}
-    assert set(rows) == {"original", "dequantised"}
+    rows = {n: line for n in ("original", "dequantized") for line in shown.splitlines() if f" {n} " in line}
+    assert set(rows) == {"original", "dequantized"}
     assert "(written)" in rows[way]
     assert shown.index("original") < shown.index("The merged model is in")
     difference = {n: float(line.split("│")[2].split()[0]) for n, line in rows.items()}
-    assert difference["dequantised"] < MERGED_LOGITS < 100 * MERGED_LOGITS < difference["original"]
+    assert difference["dequantized"] < MERGED_LOGITS < 100 * MERGED_LOGITS < difference["original"]
     change = {n: float(line.split("│")[5].split("(")[1].rstrip(") ")) for n, line in rows.items()}
-    assert abs(change["dequantised"]) <= 1e-4 < abs(change["original"])
+    assert abs(change["dequantized"]) <= 1e-4 < abs(change["original"])
 
 
 def test_the_dequantized_merge_is_what_was_trained(quantized, tmp_path):
-    words = ["--merge", "--base", "dequantized", "--dtype", "float32", "--no_measure"]
-    assert export(quantized / "adapter", tmp_path / "out", *words) == 0
+    arguments = ["--merge", "--base", "dequantized", "--dtype", "float32", "--no_measure"]
+    assert export(quantized / "adapter", tmp_path / "out", *arguments) == 0
     base = AutoModelForCausalLM.from_pretrained(
         quantized / "base",
         dtype=torch.float32,

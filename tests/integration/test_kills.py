@@ -61,7 +61,7 @@ def undisturbed(server, tmp_path_factory):
     return load_file(folder / "final.safetensors"), life["seconds"]
 
 
-def newest_whole(folder):
+def newest_intact(folder):
     """Step of the newest checkpoint whose last file is complete, read on its own."""
     steps = [0]
     for path in (folder / "out").glob("checkpoint-*/trainer_state.json"):
@@ -73,9 +73,9 @@ def newest_whole(folder):
 
 
 def is_cut_short(folder):
-    """Whether the newest checkpoint is not whole."""
+    """Whether the newest checkpoint is not intact."""
     return max((int(path.name.split("-")[1]) for path in (folder / "out").glob("checkpoint-*")), default=0) != (
-        newest_whole(folder)
+        newest_intact(folder)
     )
 
 
@@ -87,11 +87,11 @@ def assert_same_end(folder, expected):
 
 
 def live_and_check(server, folder, **when):
-    """One life, which must go on from the newest whole checkpoint."""
-    whole = newest_whole(folder)
+    """One life, which must go on from the newest intact checkpoint."""
+    intact = newest_intact(folder)
     life = server.live(folder, **when)
     assert life["killed"] or life["code"] == 0, (folder / "log").read_text()[-4000:]
-    assert life["resumed"] in (whole, None), "None: killed before the first update"
+    assert life["resumed"] in (intact, None), "None: killed before the first step"
     return life
 
 

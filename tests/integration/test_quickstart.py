@@ -41,7 +41,7 @@ def test_auto_dtype_is_bfloat16_only_where_the_processor_has_it(
 def test_a_folder_without_a_usable_model_is_a_user_error(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=f"model {tmp_path} could not be loaded: "):
-        models.load_nf4(str(tmp_path), torch.float32)
+        models.load_with_tokenizer(str(tmp_path), torch.float32, nf4=True)
 
 
 def test_a_model_without_a_chat_template_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

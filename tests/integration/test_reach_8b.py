@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.cost.expected import ExpectedCost, active_names, rule_of
 from slsam_peft.cost.model import CostModel
-from slsam_peft.models.shapes import load_config, meta_model
+from slsam_peft.models.shapes import find_config, meta_model
 from slsam_peft.trainer.precision import ascent_part
 from tests.decoders import passes_of
 from tests.tolerances import COUNTED_FLOPS_8B
@@ -31,7 +31,7 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def model():
-    config = load_config("llama-3.1-8b")
+    config = find_config("llama-3.1-8b")
     config._attn_implementation = "eager"  # the counter has no formula for the CPU's fused attention
     made = meta_model(config, float32_adapters=False)
     made.activation_checkpointing_enable({"use_reentrant": False})

@@ -41,10 +41,10 @@ def case():
 
 
 def load_examples_of(data):
-    words = tokenizer()
+    encoder = tokenizer()
     from slsam_peft.data.scoring import tokenize
 
-    return [tokenize(words, (row["prompt"], row["completion"]), 64) for row in data]
+    return [tokenize(encoder, (row["prompt"], row["completion"]), 64) for row in data]
 
 
 def test_the_loss_is_the_one_of_the_answers(case):
@@ -101,9 +101,9 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     outputs = {name: tmp_path / f"flat.{name}" for name in ("json", "png")}
-    words = [folder / "adapter", "--data", folder / "train.jsonl", "--eval_data", folder / "held.jsonl"]
-    words += ["--output", outputs["json"], "--plot", outputs["png"], *FEW]
-    assert main(["--debug", "sharpness", *map(str, words)]) == 0
+    arguments = [folder / "adapter", "--data", folder / "train.jsonl", "--eval_data", folder / "held.jsonl"]
+    arguments += ["--output", outputs["json"], "--plot", outputs["png"], *FEW]
+    assert main(["--debug", "sharpness", *map(str, arguments)]) == 0
     shown = capsys.readouterr().out
     found = json.loads(outputs["json"].read_text())
     assert set(found["spaces"]) == {"adapter", "full weight"}
@@ -139,11 +139,11 @@ def test_a_quantized_base_is_measured_as_it_was_trained(folder, tmp_path, monkey
     trainer = build(SLSAMTrainer, tmp_path / "run", SLSAMConfig(), model=base, peft_config=lora(**LLM), max_steps=2)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    model, words = load_adapted(
+    model, encoder = load_adapted(
         open_adapter(tmp_path / "adapter"), dtype=torch.float32, trainable=True, attention="eager"
     )
     assert model.base_model.model.is_loaded_in_4bit
-    rows = load_examples(words, str(folder / "train.jsonl"), rows=4, max_length=64)
+    rows = load_examples(encoder, str(folder / "train.jsonl"), rows=4, max_length=64)
     objective = objective_of(model, rows, 4)
     product = HessianVector(objective, adapter_space(model).parameters)
     assert product.method in (DOUBLE_BACKWARD, CENTRAL)
@@ -184,17 +184,25 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("words", "said"), BAD.values(), ids=BAD)
-def test_bad_input(words, said, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("arguments", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(arguments, expected, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text("mine")
     (tmp_path / "preferences.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    if words[:1] == ["--model"]:
+    if arguments[:1] == ["--model"]:
         save_base(tmp_path / "other", hidden_size=48)
-    command = ["sharpness", "--adapter", str(folder / "adapter"), "--data", str(folder / "train.jsonl"), *FEW, *words]
-    if words[0] != "--model":
+    command = [
+        "sharpness",
+        "--adapter",
+        str(folder / "adapter"),
+        "--data",
+        str(folder / "train.jsonl"),
+        *FEW,
+        *arguments,
+    ]
+    if arguments[0] != "--model":
         command += ["--model", str(folder / "base")]
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert main(command) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert expected in " ".join(capsys.readouterr().err.split())
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

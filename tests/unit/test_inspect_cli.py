@@ -21,7 +21,7 @@ ADAPTER = "adapter_model.safetensors"
 KINDS = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
-    "trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "trained in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     "some blocks": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1, 3]},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}, "use_rslora": True},
@@ -118,14 +118,14 @@ def test_the_table_shows_every_arm_and_the_sums(base, tmp_path, capsys, monkeypa
     trace = write_trace(tmp_path, (names, list(range(5))), 8)
     assert (tmp_path / FILE_NAME).is_file()
     assert main(["inspect", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert f"Adapter {tmp_path}" in said
-    assert "method LORA, r 4, lora_alpha 8" in said
-    rows = [line for line in said.splitlines() if "block " in line]
+    shown = capsys.readouterr().out
+    assert f"Adapter {tmp_path}" in shown
+    assert "method LORA, r 4, lora_alpha 8" in shown
+    rows = [line for line in shown.splitlines() if "block " in line]
     assert [row.split()[1:3] for row in rows] == [["block", str(i)] for i in range(5)]
     assert [row.split()[-2] for row in rows] == [f"{count / 8:.0%}" for count in trace.activity.tolist()]
     total = sum(row.parameters for row in inspect(str(tmp_path), "block").rows)
-    footer = next(line for line in said.splitlines() if "5 arms" in line)
+    footer = next(line for line in shown.splitlines() if "5 arms" in line)
     assert f"{total:,}" in footer
     assert main(["inspect", str(base), "--granularity", "module"]) == 0
     assert "layers.0.self_attn.q_proj" in capsys.readouterr().out
@@ -157,7 +157,7 @@ def make(folder, base):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         (["cut"], f"{ADAPTER} is damaged ("),
         (["pickled"], "adapter_model.bin is a pickle, which may run code when it is opened, so it is not."),
@@ -174,15 +174,15 @@ def make(folder, base):
         (["good", "--granularity", "layer"], "invalid choice: 'layer'"),
     ],
 )
-def test_bad_input(words, expected, base, tmp_path, capsys, monkeypatch):
+def test_bad_input(arguments, expected, base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("opened a pickle"))
     make(tmp_path, base)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert main(["inspect", *words]) == 2
-    said = capsys.readouterr().err
-    assert expected in said
-    assert "Traceback" not in said
+    assert main(["inspect", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert expected in shown
+    assert "Traceback" not in shown
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -193,4 +193,4 @@ def test_an_adapter_of_another_base_is_told_from_its_own_names(base, tmp_path):
     found = inspect(str(tmp_path / "adapter"), "block")
     assert len(found.rows) == 5
     assert "does not fit the configuration of its base model" in found.notes[0]
-    assert adapter_arms.open_adapter(tmp_path / "adapter").note == found.notes[0]
+    assert adapter_arms.read_structure(tmp_path / "adapter").note == found.notes[0]

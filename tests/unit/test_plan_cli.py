@@ -17,7 +17,7 @@ from slsam_peft.cli.parsing import Parser
 from slsam_peft.config import BANDITS, SLSAMConfig
 from slsam_peft.cost.memory import NF4_BYTES, NF4_NESTED_BYTES
 from slsam_peft.cost.model import CostModel
-from slsam_peft.models.shapes import BUILT_IN, load_config, meta_model
+from slsam_peft.models.shapes import BUILT_IN, find_config, meta_model
 
 # Parameters of the published checkpoints, as their repositories on huggingface.co state them.
 PUBLISHED = {
@@ -51,13 +51,13 @@ def planned(capsys, *argv):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_shapes_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(name))
+        model = AutoModelForCausalLM.from_config(find_config(name))
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
 def test_plan_of_a_local_configuration(capsys, folder):
     made = planned(capsys, "--model", folder, "--batch_size", "4", "--max_length", "64", "--lora_r", "4")
-    cost = CostModel.from_model(meta_model(load_config(folder), lora_r=4), True)
+    cost = CostModel.from_model(meta_model(find_config(folder), lora_r=4), True)
     assert made["cost"]["plain_flops"] == cost.plain([(4, 64)])
     assert made["cost"]["lora_sam"] == 2
     assert [arm["name"].rpartition(".")[2] for arm in made["arms"]] == ["0", "1", "2", "3"]

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli import live, trace_plot
 from slsam_peft.cli.main import main
-from slsam_peft.saving.checksum import seal
+from slsam_peft.saving.checksum import add_checksum
 from slsam_peft.saving.trace_data import FILE_NAME, arm_labels, read_runs, read_trace
 from tests.traces import PREFIX, blocks, modules, write_trace
 
@@ -180,13 +180,13 @@ def foreign(folder):
 def newer(folder):
     write_trace(folder / "newer", blocks(3), 5)
     file = folder / "newer" / FILE_NAME
-    file.write_bytes(seal(file.read_bytes().replace(b'"schema":"3"', b'"schema":"9"')))
+    file.write_bytes(add_checksum(file.read_bytes().replace(b'"schema":"3"', b'"schema":"9"')))
 
 
 def inconsistent(folder):
     write_trace(folder / "inconsistent", blocks(3), 5)
     file = folder / "inconsistent" / FILE_NAME
-    file.write_bytes(seal(file.read_bytes().replace(b'\\"last\\"', b'\\"lost\\"')))
+    file.write_bytes(add_checksum(file.read_bytes().replace(b'\\"last\\"', b'\\"lost\\"')))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def inconsistent(folder):
         (None, ["above"], "There are traces in: above/checkpoint-5."),
         (damaged, ["damaged"], "is not a trace of SL-SAM, or is damaged ("),
         (damaged, ["good", "damaged"], "is not a trace of SL-SAM, or is damaged ("),
-        (empty, ["empty"], "is empty: no update has been recorded yet"),
+        (empty, ["empty"], "is empty: no step has been recorded yet"),
         (foreign, ["foreign"], "is not a trace of SL-SAM, or is damaged (it holds no checksum"),
         (newer, ["newer"], "has schema 9; this version reads schema 3"),
         (inconsistent, ["inconsistent"], "or is damaged ('last')"),
@@ -323,7 +323,7 @@ def test_numbers_that_are_not_finite_are_drawn_around(folder):
     file = folder / "run" / FILE_NAME
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    file.write_bytes(seal(save(trace.tensors(), metadata)))
+    file.write_bytes(add_checksum(save(trace.tensors(), metadata)))
     assert main(["plot", "run"]) == 0
     said = shown(read_trace(file))
     assert said[1].startswith("loss")

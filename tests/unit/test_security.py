@@ -161,7 +161,7 @@ def coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         [*SFT, "--model_name_or_path", "coded"],
         ["plan", "--model", "coded"],
@@ -171,12 +171,12 @@ def coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["export", "adapter", "--output", "new", "--merge"],
         ["quickstart", "--model", "coded"],
     ],
-    ids=lambda words: words[0],
+    ids=lambda arguments: arguments[0],
 )
 def test_code_that_a_model_brings_is_not_run(
-    words: list[str], coded: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], coded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = main(words)
+    code = main(arguments)
     shown = capsys.readouterr().err
     assert code == 2, shown
     assert "Traceback" not in shown

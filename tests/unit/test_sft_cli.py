@@ -184,7 +184,7 @@ def test_rows_are_checked_before_the_model_is_loaded(folder: Path, capsys: pytes
 def test_smollm2_needs_no_hub(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(finetune, "fetch_smollm2", lambda status: folder / "model")
+    monkeypatch.setattr("slsam_peft.models.load.fetch_smollm2", lambda status: folder / "model")
     assert main(["sft", *GOOD, "--model_name_or_path", "smollm2"]) == 2
     assert f"{folder / 'model'} cannot be trained" in capsys.readouterr().err  # it has no weights, but was found
 

@@ -70,7 +70,8 @@ def test_nothing_depends_on_the_machine(everything: tuple[list[Pair], list[Pair]
 def test_two_processes_with_other_hash_seeds_agree() -> None:
     code = (
         "import json; from slsam_peft.data.stdlib_docs import stdlib_docs; "
-        "d = stdlib_docs(n_train=50, n_test=20, seed=3, noisy=0.5); print(json.dumps([d['train'][:], d['test'][:]]))"
+        "d = stdlib_docs(n_train=50, n_test=20, seed=3, label_noise=0.5); "
+        "print(json.dumps([d['train'][:], d['test'][:]]))"
     )
     outputs = [
         subprocess.run(
@@ -96,12 +97,12 @@ def test_seed_changes_training_pairs_only() -> None:
 @pytest.mark.parametrize(("n", "share", "expected"), [(96, 0.25, 24), (96, 1.0, 96), (10, 0.2, 2), (7, 0.0, 0)])
 def test_noise_swaps_the_stated_share_among_each_other(n: int, share: float, expected: int) -> None:
     clean = stdlib_docs(n_train=n, n_test=8, seed=5)
-    noisy = stdlib_docs(n_train=n, n_test=8, seed=5, noisy=share)
-    before, after = pairs(clean["train"]), pairs(noisy["train"])
+    swapped = stdlib_docs(n_train=n, n_test=8, seed=5, label_noise=share)
+    before, after = pairs(clean["train"]), pairs(swapped["train"])
     assert [q for q, _ in before] == [q for q, _ in after]
     assert sum(x[1] != y[1] for x, y in zip(before, after, strict=True)) == expected
     assert Counter(a for _, a in before) == Counter(a for _, a in after)
-    assert pairs(clean["test"]) == pairs(noisy["test"])
+    assert pairs(clean["test"]) == pairs(swapped["test"])
 
 
 @pytest.mark.parametrize(
@@ -110,9 +111,9 @@ def test_noise_swaps_the_stated_share_among_each_other(n: int, share: float, exp
         ({"n_train": 0}, "n_train=0 is not allowed"),
         ({"n_train": 10**6}, "n_train=1000000 is not allowed; this Python's documentation gives 1 to "),
         ({"n_test": -1}, "n_test=-1 is not allowed"),
-        ({"noisy": 1.5}, r"noisy=1.5 is not allowed; it is a share in \[0, 1\]"),
-        ({"noisy": float("nan")}, "noisy=nan is not allowed"),
-        ({"n_train": 4, "noisy": 0.25}, "at least 2 answers are needed to swap"),
+        ({"label_noise": 1.5}, r"label_noise=1.5 is not allowed; it is a share in \[0, 1\]"),
+        ({"label_noise": float("nan")}, "label_noise=nan is not allowed"),
+        ({"n_train": 4, "label_noise": 0.25}, "at least 2 answers are needed to swap"),
     ],
 )
 def test_bad_values(arguments: dict[str, float], message: str) -> None:

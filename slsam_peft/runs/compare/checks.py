@@ -11,9 +11,9 @@ from transformers import SchedulerType, get_scheduler
 from slsam_peft.config import check_name
 from slsam_peft.data.scoring import Pair, answered
 from slsam_peft.errors import UserError
-from slsam_peft.models.load import load_tokenizer
+from slsam_peft.models.load import find_model, load_tokenizer
 from slsam_peft.runs.compare.jobs import Plan
-from slsam_peft.runs.compare.run import arguments_of, model_folder
+from slsam_peft.runs.compare.run import arguments_of
 from slsam_peft.runs.compare.settings import TrainingSettings
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 
@@ -30,7 +30,7 @@ def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
             message names the task or the method.
     """
     settings = plan.settings
-    tokenizer = load_tokenizer(model_folder(settings.model))
+    tokenizer = load_tokenizer(find_model(settings.model))
     for name in tasks:
         try:
             _check_rows(load_task(settings.tasks[name], settings.tuning_seed), tokenizer, settings.training)

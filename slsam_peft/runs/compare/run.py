@@ -2,19 +2,17 @@
 
 import importlib.metadata
 import math
-import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,15 +23,13 @@ from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.cost.model import CostModel
 from slsam_peft.data.scoring import Tokens, answered, score
 from slsam_peft.errors import DivergedError, UserError
-from slsam_peft.models.load import load_nf4, load_unquantized
-from slsam_peft.models.smollm2 import fetch_smollm2
+from slsam_peft.models.load import find_model, load_config, load_with_tokenizer
 from slsam_peft.runs.compare.control import RandomPerturbationTrainer
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 from slsam_peft.runs.compare.tasks import load_task
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
-SMOLLM2 = "smollm2"
 TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
 LAST_LOGS = 16  # updates that the training loss is a mean over
 
@@ -73,24 +69,16 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
 
 def _skeleton(settings: CompareSettings) -> Any:
     """Return the model with its adapters, without weights."""
-    name = settings.model
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise UserError(f"model={name} is not a folder (from {Path.cwd()}); name one with a model in it.")
+    config = load_config(find_model(settings.model))
     try:
-        config = AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             return get_peft_model(base, lora(settings.training))
-    except (OSError, ValueError, KeyError) as error:  # what transformers raises for names, files and architectures
+    except (ValueError, KeyError) as error:  # what transformers and PEFT raise for architectures
         raise UserError(
-            f"model={name} cannot be read: {' '.join(str(error).split())[:400]}\nName a folder with a causal "
-            "language model in it, a hub name that can be reached, or smollm2."
+            f"model={settings.model} is no causal language model: {' '.join(str(error).split())[:400]}\nName a folder "
+            "with one in it, a hub name that can be reached, or smollm2."
         ) from error
-
-
-def model_folder(name: str) -> str:
-    """Return what `from_pretrained` takes for a model name; `"smollm2"` is fetched where it is not there yet."""
-    return str(fetch_smollm2()) if name == SMOLLM2 else os.path.expanduser(name)
 
 
 def lora(training: TrainingSettings) -> LoraConfig:
@@ -154,8 +142,7 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
     Raises:
         UserError: it cannot be found or read.
     """
-    load = load_nf4 if training.quantise == "nf4" else load_unquantized
-    return load(model_folder(name), getattr(torch, training.dtype))
+    return load_with_tokenizer(find_model(name), getattr(torch, training.dtype), nf4=training.quantise == "nf4")
 
 
 def row_order(rows: int, wanted: int, seed: int) -> list[int]:

@@ -1,5 +1,6 @@
 """State and trace files: what is read is what was written, and damage of any kind is told, never loaded."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
@@ -16,12 +17,14 @@ from slsam_peft.errors import UserError
 from slsam_peft.saving import checkpoint, trace_data
 from slsam_peft.saving import trace_file as tracing
 from slsam_peft.saving.checkpoint import StateMismatchError, load_state, save_state
-from slsam_peft.saving.checksum import BLANK, DamagedError, seal, unseal
+from slsam_peft.saving.checksum import BLANK, DamagedError, add_checksum, verified_metadata
 
 # The folder is the same in every example: each writes the file before it reads it.
 IN_ONE_FOLDER = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-SEALED = seal(save({"w": torch.arange(3)}, metadata={"schema": "1", "note": 'a "sha256":"quoted"', **BLANK}))
+CHECKSUMMED = add_checksum(
+    save({"w": torch.arange(3)}, metadata={"schema": "1", "note": 'a "sha256":"quoted"', **BLANK})
+)
 
 
 def flipped(content: bytes, bit: int) -> bytes:
@@ -30,27 +33,27 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(damaged)
 
 
-def test_what_was_sealed_is_read() -> None:
-    assert unseal(SEALED)["note"] == 'a "sha256":"quoted"'
-    assert seal(SEALED) == SEALED
+def test_what_has_a_checksum_is_read() -> None:
+    assert verified_metadata(CHECKSUMMED)["note"] == 'a "sha256":"quoted"'
+    assert add_checksum(CHECKSUMMED) == CHECKSUMMED
 
 
 def test_any_one_bit_and_any_cut_are_seen() -> None:
-    damaged = [flipped(SEALED, bit) for bit in range(8 * len(SEALED))]
-    damaged += [SEALED[:end] for end in range(len(SEALED))]
-    damaged += [SEALED + b"\0", b"\xff" * 64, save({"w": torch.arange(3)})]
+    damaged = [flipped(CHECKSUMMED, bit) for bit in range(8 * len(CHECKSUMMED))]
+    damaged += [CHECKSUMMED[:end] for end in range(len(CHECKSUMMED))]
+    damaged += [CHECKSUMMED + b"\0", b"\xff" * 64, save({"w": torch.arange(3)})]
     for content in damaged:
         with pytest.raises(DamagedError):
-            unseal(content)
+            verified_metadata(content)
 
 
-@given(st.lists(st.integers(0, 8 * len(SEALED) - 1), min_size=1, max_size=20, unique=True))
+@given(st.lists(st.integers(0, 8 * len(CHECKSUMMED) - 1), min_size=1, max_size=20, unique=True))
 def test_any_bits_are_seen(bits: list[int]) -> None:
-    content = SEALED
+    content = CHECKSUMMED
     for bit in bits:
         content = flipped(content, bit)
     with pytest.raises(DamagedError):
-        unseal(content)
+        verified_metadata(content)
 
 
 def network() -> nn.Sequential:
@@ -59,7 +62,7 @@ def network() -> nn.Sequential:
 
 
 def trained(steps: int, seed: int = 0) -> SLSAM:
-    """A sampler of four arms after some updates; `"remembered"` keeps gradients in its state."""
+    """A sampler of four arms after some steps; `"remembered"` keeps gradients in its state."""
     model = network()
     config = SLSAMConfig(active_fraction=0.5, ascent="remembered", seed=seed)
     slsam = SLSAM(arms_of(model, "module"), config)
@@ -112,9 +115,14 @@ def test_a_damaged_state_is_told_and_changes_nothing(tmp_path: Path, data: st.Da
 
 def test_a_state_of_another_schema_is_not_called_damaged(tmp_path: Path) -> None:
     path = save_state(trained(1), tmp_path)
-    path.write_bytes(seal(path.read_bytes().replace(b'"schema":"2"', b'"schema":"9"')))
-    with pytest.raises(StateMismatchError, match=r"has schema 9; this version reads schema 2\. Use the version"):
-        load_state(trained(0), tmp_path)
+    for schema in ("2", "9"):  # 2: its settings have the names of earlier versions
+        written = path.read_bytes().replace(b'"schema":"3"', f'"schema":"{schema}"'.encode())
+        path.write_bytes(add_checksum(written))
+        with pytest.raises(
+            StateMismatchError, match=rf"has schema {schema}; this version reads schema 3\. Use the version"
+        ):
+            load_state(trained(0), tmp_path)
+        save_state(trained(1), tmp_path)
 
 
 def test_a_state_without_checksum_is_told_why(tmp_path: Path) -> None:
@@ -151,6 +159,23 @@ def test_a_damaged_trace_is_told_and_never_gone_on_with(tmp_path: Path, data: st
     assert tracing.recorded_until(tmp_path, trained(0), 3) is not None
     path.write_bytes(flipped(content, data.draw(st.integers(0, 8 * len(content) - 1), "bit")))
     with pytest.raises(UserError, match=r"slsam_trace\.safetensors is not a trace of SL-SAM, or is damaged"):
+        trace_data.read_trace(path)
+    assert tracing.recorded_until(tmp_path, trained(0), 3) is None
+
+
+def test_a_trace_of_an_earlier_schema_is_refused_by_name(tmp_path: Path) -> None:
+    """Schema 2 called the lowest active block `floor`, and steps `updates`."""
+    trace_file.__wrapped__(tmp_path)
+    path = tmp_path / trace_data.FILE_NAME
+    content = path.read_bytes()
+    metadata = verified_metadata(content)
+    values = load(content)
+    values["floor"] = values.pop("lowest_active_block")
+    plain = json.loads(metadata["trace"])
+    plain["updates"] = plain.pop("steps")
+    older = {"schema": "2", "trace": json.dumps(plain), **BLANK}
+    path.write_bytes(add_checksum(save(values, metadata=older)))
+    with pytest.raises(UserError, match=r"has schema 2; this version reads schema 3\. Use the version of slsam-peft"):
         trace_data.read_trace(path)
     assert tracing.recorded_until(tmp_path, trained(0), 3) is None
 

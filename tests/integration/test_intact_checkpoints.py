@@ -1,4 +1,4 @@
-"""Which checkpoints count as whole, and what resuming from others says."""
+"""Which checkpoints count as intact, and what resuming from others says."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ CONFIG = SLSAMConfig(rho=0.1, active_fraction=0.5)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run of four updates with a checkpoint every two."""
+    """A run of four steps with a checkpoint every two."""
     folder = tmp_path_factory.mktemp("made")
     adapter = lora(target_modules=["q_proj"])
     train(SLSAMTrainer, folder, CONFIG, peft_config=adapter, max_steps=4, save_strategy="steps", save_steps=2)
@@ -78,14 +78,14 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED.keys())
-def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, reason, run):
+def test_a_checkpoint_that_is_not_intact_is_passed_over(spoil, reason, run):
     assert what_is_missing(run / "checkpoint-4") is None
     spoil(run / "checkpoint-4")
     assert what_is_missing(run / "checkpoint-4").startswith(reason)
     assert last_intact_checkpoint(run) == str(run / "checkpoint-2")
 
 
-def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
+def test_a_checkpoint_of_the_model_alone_is_intact(tmp_path):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
     train(SLSAMTrainer, tmp_path, CONFIG, peft_config=lora(target_modules=["q_proj"]), **settings)
     assert not (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
@@ -143,7 +143,7 @@ def trainer_over(folder, steps=6):
     return build(SLSAMTrainer, folder, CONFIG, peft_config=lora(target_modules=["q_proj"]), max_steps=steps)
 
 
-def test_true_goes_on_from_the_newest_whole_one(run):
+def test_true_goes_on_from_the_newest_intact_one(run):
     cut(run / "checkpoint-4" / "trainer_state.json")
     trainer = trainer_over(run)
     trainer.train(resume_from_checkpoint=True)
@@ -151,15 +151,15 @@ def test_true_goes_on_from_the_newest_whole_one(run):
     assert trainer.slsam.steps == 6
 
 
-def test_true_without_a_whole_one_is_refused(run):
+def test_true_without_an_intact_one_is_refused(run):
     for step in (2, 4):
         (run / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="has no whole checkpoint-<step> folder.*start afresh"):
+    with pytest.raises(ValueError, match="has no intact checkpoint-<step> folder.*start afresh"):
         trainer_over(run).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED.keys())
-def test_the_path_of_one_that_is_not_whole_is_refused(spoil, reason, run):
+def test_the_path_of_one_that_is_not_intact_is_refused(spoil, reason, run):
     """As `get_last_checkpoint` returns it after a kill in the middle of a save; transformers would go on without."""
     spoil(run / "checkpoint-4")
     with pytest.raises(ValueError, match="checkpoint-4") as caught:
@@ -167,7 +167,7 @@ def test_the_path_of_one_that_is_not_whole_is_refused(spoil, reason, run):
     if reason.startswith("slsam.safetensors"):  # refused where it is read, since a flag accepts it
         assert "accept_state_mismatch=True" in str(caught.value)
     else:
-        assert f"checkpoint-4 is not whole: {reason}" in str(caught.value)
+        assert f"checkpoint-4 is not intact: {reason}" in str(caught.value)
         assert f"Go on from {run / 'checkpoint-2'}" in str(caught.value)
 
 
@@ -245,7 +245,7 @@ def test_files_of_others_may_change(run):
     assert what_is_missing(run / "checkpoint-4") is None
 
 
-def test_a_model_saved_over_a_whole_checkpoint_leaves_no_state_of_the_old_one(run):
+def test_a_model_saved_over_an_intact_checkpoint_leaves_no_state_of_the_old_one(run):
     options = {"peft_config": lora(target_modules=["q_proj"]), "save_strategy": "steps", "save_steps": 2}
     train(SLSAMTrainer, run, CONFIG, max_steps=2, save_only_model=True, **options)
     assert what_is_missing(run / "checkpoint-2") is None
