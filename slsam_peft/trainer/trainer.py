@@ -121,7 +121,7 @@ class SLSAMMixin(_Base):
 
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
-        model = cost_model_of(self, self.slsam_arms)
+        model = cost_model_of(self, self.slsam_arms, self.slsam_config)
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, self.slsam_config)
         fraction = None
         if model is not None and (budget := self.slsam_config.cost_budget) is not None:
