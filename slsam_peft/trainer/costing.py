@@ -79,9 +79,3 @@ def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostMode
             "updates run to the bottom. Do not train embeddings, or leave cost_budget unset and set active_fraction."
         )
     return model
-
-
-def shape_of(inputs: Any) -> tuple[int, int]:
-    """Return `(batch, length)` of a micro-batch."""
-    rows, length = inputs["input_ids"].shape[:2]
-    return int(rows), int(length)

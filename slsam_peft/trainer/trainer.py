@@ -24,19 +24,12 @@ from slsam_peft.saving.record import write_record
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
-from slsam_peft.trainer.batches import Joined, Lookahead, check_ahead, join
-from slsam_peft.trainer.costing import StepCost, cost_model_of, shape_of
+from slsam_peft.trainer.batches import Joined, Lookahead, ascent_part, batch_shape, join, sequences_per_example
+from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
 from slsam_peft.trainer.muting import forward_only, muted
-from slsam_peft.trainer.precision import (
-    ascent_part,
-    float32_adapters,
-    restore_float32,
-    same_dtypes,
-    sequences_an_example,
-    warn_if_low_precision,
-)
-from slsam_peft.trainer.support import check_optimizer, check_trainer
+from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
+from slsam_peft.trainer.support import check_ahead, check_optimizer, check_trainer
 
 ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs hardly depends on it
 
@@ -215,7 +208,7 @@ class SLSAMMixin(_Base):
 
         def part() -> torch.Tensor:
             with muted(self):
-                rows, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_an_example(self))
+                rows, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_per_example(self))
                 return step(model, rows, None if num_items is None else num_items * share)
 
         if not self._runs_ahead:
@@ -223,7 +216,7 @@ class SLSAMMixin(_Base):
         coming = None if self._slsam_batches is None else self._slsam_batches.coming
         joined = join(inputs, coming, self.slsam_config.ascent_fraction)
         if self._slsam_cost is not None:
-            self._slsam_cost.joined = shape_of(joined.inputs)
+            self._slsam_cost.joined = batch_shape(joined.inputs)
         if coming is None and self.state.global_step == 0:
             logger.warning(
                 "an epoch is a single batch: nothing runs ahead, and ascent='ahead' trains as plain LoRA does."
@@ -246,10 +239,10 @@ class SLSAMMixin(_Base):
             return
         if self._slsam_unsolved:
             # Batches differ between ranks, and their probabilities must not.
-            self._slsam, self._slsam_unsolved = self._build_slsam(of_first_rank([shape_of(inputs)] * count)), False
+            self._slsam, self._slsam_unsolved = self._build_slsam(of_first_rank([batch_shape(inputs)] * count)), False
         if index == 0:
             self._slsam_cost.shapes.clear()
-        self._slsam_cost.shapes.append(shape_of(inputs))
+        self._slsam_cost.shapes.append(batch_shape(inputs))
 
     def _log_step(self) -> None:
         """Hand the update's numbers, read already, to TRL's averages."""
