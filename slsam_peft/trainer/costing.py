@@ -34,7 +34,7 @@ class StepCost:
 
     def __call__(self, step: Step) -> float:
         """Return the cost in plain LoRA updates; the one-off check of prefix reuse is not in it."""
-        names, rule = active_names(self.arms, step.mask), rule_of(self.config, step.kept)
+        names, rule = active_names(self.arms, step.mask), rule_of(self.config, step.cached)
         if self.joined is None:
             return self.model.ratio(names, self.shapes, rule)
         return self.model.step(names, [self.joined], Rule(perturbed=False)) / self.model.plain(self.shapes)

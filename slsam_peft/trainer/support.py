@@ -61,9 +61,9 @@ def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
     Raises:
         ValueError: some are missing. They would get gradients and never be trained.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [
-        n for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True) if id(p) not in held
+        n for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True) if id(p) not in optimized
     ]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
