@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from slsam_peft.algorithm.blocks import block_stacks
 from slsam_peft.config import GRANULARITIES, check_name
 
 Granularity = str | Callable[[str], str]
@@ -182,7 +183,8 @@ def _is_linear_weight(place: _Place) -> bool:
 
 def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]]:
     """Locate every trainable parameter; return the places and the block stacks that hold some of them."""
-    stacks = list(_block_stacks(model, ""))
+    # A stack in which nothing is trained, such as a frozen vision tower, holds no arm.
+    stacks = [(path, stack) for path, stack in block_stacks(model) if any(p.requires_grad for p in stack.parameters())]
     blocks = {f"{path}.{i}" if path else str(i): block for path, stack in stacks for i, block in enumerate(stack)}
     block_names = list(blocks)
     block_index = {name: i for i, name in enumerate(block_names)}
@@ -227,18 +229,6 @@ def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]
             )
         )
     return places, [tuple(stack) for _, stack in stacks]
-
-
-def _block_stacks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleList]]:
-    if (
-        isinstance(module, nn.ModuleList)
-        and any(p.requires_grad for p in module.parameters())
-        and all(next(block.children(), None) is not None for block in module)
-    ):
-        yield path, module
-        return
-    for name, child in module.named_children():
-        yield from _block_stacks(child, f"{path}.{name}" if path else name)
 
 
 def _block_of(path: str, block_index: dict[str, int]) -> str | None:

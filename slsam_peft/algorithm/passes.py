@@ -1,4 +1,4 @@
-"""The two passes of an update over its micro-batches: which arms are on, where passes are cut, what is replayed."""
+"""The two passes of a step over its micro-batches: which arms are on, where passes are cut, what is replayed."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Closure = Callable[[], torch.Tensor]
 
-REUSE_RTOL = 1e-5  # loss with and without prefix reuse; the same kernels give the same bits, others float32 rounding
+REUSE_RTOL = 1e-5  # loss with and without the cache; the same kernels give the same bits, others float32 rounding
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Passes:
         logged (`Closure`): The whole micro-batch; metrics and logs count it.
         unlogged (`Closure`): The same without side effects.
         part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; unlogged.
-        forward_only (`Closure`, *optional*): The whole micro-batch, forward only; unlogged. Prefix reuse is checked
-            with it once; without one, second passes run whole.
+        forward_only (`Closure`, *optional*): The whole micro-batch, forward only; unlogged. The hidden-state cache is
+            checked with it once; without one, second passes run whole.
         sequences (`tuple[int, int]`, *optional*): For `ascent="ahead"`: how many sequences of the micro-batch are of
             this step, and how many, behind them, of the next one.
     """
@@ -54,7 +54,7 @@ class Pending:
 
 @dataclass(eq=False)
 class Step:
-    """The update in progress: what is on, what has been computed."""
+    """The step in progress: what is on, what has been computed."""
 
     mask: torch.Tensor  # (L,) boolean, perturbed arms
     trained: torch.Tensor  # (L,) boolean, arms that get a descent gradient
@@ -63,12 +63,12 @@ class Step:
     lowest_trained: int  # lowest depth of a trained arm
     count: int  # micro-batches
     ascents: int = 0  # of which the first so many have an ascent pass
-    kept: int = 0  # of which so many start their second pass at the floor
+    cached: int = 0  # of which so many start their second pass at the lowest active block
     pending: list[Pending] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
-    squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
-    moved: list[torch.Tensor] = field(default_factory=list)  # w + e of each parameter, where sequences are told apart
-    ahead: dict[int, torch.Tensor] = field(default_factory=dict)  # the next update's ascent gradient, by position
+    ascent_squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
+    shifted: list[torch.Tensor] = field(default_factory=list)  # w + e per parameter, where sequences are told apart
+    next_ascent: dict[int, torch.Tensor] = field(default_factory=dict)  # the next step's ascent gradient, by position
     ascent_loss: torch.Tensor | None = None
     descent_loss: torch.Tensor | None = None
 
@@ -89,8 +89,22 @@ def _loss(returned: Any) -> torch.Tensor:
     return returned.detach()
 
 
+def _ignore_requires_grad_(parameter: nn.Parameter) -> None:
+    """Let `parameter.requires_grad_(...)` change nothing: an attribute of the instance hides the class's method."""
+
+    def unchanged(requires_grad: bool = True) -> nn.Parameter:
+        return parameter
+
+    vars(parameter)["requires_grad_"] = unchanged
+
+
+def _heed_requires_grad_(parameter: nn.Parameter) -> None:
+    """Undo `_ignore_requires_grad_`."""
+    vars(parameter).pop("requires_grad_", None)
+
+
 class PassRunner:
-    """Runs ascent and descent passes with the arms of an update switched on.
+    """Runs ascent and descent passes with the arms of a step switched on.
 
     Args:
         parameters (`Sequence[nn.Parameter]`): Every arm's parameters.
@@ -129,11 +143,11 @@ class PassRunner:
         try:
             for parameter in off:
                 parameter.requires_grad_(False)
-                setattr(parameter, "requires_grad_", lambda *_, parameter=parameter: parameter)  # noqa: B010
+                _ignore_requires_grad_(parameter)
             yield
         finally:
             for parameter in off:
-                vars(parameter).pop("requires_grad_", None)
+                _heed_requires_grad_(parameter)
                 parameter.requires_grad_(True)
 
     def clear(self, arms: torch.Tensor | None = None) -> None:
@@ -179,27 +193,28 @@ class PassRunner:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
         try:
             return self._ascend(step, pending, closure)
-        except CrossLayerDependencyError as leak:
-            self._stop_cutting(leak, step, pending)
+        except CrossLayerDependencyError as error:
+            self._stop_cutting(error, step, pending)
             return self._ascend(step, pending, closure)
 
     def descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
         try:
             return self._descend(step, pending, closure)
-        except CrossLayerDependencyError as leak:
-            self._stop_cutting(leak, step, pending)
+        except CrossLayerDependencyError as error:
+            self._stop_cutting(error, step, pending)
             return self._descend(step, pending, closure)
 
-    def _stop_cutting(self, leak: CrossLayerDependencyError, step: Step, pending: Pending) -> None:
-        """Run this pass, which has lost nothing yet, and all later ones whole."""
+    def _stop_cutting(self, error: CrossLayerDependencyError, step: Step, pending: Pending) -> None:
+        """Let this pass, which has lost nothing yet, and all later ones run whole."""
         self.horizon = None
         if step.count == 1:
-            self.clear()  # what a closure that accumulates has gathered before the forward that leaks
+            self.clear()  # what a closure that accumulates gathered before the forward that raised the error
         rng.restore(pending.state)
-        logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", leak)
+        logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", error)
 
     def _ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+        # Keep what enters the lowest active block if the descent pass may start from it.
         horizon = self._horizon(step)
         keep = (
             horizon is not None
@@ -210,16 +225,18 @@ class PassRunner:
         with self.firings.watch(self.watched_linears(step.mask)), context as cached_states:
             loss = _loss(closure())
         self.clear(~step.mask)
+        # The first time, check that it does give the same loss.
         if horizon is not None and keep and step.lowest_active > 0:
             pending.cached_states = cached_states
             self._check_reuse(horizon, step, pending, loss)
-            step.kept += any(cached.hidden is not None for cached in pending.cached_states)
+            step.cached += any(cached.hidden is not None for cached in pending.cached_states)
         step.ascent_loss = loss if step.ascent_loss is None else step.ascent_loss + loss
         return loss
 
     def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         if step.ascents:
             rng.restore(pending.state)
+        # Start from the cache where there is one, and stop where nothing below is trained.
         horizon = self._horizon(step)
         if horizon is None:
             context = nullcontext()
@@ -227,6 +244,7 @@ class PassRunner:
             context = horizon.resumed(step.lowest_active, step.lowest_trained, pending.cached_states)
         else:
             context = horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
+        # Run at w + e; sequences of the next step, where some ride along, run at w.
         if pending.passes.sequences is None:
             with perturbed(step.shifts), context:
                 loss = _loss(closure())
@@ -239,39 +257,41 @@ class PassRunner:
         return loss
 
     def _run_split(self, step: Step, sequences: tuple[int, int], closure: Closure) -> torch.Tensor:
-        """Run a pass at w + e on the sequences of this update and, for the next one's ascent, at w on the others."""
-        if not step.moved:
+        """Run a pass at w + e on the sequences of this step and, for the next one's ascent, at w on the others."""
+        if not step.shifted:
             offsets = {shift.parameter: shift.offset for shift in step.shifts}
             with torch.no_grad():
-                step.moved = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
+                step.shifted = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
             step.shifts.clear()  # e is not needed beside w + e
-        first, last = ([w.detach().requires_grad_() for w in weights] for weights in (step.moved, self.parameters))
+        # Each part of the batch has weights of its own, so that its gradient is told from the other's.
+        first, last = ([w.detach().requires_grad_() for w in weights] for weights in (step.shifted, self.parameters))
         with split([linear for linear in self.linears if linear is not None], first, last, sequences):
             loss = _loss(closure())
-        for i, (parameter, *halves) in enumerate(zip(self.parameters, first, last, strict=True)):
+        for i, (parameter, *parts) in enumerate(zip(self.parameters, first, last, strict=True)):
             if parameter.grad is not None:
                 raise ValueError(
                     f"an adapter weight of shape {tuple(parameter.shape)} was used outside its module, where "
                     "sequences cannot be told apart: ascent='ahead' does not work here, use ascent='partial'."
                 )
-            parameter.grad, ahead = (half.grad for half in halves)
-            if sequences[1] and ahead is not None:
-                step.ahead[i] = ahead
+            parameter.grad, next_ascent = (part.grad for part in parts)
+            if sequences[1] and next_ascent is not None:
+                step.next_ascent[i] = next_ascent
         return loss
 
     def _horizon(self, step: Step) -> Horizon | None:
         return self.horizon if step.lowest_active >= 0 else None
 
     def _is_checked(self, horizon: Horizon, lowest_active: int) -> bool:
-        """Whether prefix reuse has been checked: at this floor where more may leave the blocks, at any elsewhere."""
+        """Whether the cache has been checked: at this very block where more may leave the blocks, else at any."""
         anywhere = bool(self._checked_blocks) and not horizon.shares and lowest_active < len(horizon.blocks)
         return lowest_active in self._checked_blocks or anywhere
 
     def _check_reuse(self, horizon: Horizon, step: Step, pending: Pending, loss: torch.Tensor) -> None:
-        """Once, or once a floor: does the stack above it depend on anything but the kept hidden state?
+        """Check, once or once per block, that the stack from there on depends on the cached hidden state alone.
 
-        The pass is run again at w from the kept hidden state and must give the loss of the first pass. A stack that
-        leaks anything else (keys and values shared across layers, router losses) fails, and reuse is turned off.
+        The pass is run again at w from the cached hidden state and must give the loss of the first pass. A stack with
+        another cross-layer dependency (keys and values shared across layers, router losses) fails, and the cache is
+        turned off.
         """
         forward_only = pending.passes.forward_only
         if forward_only is None or self._is_checked(horizon, step.lowest_active):
@@ -281,7 +301,8 @@ class PassRunner:
         if loss.is_meta:  # no values to compare
             self._checked_blocks.add(step.lowest_active)
             return
-        held = [(p, p.grad) for p in self.parameters]
+        # The check runs between the passes: it leaves gradients and generators as it finds them.
+        gradients = [(p, p.grad) for p in self.parameters]
         after = rng.snapshot(self.accelerators)
         try:
             rng.restore(pending.state)
@@ -293,19 +314,19 @@ class PassRunner:
                 again = _loss(forward_only())
             same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
-        except Exception as error:  # noqa: BLE001 - a leaky stack may fail in any way; the plain pass has just run
+        except Exception as error:  # noqa: BLE001 - such a stack may fail in any way; the plain pass has just run
             same, reason = False, f"it raised {type(error).__name__}: {error}"
         finally:
             rng.restore(after)
-            for parameter, gradient in held:
+            for parameter, gradient in gradients:
                 parameter.grad = gradient
         self._checked_blocks.add(step.lowest_active)
         if not same:
             horizon.reuse = False
             pending.cached_states = []
             logger.info(
-                "prefix reuse is off: started from the hidden state that enters block %d, %s, so the blocks pass on "
-                "more than a hidden state. Second passes run whole.",
+                "the hidden-state cache is off: started from the hidden state that enters block %d, %s, so the blocks "
+                "pass on more than a hidden state. Second passes run whole.",
                 step.lowest_active,
                 reason,
             )

@@ -1,17 +1,17 @@
-r"""SL-SAM: one update, composed of the bandit, a design, the perturbation and the horizon.
+r"""SL-SAM: one step, composed of the bandit, a sampling scheme, the perturbation and the horizon.
 
-    S_t ~ design(p)                          draw the active set
+    S_t ~ scheme(p)                          draw the active set
     g   = grad L(w) over S_t                 ascent pass
     e   = rho * g / (|g| + 1e-12)
     g'  = grad L(w + e) over S_t             descent pass; w is put back bit for bit
     the base optimizer steps on g'
-    p   = bandit(p, S_t, |g_l|)              for the next update
+    p   = bandit(p, S_t, |g_l|)              for the next step
 
 (arXiv 2602.09395). An inactive arm has no gradient, so the optimizer neither moves nor decays it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.passes import Closure, Passes, PassRunner, Pending, Step
 from slsam_peft.algorithm.perturbation import Shift
 from slsam_peft.algorithm.sampling import build_scheme
-from slsam_peft.algorithm.telemetry import RadiusWatch, step_metrics
+from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
 
@@ -296,10 +296,11 @@ class SLSAM:
     def _set_shifts(self, step: Step) -> None:
         """Turn the ascent gradients in `.grad` into e and clear them."""
         gradients = self._reduced(step.mask)
-        step.squared = squared = self._norms.squared(gradients, self._device(gradients))
+        squared = self._norms.squared(gradients, self._device(gradients))
+        # Where some micro-batches have no ascent pass, the loss was scaled for more of them than it summed over.
+        partial = step.ascents < step.count
+        step.ascent_squared = squared * (step.count / step.ascents) ** 2 if partial else squared
         found = [(i, g) for i, g in enumerate(gradients) if g is not None]
-        if step.ascents < step.count:  # the loss is scaled for all micro-batches
-            step.squared = squared * (step.count / step.ascents) ** 2
         if found:
             members, ascent = zip(*found, strict=True)
             step.shifts = self.runner.shifts(members, ascent, squared.sum().sqrt(), self.config.rho)
@@ -310,14 +311,14 @@ class SLSAM:
         members, gradients, norm = self.memory.recall(self.runner.members(mask))
         return [] if norm is None else self.runner.shifts(members, gradients, norm, self.config.rho)
 
-    def _reduced(self, mask: torch.Tensor, numbers: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+    def _reduced(self, mask: torch.Tensor, losses: torch.Tensor | None = None) -> list[torch.Tensor | None]:
         """Return each parameter's gradient, averaged over ranks; `None` where there is none.
 
-        `numbers` travel with them: what a decision rests on must be the same on every rank.
+        `losses` travel with them: what a decision rests on must be the same on every rank.
         """
         gradients = [p.grad for p in self.runner.parameters]
         if self.reduce is not None:
-            sent = [] if numbers is None else [numbers]
+            sent = [] if losses is None else [losses]
             for i in self.runner.members(mask):  # the same tensors on every rank
                 gradient = gradients[i]
                 gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
@@ -330,68 +331,81 @@ class SLSAM:
         return next((g.device for g in gradients if g is not None), self.runner.parameters[0].device)
 
     def _finish(self, step: Step) -> None:
-        """Read the update's numbers once, then learn from them, or skip the update if one is not finite."""
+        """Read the step's numbers once, then learn from them, or skip the step if one is not finite."""
+        # Across ranks the losses travel with the descent gradients, so that all ranks decide alike.
         losses = step.losses()
         gradients = self._reduced(step.trained, losses)
         if self.reduce is not None:
             for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
                 parameter.grad = gradient
-        squared = self._norms.squared(gradients, self._device(gradients))
-        ascent_squared = squared if step.squared is None else step.squared
-        numbers = [ascent_squared, self._ahead_norm(step, squared.device), squared.sum()[None], losses]
+        # One copy to the host brings every number.
         scale = self.loss_scale() if self.loss_scale is not None else None
-        numbers.append(torch.ones_like(numbers[1]) if scale is None else scale.reshape(1))
-        values = self._read(torch.cat([n.to(squared.device, squared.dtype) for n in numbers]))
-        norms, descent, scale_value = values[:-5].sqrt(), values[-4], float(values[-1])
-        finite = bool(torch.isfinite(values).all())
-        seen = step.mask if step.squared is not None else step.trained & step.mask
-        norms = norms / scale_value
-        self.norms, self.drawn = norms, self.probabilities
-        self.loss = float(values[-2 if self.config.ascent == "two_pass" else -3])
-        if finite and bool(norms[seen].any()):
-            self.bandit.update(seen, norms, step.inclusion)
-        if not finite:
-            self._skip(descent, values)
-        self.metrics = step_metrics(self, step, norms, float(values[-2]), float(values[-3]), finite)
-        if finite:
+        numbers = self._numbers(step, gradients, losses, scale)
+        self.norms, self.drawn = numbers.norms, self.probabilities
+        self.loss = float(numbers.ascent_loss if self.config.ascent == "two_pass" else numbers.descent_loss)
+        # The bandit learns from the arms whose gradient was seen, unless the step is void.
+        seen = step.mask if step.ascent_squared is not None else step.trained & step.mask
+        if not numbers.finite:
+            self._skip(numbers)
+        elif bool(self.norms[seen].any()):
+            self.bandit.update(seen, self.norms, step.inclusion)
+        # The metrics count a skipped step among those skipped in a row; only a good one ends the row.
+        self.metrics = step_metrics(self, step, numbers)
+        if numbers.finite:
             self.skipped_in_a_row = 0
-        self._remember(step, finite, scale)
         if "ascent_gain" in self.metrics:
             self._watch.see(self.metrics["ascent_gain"])
+        # The step is complete: what belongs to it alone goes, what the next one needs stays.
+        self._remember(step, numbers.finite, scale)
         self.active = step.mask
         self.steps += 1
         self._current = None
         self._before = {}
         self._release()
 
+    def _numbers(
+        self, step: Step, gradients: list[torch.Tensor | None], losses: torch.Tensor, scale: torch.Tensor | None
+    ) -> StepNumbers:
+        """Gather the step's numbers on the device and return them on the host."""
+        squared = self._norms.squared(gradients, self._device(gradients))
+        gathered = StepNumbers(
+            ascent_squared=squared if step.ascent_squared is None else step.ascent_squared,
+            next_ascent_norm=_joint_norm(step.next_ascent.values(), squared.device),
+            descent_squared=squared.sum(),
+            descent_loss=losses[0],
+            ascent_loss=losses[1],
+            loss_scale=torch.ones((), device=squared.device) if scale is None else scale,
+        )
+        return StepNumbers.unpacked(self._read(gathered.packed()))
+
     def _read(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy the update's numbers to the host: the one synchronisation of an update."""
+        """Copy the step's numbers to the host: the one synchronisation of a step."""
         return values.to("cpu", torch.float64)
 
-    def _skip(self, descent: torch.Tensor, values: torch.Tensor) -> None:
+    def _skip(self, numbers: StepNumbers) -> None:
+        """Make the step void, and end the training where too many in a row were.
+
+        Raises:
+            DivergedError: more than `max_skipped_steps` steps in a row were skipped.
+        """
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.loss_scale is None or self.loss_scale() is None:
             self.runner.clear()  # no gradient: the optimizer changes nothing
-        elif math.isfinite(float(descent)):  # a gradient scaler must see for itself that this step is void
+        elif math.isfinite(float(numbers.descent_squared)):  # a gradient scaler must see for itself that it is void
             self.runner.void()
         if self.skipped_in_a_row > self.config.max_skipped_steps:
             raise DivergedError(
-                f"{self.skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient (last: loss "
-                f"{float(values[-2]):g}, at w + e {float(values[-3]):g}, descent gradient norm "
-                f"{float(descent.sqrt()):g}); lower the learning rate or rho, or raise max_skipped_steps."
+                f"{self.skipped_in_a_row} steps in a row had a NaN or infinite loss or gradient (last: loss "
+                f"{float(numbers.ascent_loss):g}, at w + e {float(numbers.descent_loss):g}, descent gradient norm "
+                f"{float(numbers.descent_squared.sqrt()):g}); lower the learning rate or rho, or raise "
+                "max_skipped_steps."
             )
 
-    def _ahead_norm(self, step: Step, device: torch.device) -> torch.Tensor:
-        """Return the norm of the ascent gradient that ran ahead, shape `(1,)`; 0 where there is none."""
-        if not step.ahead:
-            return torch.zeros(1, device=device)  # made there: a copy from the host would wait
-        return torch.stack([n.to(device) for n in torch._foreach_norm(list(step.ahead.values()))]).norm()[None]
-
     def _remember(self, step: Step, finite: bool, scale: torch.Tensor | None) -> None:
-        """Keep what the next update's ascent is made of."""
-        if self.config.ascent == "ahead":  # of that update's own sequences, or of none
-            self.memory.replace(step.ahead if finite else {}, scale)
+        """Keep the gradients that the next step's ascent is made of."""
+        if self.config.ascent == "ahead":  # of that step's own sequences, or of none
+            self.memory.replace(step.next_ascent if finite else {}, scale)
         elif finite and self.config.ascent == "remembered":
             trained = self.runner.members(step.trained)
             self.memory.store({i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}, scale)
@@ -432,3 +446,10 @@ class SLSAM:
         except BaseException:
             state.restore(self, before)
             raise
+
+
+def _joint_norm(gradients: Collection[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return the norm of all gradients together, shape `()`; 0 where there are none."""
+    if not gradients:
+        return torch.zeros((), device=device)  # made there: a copy from the host would wait
+    return torch.stack([norm.to(device) for norm in torch._foreach_norm(list(gradients))]).norm()

@@ -1,67 +1,88 @@
-"""The state of `SLSAM` as a flat dictionary: what an aborted update goes back to, and what a checkpoint holds."""
+"""The state of `SLSAM` as a flat dictionary: what an aborted step goes back to, and what a checkpoint holds."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import zip_longest
+from typing import Any, Protocol
+
+import torch
 
 from slsam_peft.algorithm.arms import Arm
-
-if TYPE_CHECKING:
-    from slsam_peft.algorithm.slsam import SLSAM
+from slsam_peft.algorithm.bandit import Bandit
+from slsam_peft.algorithm.memory import GradientMemory
+from slsam_peft.algorithm.passes import PassRunner
+from slsam_peft.config import SLSAMConfig
 
 State = dict[str, Any]
 
 
-def sampler(slsam: "SLSAM") -> State:
-    """Return what a draw and a bandit update change."""
+class Stateful(Protocol):
+    """What has such a state: the attributes of `SLSAM` that are read and put back here."""
+
+    config: SLSAMConfig
+    arms: Sequence[Arm]
+    bandit: Bandit
+    design: Any  # a sampling scheme with a state
+    generator: torch.Generator
+    runner: PassRunner
+    memory: GradientMemory
+    active: torch.Tensor
+    steps: int
+    skipped: int
+    skipped_in_a_row: int
+
+
+def sampler(owner: Stateful) -> State:
+    """Return what a draw and an update of the bandit change."""
     return {
-        "generator": slsam.generator.get_state(),
-        **{f"design.{key}": value for key, value in slsam.design.state_dict().items()},
-        **{f"bandit.{key}": value for key, value in slsam.bandit.state_dict().items()},
+        "generator": owner.generator.get_state(),
+        **{f"design.{key}": value for key, value in owner.design.state_dict().items()},
+        **{f"bandit.{key}": value for key, value in owner.bandit.state_dict().items()},
     }
 
 
-def restore_sampler(slsam: "SLSAM", saved: State) -> None:
+def restore_sampler(owner: Stateful, saved: State) -> None:
     """Put back what `sampler` returned."""
-    slsam.bandit.load_state_dict(_below(saved, "bandit."))
-    slsam.generator.set_state(saved["generator"])
-    slsam.design.load_state_dict(_below(saved, "design."))
+    owner.bandit.load_state_dict(_below(saved, "bandit."))
+    owner.generator.set_state(saved["generator"])
+    owner.design.load_state_dict(_below(saved, "design."))
 
 
-def collect(slsam: "SLSAM") -> State:
-    """Return everything later updates depend on."""
+def collect(owner: Stateful) -> State:
+    """Return everything that later steps depend on."""
     return {
-        "arms": [arm.name for arm in slsam.arms],
-        "config": slsam.config.to_dict(),
-        "steps": slsam.steps,
-        "skipped": slsam.skipped,
-        "skipped_in_a_row": slsam.skipped_in_a_row,
-        "active": slsam.active.clone(),
-        "fired": slsam.runner.fired(),
-        **sampler(slsam),
-        **{f"remembered.{k}": v for k, v in slsam.memory.state_dict(_names(slsam.arms)).items()},
+        "arms": [arm.name for arm in owner.arms],
+        "config": owner.config.to_dict(),
+        "steps": owner.steps,
+        "skipped": owner.skipped,
+        "skipped_in_a_row": owner.skipped_in_a_row,
+        "active": owner.active.clone(),
+        "fired": owner.runner.fired(),
+        **sampler(owner),
+        **{f"remembered.{k}": v for k, v in owner.memory.state_dict(_names(owner.arms)).items()},
     }
 
 
-def restore(slsam: "SLSAM", saved: State) -> None:
+def restore(owner: Stateful, saved: State) -> None:
     """Put back what `collect` returned."""
-    restore_sampler(slsam, saved)
-    slsam.runner.set_fired(saved["fired"].bool())
-    slsam.memory.load_state_dict(_below(saved, "remembered."), _names(slsam.arms))
-    slsam.active = saved["active"].bool().clone()
-    slsam.steps, slsam.skipped = int(saved["steps"]), int(saved["skipped"])
-    slsam.skipped_in_a_row = int(saved["skipped_in_a_row"])
+    restore_sampler(owner, saved)
+    owner.runner.set_fired(saved["fired"].bool())
+    owner.memory.load_state_dict(_below(saved, "remembered."), _names(owner.arms))
+    owner.active = saved["active"].bool().clone()
+    owner.steps, owner.skipped = int(saved["steps"]), int(saved["skipped"])
+    owner.skipped_in_a_row = int(saved["skipped_in_a_row"])
 
 
 def check_arms(saved: list[str], arms: Sequence[Arm]) -> None:
     """Raise `ValueError`, naming the first difference, unless a state was saved for the same arms."""
     here = [arm.name for arm in arms]
-    if saved != here:
-        there, mine = next(p for p in zip([*saved, None], [*here, None], strict=False) if p[0] != p[1])
-        raise ValueError(
-            f"the state was saved for {len(saved)} arms and this model has {len(here)}; the first difference is "
-            f"{there!r} (saved) against {mine!r} (here). Use the same adapter, target modules and granularity, or "
-            "start without the saved state."
-        )
+    if saved == here:
+        return
+    first_saved, first_here = next(pair for pair in zip_longest(saved, here) if pair[0] != pair[1])
+    raise ValueError(
+        f"the state was saved for {len(saved)} arms and this model has {len(here)}; the first difference is "
+        f"{first_saved!r} (saved) against {first_here!r} (here). Use the same adapter, target modules and "
+        "granularity, or start without the saved state."
+    )
 
 
 def _names(arms: Sequence[Arm]) -> list[str]:

@@ -34,13 +34,6 @@ class LinearCost:
         terms = zip(self.reached, reach, self.active, inclusion, self.lowest_active, at, strict=True)
         return self.const + math.fsum(r * q + a * p + s * d for r, q, a, p, s, d in terms)
 
-    def depth_terms(self) -> tuple[float, tuple[float, ...]]:
-        """Return `(const, c)` such that the nested design, every block above a floor, costs `const + sum(c * p)`."""
-        above = [*self.lowest_active[1:], 0.0]
-        return self.const, tuple(
-            r + a + s - n for r, a, s, n in zip(self.reached, self.active, self.lowest_active, above, strict=True)
-        )
-
 
 def independent_reach(probabilities: Sequence[float]) -> tuple[list[float], list[float]]:
     """Return `(reach, inclusion)` of arms that are drawn independently, and drawn again when none came up.

@@ -18,12 +18,12 @@ DRAWS = 256  # active sets averaged over where a design's floor has no closed fo
 SEED = 0
 
 
-def rule_of(config: SLSAMConfig, kept_micro_batches: int | None = None) -> Rule:
+def rule_of(config: SLSAMConfig, cached_micro_batches: int | None = None) -> Rule:
     """Return how updates run under `config`.
 
     Args:
         config (`SLSAMConfig`): Read: `ascent`, `ascent_fraction`, `descent`, `rho`.
-        kept_micro_batches (`int`, *optional*): Micro-batches whose hidden states fit
+        cached_micro_batches (`int`, *optional*): Micro-batches whose hidden states fit
             `hidden_state_cache_limit_mib`; 0 where hidden-state reuse is off. Defaults to all.
     """
     return Rule(
@@ -31,7 +31,7 @@ def rule_of(config: SLSAMConfig, kept_micro_batches: int | None = None) -> Rule:
         ascent_fraction=config.ascent_fraction,
         descent=config.descent,
         perturbed=config.rho > 0,
-        reused=kept_micro_batches,
+        reused=cached_micro_batches,
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from slsam_peft.algorithm.blocks import block_stacks
+
 # Position of a linear module in its block, in order of computation.
 BLOCK_INPUT, ATTENTION_OUTPUT, FEED_FORWARD_INPUT, FEED_FORWARD_OUTPUT = range(4)
 
@@ -122,21 +124,16 @@ def head_of(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the names and modules of the deepest stack of blocks: the `nn.ModuleList` with the most parameters.
-
-    Raises:
-        ValueError: the model has no such list.
-    """
-    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    stacks = [(name, m) for name, m in stacks if all(next(block.children(), None) is not None for block in m)]
+def _largest_stack(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the names and modules of the blocks in the stack with the most parameters."""
+    stacks = list(block_stacks(model))
     if not stacks:
         raise ValueError(
             f"{type(model).__name__} has no stack of transformer blocks (an nn.ModuleList of composite modules), so "
             "its cost cannot be predicted; leave cost_budget unset."
         )
-    name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [(f"{name}.{i}", block) for i, block in enumerate(stack)]
+    path, stack = max(stacks, key=lambda named: sum(p.numel() for p in named[1].parameters()))
+    return [(f"{path}.{i}" if path else str(i), block) for i, block in enumerate(stack)]
 
 
 def decoder_of(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> Decoder:
@@ -153,7 +150,7 @@ def decoder_of(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> D
         names = {id(module): name for name, module in model.named_modules()}
         named_blocks = [(names[id(block)], block) for block in blocks]
     else:
-        named_blocks = find_blocks(model)
+        named_blocks = _largest_stack(model)
     config = _text_config(model)
     head = head_of(model)
     owned = {id(p) for _, block in named_blocks for p in block.parameters()}

@@ -198,12 +198,6 @@ class CostModel:
                 total += 2 * size.tokens * sum(x.base.features + sum(f.features for f in x.factors) for x in own)
         return total
 
-    def reuse_check(self, lowest_active: int, shape: tuple[int, int]) -> float:
-        """FLOPs of one forward pass of the blocks from `lowest_active` on and the head, on one micro-batch."""
-        size = Size.of([shape])
-        above = sum(self._passes(i, NONE, True).forward.on(size) for i in range(lowest_active, len(self)))
-        return above + 2 * self.decoder.head * size.scored
-
     def linear_terms(self, shapes: Shapes, rule: Rule = TWO_PASS) -> LinearCost:
         """Return the terms of the expected cost with block arms; arguments as in `step`."""
         unit, parts = self.plain(shapes), rule.parts(shapes)

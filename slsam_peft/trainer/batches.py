@@ -1,11 +1,11 @@
-"""`ascent="ahead"` in a trainer: sequences of the next batch come along in the pass over this one."""
+"""Batches as an ascent needs them: a part of one, or sequences of the next one behind those of this one."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from trl import SFTTrainer
+from trl import DPOTrainer, RewardTrainer
 
 from slsam_peft.cost.model import ascent_share
 
@@ -35,33 +35,52 @@ class Lookahead(Iterator):
         return batch
 
 
-def check_ahead(trainer: Any) -> None:
-    """Refuse trainers whose updates are no single pass over padded sequences of text.
+def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Return `(batch, length)` of a micro-batch."""
+    sequences, length = inputs["input_ids"].shape[:2]
+    return int(sequences), int(length)
+
+
+def ascent_part(inputs: Mapping[str, Any], fraction: float, stacked: int = 1) -> tuple[dict[str, Any], float]:
+    """Return the first examples of a batch, and their share.
+
+    Args:
+        inputs (`Mapping`): A batch. Every tensor or list with one entry per example, or `stacked` of them, is cut.
+        fraction (`float`): Share of the examples, in (0, 1]. It is rounded, and at least one is taken.
+        stacked (`int`, *optional*, defaults to `1`): Sequences per example. They lie in as many equal parts along
+            the first dimension: TRL puts chosen ones above rejected ones.
+
+    Returns:
+        `tuple[dict, float]`: The smaller batch and the share it really is.
 
     Raises:
-        ValueError: no `SFTTrainer`, several ranks, gradient accumulation, packed or padding-free batches, or a loss
-            that is no sum over tokens divided by the number that the trainer gives it. The message says what to use
-            instead.
+        ValueError: the batch holds one example (packed and padding-free batches count as one).
     """
-    args: Any = trainer.args
-    instead = "use ascent='partial'"
-    if not isinstance(trainer, SFTTrainer):
-        reason = f"joins batches of texts, and {type(trainer).__name__} makes others"
-    elif args.world_size > 1:
-        reason = f"runs in one process, and there are {args.world_size}"
-    elif args.gradient_accumulation_steps > 1:
-        reason = f"needs one micro-batch an update, and gradient_accumulation_steps={args.gradient_accumulation_steps}"
-        instead += ": one of the micro-batches makes the ascent, at the same cost"
-    elif args.packing or args.padding_free:
-        reason = "needs a row a sequence, and packing or padding_free puts several into one"
-        instead += " with gradient accumulation"
-    elif trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
-        reason = "needs TRL's own loss, normalised by num_items_in_batch, and here is another one"
-    elif trainer.aux_loss_enabled:
-        reason = "keeps sequences apart, and the router's auxiliary loss of a mixture of experts is over all of them"
-    else:
-        return
-    raise ValueError(f"ascent='ahead' {reason}; {instead}.")
+    sequences = next((v.shape[0] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds", "labels")), 0)
+    examples = sequences // stacked
+    if examples < 2:
+        raise ValueError(
+            f"ascent='partial' cannot take a part of a batch of {examples} sequence (a packed or padding-free batch "
+            "counts as one); use gradient_accumulation_steps > 1 (whole micro-batches are taken then), a larger "
+            "per_device_train_batch_size, or ascent='two_pass'."
+        )
+    taken = max(1, round(fraction * examples))
+
+    def cut(value: Any) -> Any:
+        countable = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.dim() > 0)
+        if not countable or len(value) not in (sequences, examples):
+            return value
+        parts: Any = [value[start : start + taken] for start in range(0, len(value), examples)]
+        if len(parts) == 1:
+            return parts[0]
+        return [x for part in parts for x in part] if isinstance(value, list) else torch.cat(parts)
+
+    return {key: cut(value) for key, value in inputs.items()}, taken / examples
+
+
+def sequences_per_example(trainer: Any) -> int:
+    """Return how many sequences TRL stacks for each example: a chosen and a rejected one, or one."""
+    return 2 if isinstance(trainer, DPOTrainer | RewardTrainer) else 1
 
 
 class Joined(NamedTuple):

@@ -1,7 +1,8 @@
 """The price of a trainer's updates in plain LoRA updates: predicted for the log, solved for where it is budgeted."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import Trainer
 from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import Arms
@@ -9,9 +10,6 @@ from slsam_peft.algorithm.passes import Step
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.expected import active_names, rule_of
 from slsam_peft.cost.model import CostModel, Rule
-
-if TYPE_CHECKING:
-    from slsam_peft.trainer.trainer import SLSAMMixin
 
 
 class StepCost:
@@ -36,25 +34,30 @@ class StepCost:
 
     def __call__(self, step: Step) -> float:
         """Return the cost in plain LoRA updates; the one-off check of prefix reuse is not in it."""
-        names, rule = active_names(self.arms, step.mask), rule_of(self.config, step.kept)
+        names, rule = active_names(self.arms, step.mask), rule_of(self.config, step.cached)
         if self.joined is None:
             return self.model.ratio(names, self.shapes, rule)
         return self.model.step(names, [self.joined], Rule(perturbed=False)) / self.model.plain(self.shapes)
 
 
-def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:
-    """Return the cost model of a trainer's updates; `None` where its structure or its loss is not known.
+def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostModel | None:
+    """Return the cost model of a trainer's steps; `None` where its structure or its loss is not known.
+
+    Args:
+        trainer (`Trainer`): Its model and its arguments are read.
+        arms (`Arms`): The model's arms.
+        config (`SLSAMConfig`): Read: `cost_budget`, which cannot do without a cost model.
 
     Raises:
-        ValueError: `cost_budget` is set and there is no cost model, or no floor to cut at.
+        ValueError: `cost_budget` is set and there is no cost model, or no lowest active block to cut at.
     """
-    config: SLSAMConfig = trainer.slsam_config
     args: Any = trainer.args
+    trained: Any = trainer.model
     model, reason = None, "only SFTTrainer's updates can be counted."
     if isinstance(trainer, SFTTrainer):
         reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False))
         try:
-            model = CostModel.from_model(trainer.model, args.gradient_checkpointing, reentrant, arms.blocks or None)
+            model = CostModel.from_model(trained, args.gradient_checkpointing, reentrant, arms.blocks or None)
         except ValueError as error:
             reason = str(error)
         if model is not None and any(x.base.trainable for block in model.decoder.blocks for x in block.linears):
@@ -76,9 +79,3 @@ def cost_model_of(trainer: "SLSAMMixin", arms: Arms) -> CostModel | None:
             "updates run to the bottom. Do not train embeddings, or leave cost_budget unset and set active_fraction."
         )
     return model
-
-
-def shape_of(inputs: Any) -> tuple[int, int]:
-    """Return `(batch, length)` of a micro-batch."""
-    rows, length = inputs["input_ids"].shape[:2]
-    return int(rows), int(length)

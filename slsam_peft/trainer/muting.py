@@ -26,7 +26,7 @@ def _sink() -> defaultdict:
 
 @contextmanager
 def muted(trainer: Any) -> Iterator[None]:
-    """Run a loss without counting it.
+    """Run a loss without logging it.
 
     TRL's `compute_loss` appends to `_metrics`, adds to `_total_train_tokens` and synchronises with the host three
     times a call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the
@@ -35,9 +35,9 @@ def muted(trainer: Any) -> Iterator[None]:
     Args:
         trainer (`Trainer`): A transformers or TRL trainer.
     """
-    held = {name: trainer.__dict__[name] for name in _COUNTERS if name in trainer.__dict__}
+    counters = {name: trainer.__dict__[name] for name in _COUNTERS if name in trainer.__dict__}
     accelerator = trainer.accelerator
-    for name, value in held.items():
+    for name, value in counters.items():
         trainer.__dict__[name] = value if isinstance(value, int) else _sink()
     if not isinstance(trainer, KTOTrainer):
         accelerator.__dict__["gather_for_metrics"] = _nothing_gathered
@@ -45,7 +45,7 @@ def muted(trainer: Any) -> Iterator[None]:
         yield
     finally:
         accelerator.__dict__.pop("gather_for_metrics", None)
-        trainer.__dict__.update(held)
+        trainer.__dict__.update(counters)
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def forward_only(trainer: Any) -> Iterator[None]:
     """
     instead = {"backward": lambda loss, **kwargs: None, "gather": _own, "gather_for_metrics": _own}
     methods = trainer.accelerator.__dict__
-    held = {name: methods[name] for name in instead if name in methods}
+    own = {name: methods[name] for name in instead if name in methods}
     methods.update(instead)
     try:
         with torch.no_grad():
@@ -64,4 +64,4 @@ def forward_only(trainer: Any) -> Iterator[None]:
     finally:
         for name in instead:
             methods.pop(name, None)
-        methods.update(held)
+        methods.update(own)

@@ -1,14 +1,13 @@
-"""Adapters of PEFT models: their precision under TRL, and which parts of a batch an ascent may take."""
+"""The precision of adapters under TRL, which PEFT and quantized bases change behind one's back."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from trl import DPOTrainer, RewardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -75,45 +74,3 @@ def warn_if_low_precision(model: nn.Module) -> None:
 
 def _adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {p for m in model.modules() if isinstance(m, BaseTunerLayer) for p in m.parameters()}
-
-
-def ascent_part(inputs: Mapping[str, Any], fraction: float, stacked: int = 1) -> tuple[dict[str, Any], float]:
-    """Return the first examples of a batch, and their share.
-
-    Args:
-        inputs (`Mapping`): A batch; every tensor or list with one entry an example, or `stacked` of them, is cut.
-        fraction (`float`): Share of the examples, in (0, 1]; rounded, at least one.
-        stacked (`int`, *optional*, defaults to `1`): Sequences of an example. They lie in as many equal parts along
-            the first dimension: TRL puts chosen ones above rejected ones.
-
-    Returns:
-        `tuple[dict, float]`: The smaller batch and the share it really is.
-
-    Raises:
-        ValueError: the batch holds one example (packed and padding-free batches count as one).
-    """
-    rows = next((v.shape[0] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds", "labels")), 0)
-    examples = rows // stacked
-    if examples < 2:
-        raise ValueError(
-            f"ascent='partial' cannot take a part of a batch of {examples} sequence (a packed or padding-free batch "
-            "counts as one); use gradient_accumulation_steps > 1 (whole micro-batches are taken then), a larger "
-            "per_device_train_batch_size, or ascent='two_pass'."
-        )
-    taken = max(1, round(fraction * examples))
-
-    def cut(value: Any) -> Any:
-        countable = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.dim() > 0)
-        if not countable or len(value) not in (rows, examples):
-            return value
-        parts: Any = [value[start : start + taken] for start in range(0, len(value), examples)]
-        if len(parts) == 1:
-            return parts[0]
-        return [x for part in parts for x in part] if isinstance(value, list) else torch.cat(parts)
-
-    return {key: cut(value) for key, value in inputs.items()}, taken / examples
-
-
-def sequences_an_example(trainer: Any) -> int:
-    """Return how many sequences TRL stacks for each example: a chosen and a rejected one, or one."""
-    return 2 if isinstance(trainer, DPOTrainer | RewardTrainer) else 1

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed.tensor import DTensor
+from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import Arm
 
@@ -60,9 +61,9 @@ def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
     Raises:
         ValueError: some are missing. They would get gradients and never be trained.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [
-        n for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True) if id(p) not in held
+        n for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True) if id(p) not in optimized
     ]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -71,3 +72,32 @@ def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
             "trained. Build it over every parameter that requires grad, or let the trainer build it "
             "(optimizers=(None, None))."
         )
+
+
+def check_ahead(trainer: Any) -> None:
+    """Refuse trainers whose updates are no single pass over padded sequences of text.
+
+    Raises:
+        ValueError: no `SFTTrainer`, several ranks, gradient accumulation, packed or padding-free batches, or a loss
+            that is no sum over tokens divided by the number that the trainer gives it. The message says what to use
+            instead.
+    """
+    args: Any = trainer.args
+    instead = "use ascent='partial'"
+    if not isinstance(trainer, SFTTrainer):
+        reason = f"joins batches of texts, and {type(trainer).__name__} makes others"
+    elif args.world_size > 1:
+        reason = f"runs in one process, and there are {args.world_size}"
+    elif args.gradient_accumulation_steps > 1:
+        reason = f"needs one micro-batch an update, and gradient_accumulation_steps={args.gradient_accumulation_steps}"
+        instead += ": one of the micro-batches makes the ascent, at the same cost"
+    elif args.packing or args.padding_free:
+        reason = "needs a row a sequence, and packing or padding_free puts several into one"
+        instead += " with gradient accumulation"
+    elif trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
+        reason = "needs TRL's own loss, normalised by num_items_in_batch, and here is another one"
+    elif trainer.aux_loss_enabled:
+        reason = "keeps sequences apart, and the router's auxiliary loss of a mixture of experts is over all of them"
+    else:
+        return
+    raise ValueError(f"ascent='ahead' {reason}; {instead}.")

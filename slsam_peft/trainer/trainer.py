@@ -24,19 +24,12 @@ from slsam_peft.saving.record import write_record
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
-from slsam_peft.trainer.batches import Joined, Lookahead, check_ahead, join
-from slsam_peft.trainer.costing import StepCost, cost_model_of, shape_of
+from slsam_peft.trainer.batches import Joined, Lookahead, ascent_part, batch_shape, join, sequences_per_example
+from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
 from slsam_peft.trainer.muting import forward_only, muted
-from slsam_peft.trainer.precision import (
-    ascent_part,
-    float32_adapters,
-    restore_float32,
-    same_dtypes,
-    sequences_an_example,
-    warn_if_low_precision,
-)
-from slsam_peft.trainer.support import check_optimizer, check_trainer
+from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
+from slsam_peft.trainer.support import check_ahead, check_optimizer, check_trainer
 
 ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs hardly depends on it
 
@@ -90,7 +83,7 @@ class SLSAMMixin(_Base):
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
-        if self._runs_ahead:
+        if self._looks_ahead:
             check_ahead(self)
         self._slsam_batches: Lookahead | None = None
         self._slsam_goes_on = False
@@ -121,7 +114,7 @@ class SLSAMMixin(_Base):
 
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
-        model = cost_model_of(self, self.slsam_arms)
+        model = cost_model_of(self, self.slsam_arms, self.slsam_config)
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, self.slsam_config)
         fraction = None
         if model is not None and (budget := self.slsam_config.cost_budget) is not None:
@@ -160,12 +153,12 @@ class SLSAMMixin(_Base):
         return getattr(scaler, "_scale", None)  # the tensor: `get_scale()` would wait for the device
 
     @property
-    def _runs_ahead(self) -> bool:
+    def _looks_ahead(self) -> bool:
         return self.slsam_config.ascent == "ahead" and self.slsam_config.rho > 0
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
         """Take an update's batches from the epoch, as the trainer does; with `ascent="ahead"` see the next one."""
-        if not self._runs_ahead:
+        if not self._looks_ahead:
             return super().get_batch_samples(epoch_iterator, *args, **kwargs)
         if self._slsam_batches is None:
             self._slsam_batches = Lookahead(epoch_iterator)
@@ -200,6 +193,12 @@ class SLSAMMixin(_Base):
         return loss
 
     def _passes(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Passes:
+        """Return the ways in which the algorithm may run the trainer's own `training_step` on a micro-batch.
+
+        A pass takes a fresh dictionary, since the trainer's loss may take entries out of the one it is given.
+        """
+        if self._looks_ahead:
+            return self._look_ahead_passes(model, inputs, num_items)
         step = super().training_step
 
         def logged() -> torch.Tensor:
@@ -209,35 +208,40 @@ class SLSAMMixin(_Base):
             with muted(self):
                 return step(model, dict(inputs), num_items)
 
-        def forward() -> torch.Tensor:
+        def without_backward() -> torch.Tensor:
             with muted(self), forward_only(self):
                 return step(model, dict(inputs), num_items)
 
         def part() -> torch.Tensor:
-            with muted(self):
-                rows, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_an_example(self))
-                return step(model, rows, None if num_items is None else num_items * share)
+            some, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_per_example(self))
+            with muted(self):  # whose loss is then a mean over its own tokens
+                return step(model, some, None if num_items is None else num_items * share)
 
-        if not self._runs_ahead:
-            return Passes(logged, unlogged, part, forward)
+        return Passes(logged, unlogged, part, without_backward)
+
+    def _look_ahead_passes(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> Passes:
+        """Return the one pass of `ascent="ahead"`: over this batch and, behind it, some sequences of the next one."""
+        step = super().training_step
         coming = None if self._slsam_batches is None else self._slsam_batches.coming
         joined = join(inputs, coming, self.slsam_config.ascent_fraction)
         if self._slsam_cost is not None:
-            self._slsam_cost.joined = shape_of(joined.inputs)
+            self._slsam_cost.joined = batch_shape(joined.inputs)
         if coming is None and self.state.global_step == 0:
             logger.warning(
-                "an epoch is a single batch: nothing runs ahead, and ascent='ahead' trains as plain LoRA does."
+                "an epoch is a single batch: no sequences come after it, and ascent='ahead' trains as plain LoRA does."
             )
 
         def both() -> torch.Tensor:
             loss = step(model, dict(joined.inputs), num_items)
-            self._uncount(joined)
+            self._take_off_tokens(joined)
             return loss * joined.own_share if joined.sequences[1] else loss
 
         return Passes(both, both, sequences=joined.sequences)
 
-    def _uncount(self, joined: Joined) -> None:
-        """Take tokens off TRL's count of those trained on: their batch is still to come."""
+    def _take_off_tokens(self, joined: Joined) -> None:
+        """Take the next batch's tokens off TRL's count of those trained on: their step is still to come."""
         self._total_train_tokens -= joined.tokens
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
@@ -246,10 +250,10 @@ class SLSAMMixin(_Base):
             return
         if self._slsam_unsolved:
             # Batches differ between ranks, and their probabilities must not.
-            self._slsam, self._slsam_unsolved = self._build_slsam(of_first_rank([shape_of(inputs)] * count)), False
+            self._slsam, self._slsam_unsolved = self._build_slsam(of_first_rank([batch_shape(inputs)] * count)), False
         if index == 0:
             self._slsam_cost.shapes.clear()
-        self._slsam_cost.shapes.append(shape_of(inputs))
+        self._slsam_cost.shapes.append(batch_shape(inputs))
 
     def _log_step(self) -> None:
         """Hand the update's numbers, read already, to TRL's averages."""

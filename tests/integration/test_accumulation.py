@@ -154,7 +154,7 @@ def _same(a, b):
 def test_too_many_bad_steps_in_a_row_stop_training(tmp_path):
     config = SLSAMConfig(rho=0.05, max_skipped_steps=1)
     trainer = build(faulty(*range(4, 100)), tmp_path, config, max_steps=10)
-    with pytest.raises(RuntimeError, match=r"2 updates in a row had a NaN or infinite.*max_skipped_steps"):
+    with pytest.raises(RuntimeError, match=r"2 steps in a row had a NaN or infinite.*max_skipped_steps"):
         trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())

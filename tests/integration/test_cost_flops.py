@@ -20,6 +20,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.cost.block import Size
 from slsam_peft.cost.expected import active_names, rule_of
 from slsam_peft.cost.model import CostModel, Rule
 from tests.tolerances import COUNTED_FLOPS
@@ -152,6 +153,12 @@ MODES = {
 }
 
 
+def _forward_from(cost, lowest_active, shape):
+    """FLOPs of the pass that checks the hidden-state cache once: forward from a block on, and the head's."""
+    names = {name for block in cost.decoder.blocks[lowest_active:] for name in block.trainable}
+    return cost.forward_flops(names, [shape]) + 2 * cost.decoder.head * Size.of([shape]).scored
+
+
 def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=True, family="llama"):
     masks, config = _Masks(), SLSAMConfig(**mode)
     trainer = build(
@@ -173,7 +180,7 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
     lowest_blocks = [min(a.depth for a, on in zip(arms, mask.tolist(), strict=True) if on) for mask in masks.seen]
     checked = next((lowest_active for lowest_active in lowest_blocks if lowest_active > 0), None)
     if rule.reusable(micro_batches) and checked is not None:
-        predicted += cost.reuse_check(checked, shapes[0])
+        predicted += _forward_from(cost, checked, shapes[0])
     return predicted, count.get_total_flops()
 
 

@@ -5,7 +5,7 @@ import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin
-from slsam_peft.trainer.precision import ascent_part
+from slsam_peft.trainer.batches import ascent_part
 from tests.tiny import completions, llama, lora, preferences, reward_model, sft_args, tokenizer
 from tests.watch import Watch, check, hooks
 

@@ -10,7 +10,7 @@ from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.cost.expected import ExpectedCost, active_names, rule_of
 from slsam_peft.cost.model import CostModel
 from slsam_peft.models.shapes import find_config, meta_model
-from slsam_peft.trainer.precision import ascent_part
+from slsam_peft.trainer.batches import ascent_part
 from tests.decoders import passes_of
 from tests.tolerances import COUNTED_FLOPS_8B
 

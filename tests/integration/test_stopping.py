@@ -117,7 +117,7 @@ def test_training_that_diverges_ends_with_its_message(command, capsys):
     model.save_pretrained("model")
     assert main([*command, "--output_dir", "out", "--max_skipped_steps", "2"]) == 1
     said = capsys.readouterr().err
-    assert "slsam-peft: training has diverged: 3 updates in a row had a NaN or infinite loss or gradient" in said
+    assert "slsam-peft: training has diverged: 3 steps in a row had a NaN or infinite loss or gradient" in said
     assert "Traceback" not in said
     assert not Path("out/adapter_model.safetensors").exists()
     with pytest.raises(DivergedError):

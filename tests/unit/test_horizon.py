@@ -104,7 +104,7 @@ def test_a_stack_that_leaks_falls_back_with_one_log_line(caplog):
         with caplog.at_level(logging.INFO, logger="slsam_peft"):
             assert_step_is_exact(slsam, mask, closure, probe)
     assert not slsam.horizon.reuse
-    assert sum("prefix reuse is off" in record.message for record in caplog.records) == 1
+    assert sum("the hidden-state cache is off" in record.message for record in caplog.records) == 1
 
 
 def test_router_losses_turn_reuse_off():

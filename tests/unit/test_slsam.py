@@ -160,7 +160,7 @@ def test_a_value_that_is_not_finite_skips_the_whole_step(bad_pass, value):
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(slsam.probabilities, before)
     assert slsam.skipped == 1
-    with pytest.raises(RuntimeError, match="2 updates in a row had a NaN or infinite"):
+    with pytest.raises(RuntimeError, match="2 steps in a row had a NaN or infinite"):
         slsam.update(faulty)
     slsam.update(closure)
     assert slsam.metrics["grad_norm_ascent"] > 0

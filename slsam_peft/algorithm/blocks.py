@@ -1,0 +1,23 @@
+"""Where the transformer blocks of a model are: found by structure, never by name."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def block_stacks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """Yield the outermost stacks of blocks, each an `nn.ModuleList` of composite modules, with their names.
+
+    Args:
+        module (`nn.Module`): The model.
+        path (`str`, *optional*, defaults to `""`): Name of `module` itself.
+    """
+    if isinstance(module, nn.ModuleList) and len(module) and all(_is_composite(block) for block in module):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from block_stacks(child, f"{path}.{name}" if path else name)
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
