@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE", help="YAML file, see recipes/compare/")
     add(
-        "--rows",
+        "--results",
         type=Path,
         metavar="FILE",
         help="where rows are appended as runs finish; runs that have one are not repeated (default: rows/NAME.jsonl "
@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
 def _rows_file(args: argparse.Namespace, trains: bool) -> Path:
     """Return where the rows are; what will be trained for hours must be writable there."""
     folder = args.config.parent / "rows"  # made with the first row
-    file = args.rows or folder / f"{args.config.stem}.jsonl"
+    file = args.results or folder / f"{args.config.stem}.jsonl"
     if trains:
-        check_appendable(file if args.rows or folder.exists() else folder)
+        check_appendable(file if args.results or folder.exists() else folder)
     return file
 
 
@@ -107,14 +107,14 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
     done = 0
     with console.status("") as status:
 
-        def tell(job: "Job", step: int, steps: int) -> None:
+        def progress(job: "Job", step: int, steps: int) -> None:
             name = run_name(plan, job.task, job.method, job.settings)
-            status.update(Text(f"{name}: update {step} of {steps}"))
+            status.update(Text(f"{name}: step {step} of {steps}"))
 
         while limit is None or done < limit:
             finished, total = plan.counts(store.read())
             status.update(f"{finished} of {total} runs are done")
-            row = next_row(plan, store, tell)
+            row = next_row(plan, store, progress)
             if row is None:
                 return
             done += 1
@@ -147,7 +147,7 @@ def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
     rows = store.read()
     for job in plan.pending(rows):
         name = run_name(plan, job.task, job.method, job.settings)
-        console.print(f"{name}, {job.settings['updates']} updates", markup=False, highlight=False)
+        console.print(f"{name}, {job.settings['steps']} steps", markup=False, highlight=False)
     done, total = plan.counts(rows)
     console.print(f"{done} of {total} runs are done; seeds whose learning rate is still to be chosen are not listed.")
     return 0

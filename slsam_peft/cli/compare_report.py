@@ -12,12 +12,12 @@ from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.settings import CompareSettings
 
 HEADINGS = {"loss": "held-out loss", "accuracy": "token accuracy", "exact": "exact answers"}
-MATCHED = {"updates": "equal updates", "cost": "equal cost"}
+MATCHED = {"steps": "equal steps", "cost": "equal cost"}
 COLUMNS = (
     "method",
     "learning rate",
-    "cost per update",
-    "updates",
+    "cost per step",
+    "steps",
     "total cost",
     "seeds",
     "mean",
@@ -26,7 +26,7 @@ COLUMNS = (
     "p",
     "p (Holm)",
 )
-NARROW = ("method", "updates\nx cost", "mean", "difference\n95 % interval", "p (Holm)")  # of tables for terminals
+NARROW = ("method", "steps\nx cost", "mean", "difference\n95 % interval", "p (Holm)")  # of tables for terminals
 WIDTH = 80  # characters that those tables need
 
 
@@ -53,9 +53,9 @@ def _narrow_cells(line: Line, metric: str, seeds: int) -> list[Text]:
         below.append(f"{done} of {seeds} seeds")
     if line.failed:
         below.append(f"{line.failed} failed")
-    updates = str(line.updates) + (f"\nx {line.cost:.2f}" if line.cost is not None else "")
+    steps = str(line.steps) + (f"\nx {line.cost:.2f}" if line.cost is not None else "")
     difference, interval, _, corrected = _differences(line, metric)
-    cells = [updates, _number(line.mean(metric), ".4f"), f"{difference}\n{interval}".removesuffix("\n-"), corrected]
+    cells = [steps, _number(line.mean(metric), ".4f"), f"{difference}\n{interval}".removesuffix("\n-"), corrected]
     return [Text(line.method).append("".join(f"\n{text}" for text in below), "dim"), *map(Text, cells)]
 
 
@@ -85,7 +85,7 @@ def _notes(settings: CompareSettings) -> str:
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
         "ones of the mean, too narrow for few seeds (about 83 % instead of 95 % with five, 70 % with three); "
-        f"p-values are those of the paired t-test. Cost is in plain LoRA updates. {tuned}"
+        f"p-values are those of the paired t-test. Cost is in plain LoRA steps. {tuned}"
     )
 
 
@@ -99,7 +99,7 @@ def _cells(line: Line, metric: str) -> list[str]:
         line.method,
         _chosen(line),
         _number(line.cost, ".3f"),
-        str(line.updates),
+        str(line.steps),
         _number(line.total_cost, ".1f"),
         seeds,
         _number(line.mean(metric), ".4f"),
@@ -169,7 +169,7 @@ def _panel(axis: Any, lines: Sequence[Line], metric: str) -> None:
     axis.axvline(0.0, color="0.4", linewidth=1)
     labels = []
     for row, line in enumerate(lines):
-        cost = "" if line.cost is None else f" ({line.cost:.2f} x {line.updates})"
+        cost = "" if line.cost is None else f" ({line.cost:.2f} x {line.steps})"
         labels.append(_plain(line.method) + cost)
         difference = line.differences.get(metric)
         if difference is None:

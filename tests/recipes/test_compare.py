@@ -1,5 +1,6 @@
 """`slsam-peft compare` on a tiny model: every method runs, a second start repeats nothing, the results are written."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ from slsam_peft.cli.parsing import Parser
 from slsam_peft.data.scoring import Tokens, score, tokenize
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.checks import _check_rows
-from slsam_peft.runs.compare.jobs import Plan
+from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.run import build_trainer, expected_costs, load_model, row_order
 from slsam_peft.runs.compare.settings import QUANTIZATIONS, Candidate, TrainingSettings
@@ -33,7 +34,7 @@ def comparison(model: Path, data: Path, **changes: object) -> dict:
     """A comparison of four methods on a file."""
     return {
         "model": str(model),
-        "training": {"updates": 3, "batch_size": 2, "max_length": 48, "lora_r": 2},
+        "training": {"steps": 3, "batch_size": 2, "max_length": 48, "lora_r": 2},
         "tasks": {"sums": {"source": "jsonl", "file": str(data), "rows": 6, "validation_rows": 2, "test_rows": 4}},
         "methods": {
             "plain": {"learning_rates": [1e-2, 2e-2]},
@@ -43,7 +44,7 @@ def comparison(model: Path, data: Path, **changes: object) -> dict:
         },
         "seeds": [0, 1],
         "tuning_seed": 7,
-        "match": ["updates", "cost"],
+        "match": ["steps", "cost"],
         **changes,
     }
 
@@ -88,17 +89,17 @@ def test_costs_are_counted(done: Path) -> None:
     assert costs["sam"] == pytest.approx(2.0, rel=0.1)  # its branch comes on top, on a thin model not a little
 
 
-@pytest.mark.parametrize("quantise", QUANTIZATIONS)
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
 def test_methods_start_from_the_same_adapter_and_batches(
-    quantise: str, tmp_path: Path, tiny_model: Path, chats: Path
+    quantize: str, tmp_path: Path, tiny_model: Path, chats: Path
 ) -> None:
     values = comparison(tiny_model, chats)
-    values["training"]["quantise"] = quantise
+    values["training"]["quantize"] = quantize
     settings = parse_settings(values)
     plan = Plan(settings, dict.fromkeys(settings.methods, 1.0))
     seen = []
     for method in settings.methods:
-        job = plan.job("sums", method, "updates", Candidate(1e-2), 3)
+        job = plan.job("sums", method, "steps", Candidate(1e-2), 3)
         model, tokenizer = load_model(settings.model, settings.training)
         pairs = load_task(settings.tasks["sums"], 3).train
         rows = [tokenize(tokenizer, pair, 48) for pair in pairs]
@@ -117,7 +118,7 @@ def test_methods_start_from_the_same_adapter_and_batches(
 
 def test_scores_are_those_of_the_model_and_of_greedy_decoding(tiny_model: Path) -> None:
     """The loss is the model's own on each row by itself, and an exact answer is one that greedy decoding gives."""
-    model, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
+    model, tokenizer = load_model(str(tiny_model), TrainingSettings(steps=1))
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bcd", "efghijk", "l m")]
     rows = [tokenize(tokenizer, (prompt, "xyz"), 64) for prompt in prompts]
     starts = [row.ids[: row.prompt] for row in rows]
@@ -136,7 +137,7 @@ def test_scores_are_those_of_the_model_and_of_greedy_decoding(tiny_model: Path) 
 
 
 def test_cut_answers_keep_the_prompt_apart(tiny_model: Path) -> None:
-    _, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
+    _, tokenizer = load_model(str(tiny_model), TrainingSettings(steps=1))
     row = tokenize(tokenizer, ("abc", "xyz"), 5)
     assert row.columns()["completion_mask"] == [0, 0, 0, 1, 1]
     formatted = tokenize(tokenizer, ([{"role": "user", "content": "abc"}], "xyz"), 64, "Q: {} A: ")
@@ -145,7 +146,7 @@ def test_cut_answers_keep_the_prompt_apart(tiny_model: Path) -> None:
 
 def test_random_perturbation_has_its_norm_and_leaves_weights(tmp_path: Path, tiny_model: Path, chats: Path) -> None:
     settings = parse_settings(comparison(tiny_model, chats))
-    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", RANDOM, "updates", Candidate(1e-2), 3)
+    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", RANDOM, "steps", Candidate(1e-2), 3)
     model, tokenizer = load_model(settings.model, settings.training)
     rows = [tokenize(tokenizer, pair, 48) for pair in load_task(settings.tasks["sums"], 3).train]
     trainer = build_trainer(model, tokenizer, rows, job.settings, str(tmp_path), lambda *_: None)
@@ -209,7 +210,7 @@ def test_models_that_cannot_be_used_are_named(tmp_path: Path, tiny_model: Path, 
     values = comparison(odd, chats)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slsam_peft.cost.model.decoder_of", _no_decoder)
-        with pytest.raises(UserError, match="odd: what its updates cost cannot be counted: no stack"):
+        with pytest.raises(UserError, match="odd: what its steps cost cannot be counted: no stack"):
             compare(tmp_path, values)
 
 
@@ -249,11 +250,11 @@ def test_only_tasks_with_runs_to_do_are_looked_at(
 def test_advice_on_a_missing_template_is_not_what_is_done_already(
     messages: int, prompt_format: str | None, advice: str, tiny_model: Path
 ) -> None:
-    _, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
+    _, tokenizer = load_model(str(tiny_model), TrainingSettings(steps=1))
     tokenizer.chat_template = None
     pairs = [([{"role": "user", "content": "abc"}] * messages, "xyz")]
     with pytest.raises(UserError) as caught:
-        _check_rows(TaskData(pairs, [], []), tokenizer, TrainingSettings(updates=1, prompt_format=prompt_format))
+        _check_rows(TaskData(pairs, [], []), tokenizer, TrainingSettings(steps=1, prompt_format=prompt_format))
     assert str(caught.value).endswith(advice)
 
 
@@ -286,5 +287,17 @@ def test_committed_rows_belong_to_their_recipe(path: Path) -> None:
         tried = settings.methods[row["method"]].rhos
         rho = (run["slsam"] or {}).get("rho", run["random_rho"]) if tried else None
         assert not tried or rho in tried
-        job = plan.job(row["task"], row["method"], "updates", Candidate(run["learning_rate"], rho), run["seed"])
-        assert replace(job, settings={**job.settings, "updates": run["updates"]}).key == row["key"]
+        job = plan.job(row["task"], row["method"], "steps", Candidate(run["learning_rate"], rho), run["seed"])
+        job = replace(job, settings={**job.settings, "steps": run["updates"]})
+        assert job.key == row["key"]
+        assert row_settings(job.settings) == run
+
+
+def test_keys_of_committed_rows_are_those_they_were_made_with() -> None:
+    keys = [
+        json.loads(line)["key"]
+        for path in RECIPES
+        for line in (path.parent / "rows" / f"{path.stem}.jsonl").read_text().splitlines()
+    ]
+    digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:16]
+    assert (len(keys), digest) == (531, "0faa819e9d9a5ed5")

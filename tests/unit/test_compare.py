@@ -17,7 +17,7 @@ from rich.console import Console
 from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
 from slsam_peft.errors import UserError
-from slsam_peft.runs.compare.jobs import Plan
+from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.settings import Candidate, CompareSettings
@@ -32,7 +32,7 @@ COSTS = {"plain": 1.0, "sam": 2.0, "cheap": 0.75}
 def values(**changes: Any) -> dict[str, Any]:
     """A comparison of three methods with two learning rates each."""
     return {
-        "training": {"updates": 12},
+        "training": {"steps": 12},
         "tasks": {"docs": {"source": "stdlib_docs", "rows": 8}},
         "methods": {
             "plain": {"learning_rates": [1e-4, 2e-4]},
@@ -75,7 +75,7 @@ def finished(plan: Plan, folder: Path) -> RowStore:
         ({"tasks": {"d": {"source": "stdlib_doc", "rows": 8}}}, "Did you mean 'stdlib_docs'"),
         ({"tasks": {"d": {"source": "stdlib_docs"}}}, "tasks.d.rows is missing"),
         ({"tasks": {"d": {"source": "reasoning_gym", "rows": 8}}}, "puzzle=None"),
-        ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "noisy": 1.5}}}, "noisy=1.5"),
+        ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "label_noise": 1.5}}}, "label_noise=1.5"),
         ({"methods": {"plain": {"learning_rates": []}}}, "learning_rates"),
         ({"methods": {"plain": {"learning_rates": ["fast"]}}}, "'fast'"),
         ({"methods": {"sam": {"learning_rates": [1e-3], "slsam": {}, "rhos": 0.5}}}, "rhos=0.5 must be a list"),
@@ -86,8 +86,8 @@ def finished(plan: Plan, folder: Path) -> RowStore:
             {"methods": {"sam": {"learning_rates": [1e-3], "slsam": {"rho": 0}, "rhos": [0.5]}}},
             "methods.sam.rhos and slsam.rho are both set",
         ),
-        ({"training": {"updates": 3, "lora_dropout": 1.5}}, "training.lora_dropout=1.5 is not allowed"),
-        ({"training": {"updates": 3, "lora_dropout": 1}}, "share in [0, 1)"),
+        ({"training": {"steps": 3, "lora_dropout": 1.5}}, "training.lora_dropout=1.5 is not allowed"),
+        ({"training": {"steps": 3, "lora_dropout": 1}}, "share in [0, 1)"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"roh": 0.1}}}}, "Did you mean 'rho'"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"design": "deep"}}}}, "Did you mean 'depth'"),
         ({"reference": "plane"}, "Did you mean 'plain'"),
@@ -97,23 +97,23 @@ def finished(plan: Plan, folder: Path) -> RowStore:
         ({"match": ["cost", "cost"]}, "match=['cost', 'cost'] must be one or more different names"),
         ({"methods": {"plain": {"learning_rates": [1e-3, 1e-3]}}}, "learning_rates=[0.001, 0.001] has a number twice"),
         ({"methods": {"plain": {"learning_rates": [True]}}}, "learning_rates: True is not allowed"),
-        ({"methods": {"plain": {"learning_rates": [1e-3], "updates_share": 5}}}, "updates_share=5.0 is not allowed"),
+        ({"methods": {"plain": {"learning_rates": [1e-3], "steps_share": 5}}}, "steps_share=5.0 is not allowed"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": 3}}}, "methods.plain.slsam=3 is not allowed"),
         ({"methods": {1: {"learning_rates": [1e-3]}, "1": {"learning_rates": [1e-3]}}}, "two entries have the same"),
         ({"seeds": [2**32]}, "4294967296 is not allowed"),
         ({"seeds": [datetime.date(2026, 1, 1)]}, "quote dates"),
         (
-            {"training": {"updates": 3, "prompt_format": 5}},
+            {"training": {"steps": 3, "prompt_format": 5}},
             "prompt_format=5 is not allowed; it must be a text",
         ),
-        ({"training": {"updates": 3, "gradient_checkpointing": "yes"}}, "it must be true or false"),
+        ({"training": {"steps": 3, "gradient_checkpointing": "yes"}}, "it must be true or false"),
         ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "puzzle_options": None}}}, "must be a mapping"),
         ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "test_file": "a"}}}, "belongs to source='jsonl'"),
         ({"tasks": {"d": {"source": "jsonl", "rows": 8, "file": ["a"]}}}, "tasks.d.file=['a'] is not allowed"),
         ({"seeds": [0, 9]}, "not reported"),
         ({"seeds": [0, 0]}, "different"),
-        ({"training": {"updates": 0}}, "updates=0"),
-        ({"training": {"updates": 3, "prompt_format": "no place"}}, "prompt_format"),
+        ({"training": {"steps": 0}}, "steps=0"),
+        ({"training": {"steps": 3, "prompt_format": "no place"}}, "prompt_format"),
         ({"tasks": {}}, "tasks is empty"),
         ({"sedes": [1]}, "Did you mean 'seeds'"),
     ],
@@ -154,15 +154,15 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 def test_steps_are_matched_by_cost() -> None:
     plan = Plan(settings(), COSTS)
-    assert [plan.updates("docs", method, "cost") for method in COSTS] == [12, 6, 16]
-    assert [plan.updates("docs", method, "updates") for method in COSTS] == [12, 12, 12]
+    assert [plan.steps("docs", method, "cost") for method in COSTS] == [12, 6, 16]
+    assert [plan.steps("docs", method, "steps") for method in COSTS] == [12, 12, 12]
 
 
 def test_smaller_batches_cost_in_proportion() -> None:
     methods = values()["methods"]
     methods["sam"]["batch_size"] = 2
     plan = Plan(settings(methods=methods), COSTS)
-    assert plan.updates("docs", "sam", "cost") == 12
+    assert plan.steps("docs", "sam", "cost") == 12
     assert plan.job("docs", "sam", "cost", Candidate(1e-3), 0).settings["training"]["batch_size"] == 2
     assert plan.job("docs", "plain", "cost", Candidate(1e-4), 0).settings["training"]["batch_size"] == 4
     job = plan.job("docs", "sam", "cost", Candidate(1e-3), 0)
@@ -176,11 +176,11 @@ def test_runs_of_both_matches_are_shared_where_they_are_equal() -> None:
     plan = Plan(settings(), COSTS)
     assert (
         plan.job("docs", "plain", "cost", Candidate(1e-4), 0).key
-        == plan.job("docs", "plain", "updates", Candidate(1e-4), 0).key
+        == plan.job("docs", "plain", "steps", Candidate(1e-4), 0).key
     )
     assert (
         plan.job("docs", "sam", "cost", Candidate(1e-4), 0).key
-        != plan.job("docs", "sam", "updates", Candidate(1e-4), 0).key
+        != plan.job("docs", "sam", "steps", Candidate(1e-4), 0).key
     )
 
 
@@ -190,18 +190,30 @@ def test_key_depends_on_what_decides_the_result_and_not_on_names() -> None:
     here, there = Plan(settings(), COSTS), Plan(parse_settings(renamed), {**COSTS, "sharp": 2.0})
     key = here.job("docs", "sam", "cost", Candidate(1e-3), 0).key
     assert key == there.job("docs", "sharp", "cost", Candidate(1e-3), 0).key
-    longer = Plan(settings(training={"updates": 12, "max_length": 99}), COSTS)
+    longer = Plan(settings(training={"steps": 12, "max_length": 99}), COSTS)
     assert key != longer.job("docs", "sam", "cost", Candidate(1e-3), 0).key
 
 
+def test_settings_of_a_row_have_the_names_that_keys_are_made_of() -> None:
+    options = {"steps": 3, "quantize": 1}  # a puzzle's own names are nobody else's
+    task = {"source": "reasoning_gym", "puzzle": "a", "puzzle_options": options, "rows": 8, "label_noise": 0.5}
+    plan = Plan(settings(tasks={"sums": task}), COSTS)
+    stored = row_settings(plan.job("sums", "cheap", "steps", Candidate(1e-3), 0).settings)
+    assert (stored["updates"], stored["training"]["updates"], stored["training"]["quantise"]) == (12, 12, "none")
+    assert (stored["task"]["noisy"], stored["task"]["updates"]) == (0.5, None)
+    assert stored["task"]["puzzle_options"] == options
+    assert stored["slsam"] == {"design": "depth", "cost_budget": 0.75}
+    assert not {"steps", "label_noise", "quantize"} & {*stored, *stored["task"], *stored["training"]}
+
+
 def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> None:
-    plan = Plan(settings(match=["updates"]), COSTS)
+    plan = Plan(settings(match=["steps"]), COSTS)
     first = list(plan.pending({}))
     assert {job.settings["seed"] for job in first} == {9}
     assert {job.settings["split"] for job in first} == {"validation"}
     assert plan.counts({}) == (0, 6 + 9)
     rows = finished(plan, tmp_path).read()
-    assert plan.best(rows, "docs", "plain", "updates").rate == 2e-4
+    assert plan.best(rows, "docs", "plain", "steps").rate == 2e-4
     assert plan.counts(rows) == (15, 15)
     reported = [row["settings"] for row in rows.values() if row["settings"]["seed"] != 9]
     assert {(s["split"], s["learning_rate"]) for s in reported} == {("test", 2e-4), ("test", 2e-3)}
@@ -219,7 +231,7 @@ def test_radii_are_chosen_with_learning_rates(tmp_path: Path) -> None:
         "random": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "random_rho": 0.5},
     }
     plan, store = (
-        Plan(settings(methods=methods, match=["updates"]), {**COSTS, "random": 1.0}),
+        Plan(settings(methods=methods, match=["steps"]), {**COSTS, "random": 1.0}),
         RowStore(tmp_path / "rows"),
     )
     while next_row(plan, store, lambda *_: None, best_at_the_smaller_radius) is not None:
@@ -232,19 +244,19 @@ def test_radii_are_chosen_with_learning_rates(tmp_path: Path) -> None:
 
 def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> None:
     tasks = {
-        "noisy": {"source": "stdlib_docs", "rows": 8, "noisy": 0.5},
+        "swapped": {"source": "stdlib_docs", "rows": 8, "label_noise": 0.5},
         "clean": {"source": "stdlib_docs", "rows": 8},
     }
-    plan = Plan(settings(tasks=tasks, tuning_task="noisy", match=["updates"]), COSTS)
+    plan = Plan(settings(tasks=tasks, tuning_task="swapped", match=["steps"]), COSTS)
     rows = finished(plan, tmp_path).read()
-    assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"noisy"}
-    assert plan.best(rows, "clean", "plain", "updates").rate == 2e-4
+    assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"swapped"}
+    assert plan.best(rows, "clean", "plain", "steps").rate == 2e-4
     assert plan.counts(rows) == (6 + 2 * 9, 6 + 2 * 9)
     assert plan.tasks_to_do(rows) == []
-    assert plan.tasks_to_do({}) == ["noisy", "clean"]
+    assert plan.tasks_to_do({}) == ["swapped", "clean"]
     tuned = {key: row for key, row in rows.items() if row["settings"]["seed"] == 9}
-    assert plan.tasks_to_do(tuned) == ["noisy", "clean"]
-    last = next(job for job in plan.reported(rows, "clean", "sam", "updates") if job.settings["seed"] == 2)
+    assert plan.tasks_to_do(tuned) == ["swapped", "clean"]
+    last = next(job for job in plan.reported(rows, "clean", "sam", "steps") if job.settings["seed"] == 2)
     assert plan.tasks_to_do({key: row for key, row in rows.items() if key != last.key}) == ["clean"]
     diverged = {key: {**row, "error": "NaN"} for key, row in tuned.items()}
     assert plan.tasks_to_do(diverged) == []  # nothing will be scored
@@ -256,7 +268,7 @@ def test_runs_are_called_by_what_was_tried() -> None:
         "sam": {"learning_rates": [1e-3], "rhos": [0.1, 0.5], "slsam": {"active_fraction": 1.0}},
         "random": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "random_rho": 0.2},
     }
-    plan = Plan(settings(methods=methods, match=["updates"]), dict.fromkeys(methods, 1.0))
+    plan = Plan(settings(methods=methods, match=["steps"]), dict.fromkeys(methods, 1.0))
     assert [run_name(plan, job.task, job.method, job.settings) for job in plan.pending({})] == [
         "docs, plain, learning rate 0.0001, seed 9",
         "docs, plain, learning rate 0.0002, seed 9",
@@ -272,12 +284,12 @@ def test_a_single_candidate_needs_no_tuning_run() -> None:
         "plain": {"learning_rates": [1e-4]},
         "sam": {"learning_rates": [1e-3], "rhos": [0.1], "slsam": {"active_fraction": 1.0}},
     }
-    plan = Plan(settings(methods=methods, match=["updates"]), dict.fromkeys(methods, 1.0))
+    plan = Plan(settings(methods=methods, match=["steps"]), dict.fromkeys(methods, 1.0))
     jobs = list(plan.pending({}))
     assert {(job.settings["seed"], job.settings["split"]) for job in jobs} == {
         (s, "test") for s in plan.settings.seeds
     }
-    assert plan.best({}, "docs", "sam", "updates") == Candidate(1e-3, 0.1)
+    assert plan.best({}, "docs", "sam", "steps") == Candidate(1e-3, 0.1)
     assert plan.counts({}) == (0, len(jobs)) == (0, 2 * len(plan.settings.seeds))
     assert "none was tuned." in markdown(build_report(plan, {}), "loss", plan.settings)
 
@@ -286,12 +298,12 @@ def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:
     def diverges(job: dict[str, Any], report: Any) -> dict[str, Any]:
         return {"error": "NaN"} if job["learning_rate"] in (2e-4, 1e-3, 2e-3) else scored(job)
 
-    plan, store = Plan(settings(match=["updates"]), COSTS), RowStore(tmp_path / "rows.jsonl")
+    plan, store = Plan(settings(match=["steps"]), COSTS), RowStore(tmp_path / "rows.jsonl")
     while next_row(plan, store, lambda *_: None, diverges) is not None:
         pass
     rows = store.read()
-    assert plan.best(rows, "docs", "plain", "updates").rate == 1e-4
-    assert plan.best(rows, "docs", "sam", "updates") is None
+    assert plan.best(rows, "docs", "plain", "steps").rate == 1e-4
+    assert plan.best(rows, "docs", "sam", "steps") is None
     assert len(rows) == 6 + 3
     lines = {line.method: line for line in build_report(plan, rows)}
     assert lines["sam"].chosen is None
@@ -407,7 +419,7 @@ def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = finished(plan, tmp_path).read()
     lines = {(line.method, line.match): line for line in build_report(plan, rows)}
     sam = lines["sam", "cost"]
-    assert (sam.chosen.rate, sam.updates, sam.failed) == (2e-3, 6, 0)
+    assert (sam.chosen.rate, sam.steps, sam.failed) == (2e-3, 6, 0)
     assert sam.differences["loss"].mean == pytest.approx(-0.1 - 0.001 - 2e-3 + 2e-4)
     assert sam.differences["loss"].high < 0
     assert not lines["plain", "cost"].differences
@@ -466,7 +478,7 @@ def test_rows_of_different_data_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_docs_are_split_and_reproducible() -> None:
-    task = settings(tasks={"d": {"source": "stdlib_docs", "rows": 16, "noisy": 0.25}}).tasks["d"]
+    task = settings(tasks={"d": {"source": "stdlib_docs", "rows": 16, "label_noise": 0.25}}).tasks["d"]
     data, again, other = load_task(task, 0), load_task(task, 0), load_task(task, 1)
     assert data == again
     assert data.train != other.train
