@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where rows are appended as runs finish; runs that have one are not repeated (default: rows/NAME.jsonl "
         "beside the YAML file NAME.yaml)",
     )
-    add("--report", action="store_true", help="show what the rows say, train nothing")
+    add("--report", action="store_true", help="show what the rows say, train nothing; needs no model")
     add("--list", action="store_true", help="show the runs that are still to be done, train nothing")
     add("--limit", type=int, metavar="N", help="stop after N runs")
     add("--metric", choices=METRICS, default="loss", help="what methods are compared by (default: loss)")
@@ -54,35 +54,40 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(args.config)
     check_outputs([args.table], args.force, args.plot)
     trains = not (args.list or args.report)
-    rows_file = _rows_file(args, trains)
+    results = _results_file(args, trains)
     if not args.list:
         require("the statistics of compare", "compare", "scipy")
     if not args.debug:
         quieten()
     from rich.console import Console
 
-    console = Console()
+    from slsam_peft.runs.compare.store import RowStore
+
+    console, store = Console(), RowStore(results)
+    if args.report and not args.list:  # no model and none of the libraries that train: an answer at once
+        from slsam_peft.runs.compare.recorded import RecordedPlan
+
+        _report(RecordedPlan(settings, store.read()), store, console, args)
+        return 0
     with console.status("Loading libraries"):
         from slsam_peft.runs.compare.jobs import Plan
         from slsam_peft.runs.compare.run import expected_costs
-        from slsam_peft.runs.compare.store import RowStore
 
         if not args.debug:
             quieten_loaded()
-        plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
+        plan = Plan(settings, expected_costs(settings))
         if trains and (tasks := plan.tasks_to_do(store.read())):
             from slsam_peft.runs.compare.checks import check_plan
 
             check_plan(plan, tasks)
     if args.list:
         return _list(plan, store, console)
-    if trains:
-        work(plan, store, console, args.limit)
+    work(plan, store, console, args.limit)
     _report(plan, store, console, args)
     return 0
 
 
-def _rows_file(args: argparse.Namespace, trains: bool) -> Path:
+def _results_file(args: argparse.Namespace, trains: bool) -> Path:
     """Return where the rows are; what will be trained for hours must be writable there."""
     folder = args.config.parent / "rows"  # made with the first row
     file = args.results or folder / f"{args.config.stem}.jsonl"

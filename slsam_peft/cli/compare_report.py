@@ -53,7 +53,7 @@ def _narrow_cells(line: Line, metric: str, seeds: int) -> list[Text]:
         below.append(f"{done} of {seeds} seeds")
     if line.failed:
         below.append(f"{line.failed} failed")
-    steps = str(line.steps) + (f"\nx {line.cost:.2f}" if line.cost is not None else "")
+    steps = _count(line.steps) + (f"\nx {line.cost:.2f}" if line.cost is not None else "")
     difference, interval, _, corrected = _differences(line, metric)
     cells = [steps, _number(line.mean(metric), ".4f"), f"{difference}\n{interval}".removesuffix("\n-"), corrected]
     return [Text(line.method).append("".join(f"\n{text}" for text in below), "dim"), *map(Text, cells)]
@@ -99,7 +99,7 @@ def _cells(line: Line, metric: str) -> list[str]:
         line.method,
         _chosen(line),
         _number(line.cost, ".3f"),
-        str(line.steps),
+        _count(line.steps),
         _number(line.total_cost, ".1f"),
         seeds,
         _number(line.mean(metric), ".4f"),
@@ -121,6 +121,10 @@ def _chosen(line: Line) -> str:
     if line.chosen is None:
         return "open"
     return f"{line.chosen.rate:g}" + (f", rho {line.chosen.rho:g}" if line.chosen.rho is not None else "")
+
+
+def _count(steps: int | None) -> str:
+    return "-" if steps is None else str(steps)
 
 
 def _number(value: float | None, form: str) -> str:

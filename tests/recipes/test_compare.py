@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, TrainerCallback
+from transformers import AutoConfig, GPT2Config, TrainerCallback
 
 from slsam_peft.cli.compare import add_arguments, run
 from slsam_peft.cli.parsing import Parser
 from slsam_peft.data.scoring import Tokens, score, tokenize
 from slsam_peft.errors import UserError
+from slsam_peft.models.shapes import BUILT_IN
 from slsam_peft.runs.compare.checks import _check_rows
 from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
+from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.run import build_trainer, expected_costs, load_model, row_order
 from slsam_peft.runs.compare.settings import QUANTIZATIONS, Candidate, TrainingSettings
 from slsam_peft.runs.compare.store import RowStore
@@ -301,3 +303,22 @@ def test_keys_of_committed_rows_are_those_they_were_made_with() -> None:
     ]
     digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:16]
     assert (len(keys), digest) == (531, "0faa819e9d9a5ed5")
+
+
+@pytest.fixture(scope="module")
+def smollm2_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2-135M's config, without weights."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    AutoConfig.for_model(**BUILT_IN["smollm2-135m"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_committed_rows_tell_the_steps_that_the_model_gives(path: Path, smollm2_config: Path) -> None:
+    """A report from the rows alone takes the very rows for a method that its expected cost leads to."""
+    settings = read_settings(path)
+    rows = RowStore(path.parent / "rows" / f"{path.stem}.jsonl").read()
+    plan = Plan(settings, expected_costs(replace(settings, model=str(smollm2_config))))
+    recorded = RecordedPlan(settings, rows)
+    assert {cell: recorded.steps(*cell) for cell in plan.cells()} == {cell: plan.steps(*cell) for cell in plan.cells()}
+    assert recorded.counts(rows) == plan.counts(rows)

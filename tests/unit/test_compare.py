@@ -4,21 +4,27 @@ import datetime
 import json
 import math
 import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy import stats
 
 from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
+from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.settings import Candidate, CompareSettings
 from slsam_peft.runs.compare.statistics import holm, paired_difference
@@ -387,6 +393,17 @@ def test_difference_is_paired_by_seed() -> None:
     assert paired_difference({5: 1.0}, reference) is None
 
 
+@pytest.mark.parametrize("seeds", [3, 4, 5, 12])
+def test_interval_and_p_value_are_scipys(seeds: int) -> None:
+    generator = torch.Generator().manual_seed(seeds)
+    for _ in range(20):
+        sample = (0.3 + torch.randn(seeds, generator=generator).exp()).tolist()
+        difference = paired_difference(dict(enumerate(sample)), dict.fromkeys(range(seeds), 0.0))
+        whole = stats.bootstrap((sample,), np.mean, confidence_level=0.95, n_resamples=9_999, rng=0)
+        assert (difference.low, difference.high) == pytest.approx(whole.confidence_interval, rel=1e-9)
+        assert difference.p == pytest.approx(stats.ttest_1samp(sample, 0.0).pvalue, rel=1e-9)
+
+
 def test_few_or_equal_seeds_give_no_false_certainty() -> None:
     one = paired_difference({0: 1.0}, {0: 2.0})
     assert math.isnan(one.low)
@@ -472,6 +489,130 @@ def test_rows_of_different_data_are_not_compared(tmp_path: Path) -> None:
     store.append({**store.read()[job.key], "data": "other"})
     with pytest.raises(UserError, match="seed 1"):
         build_report(plan, store.read())
+
+
+# A report from rows alone
+
+
+def counted(job: dict[str, Any], report: Any = None) -> dict[str, Any]:
+    """A made-up result with a cost that is near the expected one, as drawn blocks give."""
+    cost = 1.0 if job["slsam"] is None else 0.75 if "cost_budget" in job["slsam"] else 2.0
+    return {**scored(job), "cost": cost * (1 + 0.01 * (job["seed"] % 3 - 1))}
+
+
+def rows_by(plan: Plan, folder: Path, run: Any = counted) -> dict[str, dict[str, Any]]:
+    """All rows of a plan, from a file of their own."""
+    store = RowStore(folder / "rows.jsonl")
+    while next_row(plan, store, lambda *_: None, run) is not None:
+        pass
+    return store.read()
+
+
+def test_rows_alone_give_the_report_that_costs_give(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    rows = rows_by(plan, tmp_path)
+    recorded = RecordedPlan(plan.settings, rows)
+    assert [recorded.steps(*cell) for cell in plan.cells()] == [plan.steps(*cell) for cell in plan.cells()]
+    assert build_report(recorded, rows) == build_report(plan, rows)
+    assert recorded.counts(rows) == plan.counts(rows)
+
+
+def test_rows_alone_give_the_report_of_a_comparison_in_progress(tmp_path: Path) -> None:
+    """At every moment: a line is the same, but for the number of steps of a method without a row."""
+    plan = Plan(settings(), COSTS)
+    rows = rows_by(plan, tmp_path)
+    for count in range(len(rows) + 1):
+        some = dict(list(rows.items())[:count])
+        for known, line in zip(
+            build_report(plan, some), build_report(RecordedPlan(plan.settings, some), some), strict=True
+        ):
+            assert line == replace(known, steps=line.steps)
+            has_rows = any(job.key in some for job in plan.tuning(line.task, line.method, line.match))
+            assert line.steps == known.steps or (line.steps is None and not has_rows)
+    nothing = build_report(RecordedPlan(plan.settings, {}), {})
+    text = markdown(nothing, "loss", plan.settings)
+    assert text.count("| open |") == 6
+    assert "None" not in text
+    assert len(tables(nothing, "loss", plan.settings)) == 2
+
+
+def test_runs_at_equal_steps_are_not_taken_for_those_at_equal_cost(tmp_path: Path) -> None:
+    rows = rows_by(Plan(settings(match=["steps"]), COSTS), tmp_path)
+    recorded = RecordedPlan(settings(), rows)
+    assert [recorded.steps("docs", method, "cost") for method in COSTS] == [12, None, None]
+    lines = {(line.method, line.match): line for line in build_report(recorded, rows)}
+    assert len(lines["sam", "steps"].scores["loss"]) == 3
+    assert (lines["sam", "cost"].scores["loss"], lines["sam", "cost"].chosen) == ({}, None)
+
+
+def test_methods_that_differ_in_their_share_of_the_steps_keep_their_own_rows(tmp_path: Path) -> None:
+    """Only the number of steps tells their rows apart, and names do not count."""
+    methods = values()["methods"]
+    methods["half"] = {**methods["sam"], "steps_share": 0.5}
+    plan = Plan(settings(methods=methods, match=["cost"]), {**COSTS, "half": 2.0})
+    rows = {key: {**row, "method": "?", "task": "?"} for key, row in rows_by(plan, tmp_path).items()}
+    recorded = RecordedPlan(plan.settings, rows)
+    assert [recorded.steps("docs", method, "cost") for method in methods] == [12, 6, 16, 3]
+    assert build_report(recorded, rows) == build_report(plan, rows)
+
+
+def test_rows_alone_are_enough_where_every_run_has_diverged(tmp_path: Path) -> None:
+    def diverges(job: dict[str, Any], report: Any) -> dict[str, Any]:
+        return counted(job) if job["slsam"] is None else {"error": "NaN"}
+
+    methods = {name: {**how, "learning_rates": [1e-3]} for name, how in values()["methods"].items()}
+    for match in (["cost"], ["steps", "cost"]):
+        plan = Plan(settings(methods=methods, match=match), COSTS)
+        (tmp_path / "-".join(match)).mkdir()
+        rows = rows_by(plan, tmp_path / "-".join(match), diverges)
+        lines = build_report(RecordedPlan(plan.settings, rows), rows)
+        assert lines == build_report(plan, rows)
+        assert {line.method: line.failed for line in lines} == {"plain": 0, "sam": 3, "cheap": 3}
+
+
+def test_rows_of_other_keys_or_shapes_say_nothing_of_steps(tmp_path: Path) -> None:
+    plan = Plan(settings(match=["cost"]), COSTS)
+    rows = rows_by(plan, tmp_path)
+    for change in ({"key": "0"}, {"settings": None}, {"settings": {"updates": 6}}):
+        foreign = {f"{i}": {**row, **change} for i, row in enumerate(rows.values())}
+        assert RecordedPlan(plan.settings, foreign).steps("docs", "sam", "cost") is None
+
+
+REPORT_ALONE = """
+import importlib.abc, socket, sys, time
+
+class Heavy(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "datasets", "peft", "trl", "huggingface_hub"}:
+            raise AssertionError(f"a report imports {name}")
+
+def no_network(*_, **__):
+    raise AssertionError("a report opens a connection")
+
+sys.meta_path.insert(0, Heavy())
+socket.socket = socket.create_connection = socket.getaddrinfo = no_network
+from slsam_peft.cli.main import main
+code = main(["compare", "--report", *sys.argv[1:]])
+print("CPU seconds:", time.process_time())
+sys.exit(code)
+"""
+
+
+def test_a_report_needs_no_model_no_network_and_no_training_library(tmp_path: Path) -> None:
+    config = Path(__file__).resolve().parents[2] / "recipes" / "compare" / "sums.yaml"
+    home = tmp_path / "home"
+    home.mkdir()
+    unset = {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"}
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT_ALONE, "--config", str(config), "--table", str(tmp_path / "t.md")],
+        env={**{k: v for k, v in os.environ.items() if k not in unset}, "HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(home.iterdir())
+    assert "| dense SAM | 0.001, rho 0.1 | 2.016 | 48 |" in (tmp_path / "t.md").read_text()
+    assert float(done.stdout.rpartition("CPU seconds:")[2]) < 3.0
 
 
 # Tasks

@@ -17,7 +17,7 @@ VERSION = 1
 
 # The names of settings in rows, where they differ from the names of the fields. A key is a hash over the settings of a
 # row, names included: with this table rows that exist keep their keys, whatever the fields are called.
-_NAMES_IN_ROWS = {"steps": "updates", "label_noise": "noisy", "quantize": "quantise"}
+NAMES_IN_ROWS = {"steps": "updates", "label_noise": "noisy", "quantize": "quantise"}
 
 
 def row_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def row_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {_NAMES_IN_ROWS.get(name, name): value for name, value in values.items()}
+    return {NAMES_IN_ROWS.get(name, name): value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,15 @@ class Plan:
         """Return a method's batch size as a multiple of the common one: what its plain LoRA step costs."""
         return self.settings.batch_size(method) / self.settings.training.batch_size
 
-    def steps(self, task: str, method: str, match: str) -> int:
-        """Return how many steps a method gets."""
+    def plain_steps(self, task: str, method: str) -> float:
+        """Return how many plain LoRA steps of the common batch size a run of a method is worth."""
         wanted = self.settings.tasks[task].steps or self.settings.training.steps
+        return wanted * self.settings.methods[method].steps_share
+
+    def steps(self, task: str, method: str, match: str) -> int | None:
+        """Return how many steps a method gets; `None` where that is not known, see `RecordedPlan`."""
         cost = self.costs[method] * self.batch_share(method) if match == "cost" else 1.0
-        return max(1, round(wanted * self.settings.methods[method].steps_share / cost))
+        return max(1, round(self.plain_steps(task, method) / cost))
 
     def job(self, task: str, method: str, match: str, tried: Candidate, seed: int) -> Job:
         """Return a run."""

@@ -19,7 +19,7 @@ class Line:
     Args:
         task, method, match (`str`): As in the comparison.
         chosen (`Candidate` or `None`): The learning rate, and the radius where several were tried; `None` while open.
-        steps (`int`): Updates of a run.
+        steps (`int` or `None`): Steps of a run; `None` where that is not known.
         scores (`dict[str, dict[int, float]]`): Score by metric and seed.
         cost (`float` or `None`): Mean counted cost of a step, in plain LoRA steps of the common batch size.
         failed (`int`): Runs that diverged.
@@ -31,7 +31,7 @@ class Line:
     method: str
     match: str
     chosen: Candidate | None
-    steps: int
+    steps: int | None
     scores: dict[str, dict[int, float]]
     cost: float | None
     failed: int
@@ -41,7 +41,7 @@ class Line:
     @property
     def total_cost(self) -> float | None:
         """Counted cost of a run, in plain LoRA steps."""
-        return None if self.cost is None else self.cost * self.steps
+        return None if self.cost is None or self.steps is None else self.cost * self.steps
 
     def mean(self, metric: str) -> float | None:
         """Return the mean score over the seeds done."""
