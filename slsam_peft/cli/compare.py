@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_figure, write_output
+from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_output
 from slsam_peft.cli.quiet import quieten, quieten_loaded
 from slsam_peft.errors import UserError
 
@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="stop after N runs")
     add("--metric", choices=METRICS, default="loss", help="what methods are compared by (default: loss)")
     add("--table", type=Path, metavar="FILE", help="write the table, as Markdown")
-    add("--plot", type=Path, metavar="FILE", help=f"write the plot ({' or '.join(PLOT_SUFFIXES)})")
+    plot = f"write a forest plot, the best methods on top ({' or '.join(PLOT_SUFFIXES)})"
+    add("--plot", type=Path, metavar="FILE", help=plot)
     add("--force", action="store_true", help="overwrite --table and --plot if they exist")
 
 
@@ -170,5 +171,7 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
         write_output(args.table, compare_report.markdown(lines, args.metric, plan.settings))
         console.print(f"Table: {args.table}", markup=False, highlight=False)
     if args.plot is not None:
-        write_figure(args.plot, compare_report.draw(lines, args.metric, plan.settings))
+        from slsam_peft.cli.forest_plot import draw
+
+        write_output(args.plot, draw(lines, args.metric, plan.settings, args.plot.suffix))
         console.print(f"Plot: {args.plot}", markup=False, highlight=False)

@@ -16,11 +16,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats
 
 from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
+from slsam_peft.cli.forest_plot import build as forest_plot
+from slsam_peft.cli.forest_plot import by_effect, draw
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
@@ -489,6 +493,60 @@ def test_rows_of_different_data_are_not_compared(tmp_path: Path) -> None:
     store.append({**store.read()[job.key], "data": "other"})
     with pytest.raises(UserError, match="seed 1"):
         build_report(plan, store.read())
+
+
+# The forest plot
+
+
+def texts(figure: Any) -> list[Any]:
+    """Every text of a figure that is drawn."""
+    FigureCanvasAgg(figure).draw()
+    return [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
+
+
+def test_plot_has_the_best_methods_on_top_and_a_panel_for_each_task(tmp_path: Path) -> None:
+    tasks = {"noisy": {"source": "stdlib_docs", "rows": 8, "label_noise": 0.5}, "clean": values()["tasks"]["docs"]}
+    plan = Plan(settings(tasks=tasks, match=["cost"]), COSTS)
+    lines = build_report(plan, finished(plan, tmp_path).read())
+    cheap = next(line for line in lines if (line.task, line.method) == ("clean", "cheap"))
+    worst = paired_difference({0: 9.0, 1: 9.1, 2: 9.3}, {0: 1.0, 1: 1.0, 2: 1.0})
+    lines[lines.index(cheap)] = replace(cheap, differences={"loss": worst, "exact": worst})
+    panels = [lines[1:3], lines[4:6]]
+    assert [[line.method for line in by_effect(panel, "loss")] for panel in panels][1] == ["sam", "cheap"]
+    assert by_effect(panels[1], "exact")[0].method == "cheap"  # there more is better
+    assert by_effect([replace(lines[1], differences={}), lines[2]], "loss")[1].method == lines[1].method
+    figure = forest_plot(lines, "loss", plan.settings)
+    assert len(figure.axes) == 2
+    assert all(axes.lines[0].get_xdata() == [0.0, 0.0] for axes in figure.axes)
+    heights = {t.get_text(): t.get_window_extent().y0 for t in texts(figure) if t.axes is figure.axes[1]}
+    assert heights["sam"] > heights["cheap"]
+    assert heights["sam"] == pytest.approx(heights["6 x 1.00"], abs=5)
+    assert "plain" not in heights
+
+
+@pytest.mark.parametrize("name", ["sam", "a method with a long name " * 4, "one_long_word_" * 9, "[/random] $x_{"])
+def test_texts_of_the_plot_do_not_touch(name: str, tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    lines = [
+        replace(line, method=name) if line.method == "sam" else line
+        for line in build_report(plan, finished(plan, tmp_path).read())
+    ]
+    lines[-1] = replace(lines[-1], differences={}, steps=None, cost=None)
+    drawn = texts(forest_plot(lines, "loss", plan.settings))
+    boxes = [t.get_window_extent() for t in drawn]
+    width, height = drawn[0].get_figure().bbox.size
+    for i, box in enumerate(boxes):
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0, drawn[i]
+        touching = [drawn[j] for j in range(i) if box.overlaps(boxes[j])]
+        assert not touching, (drawn[i], touching)
+    assert "no result yet" in {t.get_text() for t in drawn}
+
+
+def test_plot_is_the_same_each_time(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    lines = build_report(plan, finished(plan, tmp_path).read())
+    assert draw(lines, "exact", plan.settings, ".svg") == draw(lines, "exact", plan.settings, ".svg")
+    assert draw(build_report(plan, {}), "loss", plan.settings, ".png").startswith(b"\x89PNG")
 
 
 # A report from rows alone
