@@ -1,7 +1,10 @@
 """`slsam-peft compare` on a tiny model: every method runs, a second start repeats nothing, the results are written."""
 
 import hashlib
+import importlib.metadata
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from slsam_peft.runs.compare.settings import QUANTIZATIONS, Candidate, TrainingS
 from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 from slsam_peft.runs.compare.worker import next_row
+from tests.recipes import evidence
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 
@@ -322,3 +326,59 @@ def test_committed_rows_tell_the_steps_that_the_model_gives(path: Path, smollm2_
     recorded = RecordedPlan(settings, rows)
     assert {cell: recorded.steps(*cell) for cell in plan.cells()} == {cell: plan.steps(*cell) for cell in plan.cells()}
     assert recorded.counts(rows) == plan.counts(rows)
+
+
+# The page of results
+
+
+PAGE = RECIPES[0].parent / "README.md"
+
+
+def test_every_number_on_the_page_is_in_the_rows() -> None:
+    page = PAGE.read_text()
+    assert len(evidence.numbers(page)) > 100
+    assert not evidence.mismatches(page)
+
+
+def test_a_number_on_the_page_that_is_not_in_the_rows_is_found() -> None:
+    """Each number of a difference and of a table, its last digit changed by two, is reported with its line."""
+    page = PAGE.read_text()
+    for start, end in evidence.numbers(page):
+        digit = int(page[end - 1])
+        changed = page[: end - 1] + str(digit + 2 if digit < 8 else digit - 2) + page[end:]
+        line = page.count("\n", 0, start) + 1
+        found = evidence.mismatches(changed)
+        assert any(text.startswith((f"line {line}:", f"line {line - 1}:")) for text in found), (page[start:end], line)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("1.09 at 1e-4", "1.19 at 1e-4"), ("in 2 of 5 seeds", "in 3 of 5 seeds"), ("96.1", "97.1")]
+)
+def test_other_numbers_in_the_text_are_looked_at_too(old: str, new: str) -> None:
+    page = PAGE.read_text()
+    assert page.count(old) == 1
+    assert len(evidence.mismatches(page.replace(old, new))) == 1
+
+
+def test_every_comparison_is_on_the_page() -> None:
+    page = PAGE.read_text()
+    assert {path.name for path in RECIPES} <= set(re.findall(r"\]\(([\w.]+)\)", page))
+    plots = re.findall(r"\]\((plots/\w+\.svg)\)", page)
+    assert sorted(plots) == sorted(f"plots/{path.name}" for path in (PAGE.parent / "plots").iterdir())
+
+
+@pytest.mark.parametrize("command", re.findall(r"^slsam-peft (compare .*--plot .*)$", PAGE.read_text(), re.MULTILINE))
+def test_plots_on_the_page_are_what_their_commands_draw(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    stored = Path(words[words.index("--plot") + 1])
+    page = PAGE.read_text()
+    assert page.rindex(f"plots/{stored.name})", 0, page.index(command)) > page.rindex("\n## ", 0, page.index(command))
+    words[words.index("--plot") + 1] = str(tmp_path / stored.name)
+    words[words.index("--config") + 1] = str(PAGE.parents[2] / words[words.index("--config") + 1])
+    parser = Parser("compare", "")
+    add_arguments(parser)
+    parser.add_argument("--debug", action="store_true")
+    assert run(parser.read(words[1:])) == 0
+    kept = (PAGE.parents[2] / stored).read_text()
+    if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in kept:  # others may place a text differently
+        assert (tmp_path / stored.name).read_text() == kept
