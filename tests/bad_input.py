@@ -145,7 +145,7 @@ PLAN_FLAGS: list[tuple[list[str], str]] = [
 # A comparison that is allowed, and changes that are not.
 COMPARISON = """
 model: small
-training: {updates: 2}
+training: {steps: 2}
 tasks: {docs: {source: stdlib_docs, rows: 4}}
 methods:
   plain: {learning_rates: [1.0e-3]}
@@ -165,14 +165,14 @@ COMPARISONS: dict[str, tuple[str, str, str]] = {
         "methods.sam.rhos and slsam.rho are both set",
     ),
     "radii no list": ("slsam: {rho: 0.1,", "rhos: 0, slsam: {", "rhos=0 must be a list of one or more numbers."),
-    "dropout no share": ("updates: 2", "updates: 2, lora_dropout: 1.5", "training.lora_dropout=1.5 is not allowed"),
+    "dropout no share": ("steps: 2", "steps: 2, lora_dropout: 1.5", "training.lora_dropout=1.5 is not allowed"),
     "no YAML": ("seeds: [0]", "seeds: [0", "is not valid YAML"),
     "seed no number": ("seeds: [0]", "seeds: [one]", "'one' is not allowed; a seed is an integer >= 0"),
-    "decay no number": ("updates: 2", "updates: 2, weight_decay: no", "weight_decay=False is not allowed"),
+    "decay no number": ("steps: 2", "steps: 2, weight_decay: no", "weight_decay=False is not allowed"),
     "partial ascent of one": (
         "slsam: {rho: 0.1, active_fraction: 1.0}",
         "batch_size: 1, slsam: {ascent: partial}",
-        "methods.sam: ascent='partial' takes a part of an update's sequences, and batch_size=1 has one",
+        "methods.sam: ascent='partial' takes a part of a step's sequences, and batch_size=1 has one",
     ),
 }
 # What only the model, the trainer or the data show.
@@ -186,8 +186,8 @@ COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
         "methods.sam: active_fraction=0.01 of 5 arms is less than one arm; use at least 0.2",
     ),
     "budget out of reach": ("active_fraction: 1.0", "cost_budget: 9", "methods.sam: cost_budget=9"),
-    "unknown schedule": ("updates: 2", "updates: 2, lr_scheduler_type: cosin", "Did you mean 'cosine'?"),
-    "schedule with options": ("updates: 2", "updates: 2, lr_scheduler_type: cosine_with_min_lr", "min_lr"),
+    "unknown schedule": ("steps: 2", "steps: 2, lr_scheduler_type: cosin", "Did you mean 'cosine'?"),
+    "schedule with options": ("steps: 2", "steps: 2, lr_scheduler_type: cosine_with_min_lr", "min_lr"),
     "puzzle misspelt": (
         "source: stdlib_docs",
         "source: reasoning_gym, puzzle: basic_aritmetic",
@@ -204,8 +204,8 @@ COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
         "tasks.docs: data file gone.jsonl does not exist",
     ),
     "answers cut off": (
-        "updates: 2",
-        "updates: 2, max_length: 2",
+        "steps: 2",
+        "steps: 2, max_length: 2",
         "tasks.docs: no train row has an answer within max_length=2 tokens; raise training.max_length.",
     ),
     "no chat template": ("small", "untemplated", "tasks.docs: the model's tokenizer takes no conversation: "),
@@ -224,10 +224,10 @@ COMPARE: list[tuple[list[str], str]] = [
     (["compare", "--config", "good.yaml", "--table", "gone/a.md"], "the folder of gone/a.md does not exist"),
     (["compare", "--config", "good.yaml", "--plot", "a.pdf"], "--plot a.pdf: the name must end in .png or .svg."),
     (["compare", "--config", "good.yaml", "--table", "/proc/a.md"], "/proc/a.md cannot be written: "),
-    (["compare", "--config", "good.yaml", "--rows", "full"], "full is a folder; name a file in it."),
-    (["compare", "--config", "good.yaml", "--rows", "gone/r.jsonl"], "the folder of gone/r.jsonl does not exist."),
-    (["compare", "--config", "good.yaml", "--rows", "/proc/r.jsonl"], "/proc/r.jsonl cannot be written: "),
-    (["compare", "--config", "good.yaml", "--rows", "full", "--report"], "rows cannot be read from full: "),
+    (["compare", "--config", "good.yaml", "--results", "full"], "full is a folder; name a file in it."),
+    (["compare", "--config", "good.yaml", "--results", "gone/r.jsonl"], "the folder of gone/r.jsonl does not exist."),
+    (["compare", "--config", "good.yaml", "--results", "/proc/r.jsonl"], "/proc/r.jsonl cannot be written: "),
+    (["compare", "--config", "good.yaml", "--results", "full", "--report"], "rows cannot be read from full: "),
 ]
 BENCH: list[tuple[list[str], str]] = [
     (["--steps", "0"], "0 is not allowed; it must be at least 1"),

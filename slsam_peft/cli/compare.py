@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_figure, write_output
+from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_output
 from slsam_peft.cli.quiet import silence_libraries, silence_progress_bars
 from slsam_peft.errors import UserError
 
@@ -23,18 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE", help="YAML file, see recipes/compare/")
     add(
-        "--rows",
+        "--results",
         type=Path,
         metavar="FILE",
         help="where rows are appended as runs finish; runs that have one are not repeated (default: rows/NAME.jsonl "
         "beside the YAML file NAME.yaml)",
     )
-    add("--report", action="store_true", help="show what the rows say, train nothing")
+    add("--report", action="store_true", help="show what the rows say, train nothing; needs no model")
     add("--list", action="store_true", help="show the runs that are still to be done, train nothing")
     add("--limit", type=int, metavar="N", help="stop after N runs")
     add("--metric", choices=METRICS, default="loss", help="what methods are compared by (default: loss)")
     add("--table", type=Path, metavar="FILE", help="write the table, as Markdown")
-    add("--plot", type=Path, metavar="FILE", help=f"write the plot ({' or '.join(PLOT_SUFFIXES)})")
+    plot = f"write a forest plot, the best methods on top ({' or '.join(PLOT_SUFFIXES)})"
+    add("--plot", type=Path, metavar="FILE", help=plot)
     add("--force", action="store_true", help="overwrite --table and --plot if they exist")
 
 
@@ -54,40 +55,45 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(args.config)
     check_outputs([args.table], args.force, args.plot)
     trains = not (args.list or args.report)
-    rows_file = _rows_file(args, trains)
+    results = _results_file(args, trains)
     if not args.list:
         require("the statistics of compare", "compare", "scipy")
     if not args.debug:
         silence_libraries()
     from rich.console import Console
 
-    console = Console()
+    from slsam_peft.runs.compare.store import RowStore
+
+    console, store = Console(), RowStore(results)
+    if args.report and not args.list:  # no model and none of the libraries that train: an answer at once
+        from slsam_peft.runs.compare.recorded import RecordedPlan
+
+        _report(RecordedPlan(settings, store.read()), store, console, args)
+        return 0
     with console.status("Loading libraries"):
         from slsam_peft.runs.compare.jobs import Plan
         from slsam_peft.runs.compare.run import expected_costs
-        from slsam_peft.runs.compare.store import RowStore
 
         if not args.debug:
             silence_progress_bars()
-        plan, store = Plan(settings, expected_costs(settings)), RowStore(rows_file)
+        plan = Plan(settings, expected_costs(settings))
         if trains and (tasks := plan.tasks_to_do(store.read())):
             from slsam_peft.runs.compare.checks import check_plan
 
             check_plan(plan, tasks)
     if args.list:
         return _list(plan, store, console)
-    if trains:
-        work(plan, store, console, args.limit)
+    work(plan, store, console, args.limit)
     _report(plan, store, console, args)
     return 0
 
 
-def _rows_file(args: argparse.Namespace, trains: bool) -> Path:
+def _results_file(args: argparse.Namespace, trains: bool) -> Path:
     """Return where the rows are; what will be trained for hours must be writable there."""
     folder = args.config.parent / "rows"  # made with the first row
-    file = args.rows or folder / f"{args.config.stem}.jsonl"
+    file = args.results or folder / f"{args.config.stem}.jsonl"
     if trains:
-        check_appendable(file if args.rows or folder.exists() else folder)
+        check_appendable(file if args.results or folder.exists() else folder)
     return file
 
 
@@ -107,14 +113,14 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
     done = 0
     with console.status("") as status:
 
-        def tell(job: "Job", step: int, steps: int) -> None:
+        def progress(job: "Job", step: int, steps: int) -> None:
             name = run_name(plan, job.task, job.method, job.settings)
-            status.update(Text(f"{name}: update {step} of {steps}"))
+            status.update(Text(f"{name}: step {step} of {steps}"))
 
         while limit is None or done < limit:
             finished, total = plan.counts(store.read())
             status.update(f"{finished} of {total} runs are done")
-            row = next_row(plan, store, tell)
+            row = next_row(plan, store, progress)
             if row is None:
                 return
             done += 1
@@ -147,7 +153,7 @@ def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
     rows = store.read()
     for job in plan.pending(rows):
         name = run_name(plan, job.task, job.method, job.settings)
-        console.print(f"{name}, {job.settings['updates']} updates", markup=False, highlight=False)
+        console.print(f"{name}, {job.settings['steps']} steps", markup=False, highlight=False)
     done, total = plan.counts(rows)
     console.print(f"{done} of {total} runs are done; seeds whose learning rate is still to be chosen are not listed.")
     return 0
@@ -165,5 +171,7 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
         write_output(args.table, compare_report.markdown(lines, args.metric, plan.settings))
         console.print(f"Table: {args.table}", markup=False, highlight=False)
     if args.plot is not None:
-        write_figure(args.plot, compare_report.draw(lines, args.metric, plan.settings))
+        from slsam_peft.cli.forest_plot import draw
+
+        write_output(args.plot, draw(lines, args.metric, plan.settings, args.plot.suffix))
         console.print(f"Plot: {args.plot}", markup=False, highlight=False)

@@ -1,9 +1,8 @@
-"""The result of a comparison as tables and as a plot."""
+"""The result of a comparison as tables."""
 
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -12,12 +11,13 @@ from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.settings import CompareSettings
 
 HEADINGS = {"loss": "held-out loss", "accuracy": "token accuracy", "exact": "exact answers"}
-MATCHED = {"updates": "equal updates", "cost": "equal cost"}
+UNITS = {"loss": " (nats per token)", "accuracy": "", "exact": ""}
+MATCHED = {"steps": "equal steps", "cost": "equal cost"}
 COLUMNS = (
     "method",
     "learning rate",
-    "cost per update",
-    "updates",
+    "cost per step",
+    "steps",
     "total cost",
     "seeds",
     "mean",
@@ -26,14 +26,14 @@ COLUMNS = (
     "p",
     "p (Holm)",
 )
-NARROW = ("method", "updates\nx cost", "mean", "difference\n95 % interval", "p (Holm)")  # of tables for terminals
+NARROW = ("method", "steps\nx cost", "mean", "difference\n95 % interval", "p (Holm)")  # of tables for terminals
 WIDTH = 80  # characters that those tables need
 
 
 def tables(lines: Sequence[Line], metric: str, settings: CompareSettings) -> list[Table]:
     """Return one table for each task and match; each fits into `WIDTH` characters."""
     result = []
-    for title, group in _groups(lines, settings):
+    for title, group in groups(lines, settings):
         name = Text(f"{title}: {HEADINGS[metric]}", "table.title")
         table = Table(title=name, title_justify="left", caption_justify="left")
         for column in NARROW:
@@ -53,23 +53,24 @@ def _narrow_cells(line: Line, metric: str, seeds: int) -> list[Text]:
         below.append(f"{done} of {seeds} seeds")
     if line.failed:
         below.append(f"{line.failed} failed")
-    updates = str(line.updates) + (f"\nx {line.cost:.2f}" if line.cost is not None else "")
+    steps = _count(line.steps) + (f"\nx {line.cost:.2f}" if line.cost is not None else "")
     difference, interval, _, corrected = _differences(line, metric)
-    cells = [updates, _number(line.mean(metric), ".4f"), f"{difference}\n{interval}".removesuffix("\n-"), corrected]
+    cells = [steps, _number(line.mean(metric), ".4f"), f"{difference}\n{interval}".removesuffix("\n-"), corrected]
     return [Text(line.method).append("".join(f"\n{text}" for text in below), "dim"), *map(Text, cells)]
 
 
 def markdown(lines: Sequence[Line], metric: str, settings: CompareSettings) -> str:
     """Return the tables as Markdown."""
     text = []
-    for title, group in _groups(lines, settings):
+    for title, group in groups(lines, settings):
         text += [f"### {' '.join(title.split())}: {HEADINGS[metric]}", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
         text += [_row(_cells(line, metric)) for line in group] + [""]
     text.append(_notes(settings))
     return "\n".join(text) + "\n"
 
 
-def _groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[str, list[Line]]]:
+def groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[str, list[Line]]]:
+    """Yield the lines of each task and match with a title."""
     for (task, match), group in groupby(lines, key=lambda line: (line.task, line.match)):
         yield f"{task}, {MATCHED[match]}", list(group)
 
@@ -85,7 +86,7 @@ def _notes(settings: CompareSettings) -> str:
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
         "ones of the mean, too narrow for few seeds (about 83 % instead of 95 % with five, 70 % with three); "
-        f"p-values are those of the paired t-test. Cost is in plain LoRA updates. {tuned}"
+        f"p-values are those of the paired t-test. Cost is in plain LoRA steps. {tuned}"
     )
 
 
@@ -99,7 +100,7 @@ def _cells(line: Line, metric: str) -> list[str]:
         line.method,
         _chosen(line),
         _number(line.cost, ".3f"),
-        str(line.updates),
+        _count(line.steps),
         _number(line.total_cost, ".1f"),
         seeds,
         _number(line.mean(metric), ".4f"),
@@ -123,64 +124,9 @@ def _chosen(line: Line) -> str:
     return f"{line.chosen.rate:g}" + (f", rho {line.chosen.rho:g}" if line.chosen.rho is not None else "")
 
 
+def _count(steps: int | None) -> str:
+    return "-" if steps is None else str(steps)
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
-
-
-def draw(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Any:
-    """Draw the paired differences: a panel for each task and match, a row for each method.
-
-    Args:
-        lines (`Sequence[Line]`): From `build_report`.
-        metric (`str`): What is compared.
-        settings (`CompareSettings`): The comparison.
-
-    Returns:
-        `matplotlib.figure.Figure`: The picture.
-    """
-    from matplotlib.figure import Figure
-
-    tasks, matches = list(settings.tasks), list(settings.match)
-    methods = [name for name in settings.methods if name != settings.reference]
-    height = 1.2 + len(tasks) * (0.9 + 0.34 * len(methods))
-    figure = Figure(figsize=(2.2 + 4.2 * len(matches), height), layout="constrained")
-    axes = figure.subplots(len(tasks), len(matches), squeeze=False, sharex="row")
-    for i, task in enumerate(tasks):
-        for j, match in enumerate(matches):
-            chosen = {line.method: line for line in lines if (line.task, line.match) == (task, match)}
-            _panel(axes[i][j], [chosen[name] for name in methods], metric)
-            axes[i][j].set_title(_plain(f"{task}, {MATCHED[match]}"), fontsize="medium")
-    better = "left" if metric == "loss" else "right"
-    unit = " (nats per token)" if metric == "loss" else ""
-    figure.supxlabel(
-        f"{HEADINGS[metric]} minus that of '{_plain(settings.reference)}'{unit}; {better} is better\n"
-        "grey: one seed each; diamond and bar: mean and 95 % interval\nin brackets: cost per update x updates",
-        fontsize="medium",
-    )
-    return figure
-
-
-def _plain(name: str) -> str:
-    """Return a name as matplotlib takes it for text, not for mathematics."""
-    return name.replace("$", r"\$")
-
-
-def _panel(axis: Any, lines: Sequence[Line], metric: str) -> None:
-    axis.axvline(0.0, color="0.4", linewidth=1)
-    labels = []
-    for row, line in enumerate(lines):
-        cost = "" if line.cost is None else f" ({line.cost:.2f} x {line.updates})"
-        labels.append(_plain(line.method) + cost)
-        difference = line.differences.get(metric)
-        if difference is None:
-            continue
-        values = list(difference.values.values())
-        axis.plot(values, [row] * len(values), "o", color="0.65", markersize=4, zorder=2)
-        if not math.isnan(difference.low):
-            axis.plot([difference.low, difference.high], [row, row], color="black", linewidth=1.8, zorder=3)
-        axis.plot(difference.mean, row, "D", color="black", markersize=5, zorder=4)
-    axis.set_yticks(range(len(lines)), labels, fontsize="small")
-    axis.set_ylim(len(lines) - 0.5, -0.5)
-    axis.locator_params(axis="x", nbins=6)  # as many labels as fit without touching
-    axis.grid(axis="x", color="0.9")
-    axis.set_axisbelow(True)

@@ -1,6 +1,10 @@
 """`slsam-peft compare` on a tiny model: every method runs, a second start repeats nothing, the results are written."""
 
+import hashlib
+import importlib.metadata
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,20 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, TrainerCallback
+from transformers import AutoConfig, GPT2Config, TrainerCallback
 
 from slsam_peft.cli.compare import add_arguments, run
 from slsam_peft.cli.parsing import Parser
 from slsam_peft.data.scoring import Tokens, score, tokenize
 from slsam_peft.errors import UserError
+from slsam_peft.models.shapes import BUILT_IN
 from slsam_peft.runs.compare.checks import _check_rows
-from slsam_peft.runs.compare.jobs import Plan
+from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
+from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.run import build_trainer, expected_costs, load_model, row_order
 from slsam_peft.runs.compare.settings import QUANTIZATIONS, Candidate, TrainingSettings
 from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 from slsam_peft.runs.compare.worker import next_row
+from tests.recipes import evidence
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 
@@ -33,7 +40,7 @@ def comparison(model: Path, data: Path, **changes: object) -> dict:
     """A comparison of four methods on a file."""
     return {
         "model": str(model),
-        "training": {"updates": 3, "batch_size": 2, "max_length": 48, "lora_r": 2},
+        "training": {"steps": 3, "batch_size": 2, "max_length": 48, "lora_r": 2},
         "tasks": {"sums": {"source": "jsonl", "file": str(data), "rows": 6, "validation_rows": 2, "test_rows": 4}},
         "methods": {
             "plain": {"learning_rates": [1e-2, 2e-2]},
@@ -43,7 +50,7 @@ def comparison(model: Path, data: Path, **changes: object) -> dict:
         },
         "seeds": [0, 1],
         "tuning_seed": 7,
-        "match": ["updates", "cost"],
+        "match": ["steps", "cost"],
         **changes,
     }
 
@@ -88,17 +95,17 @@ def test_costs_are_counted(done: Path) -> None:
     assert costs["sam"] == pytest.approx(2.0, rel=0.1)  # its branch comes on top, on a thin model not a little
 
 
-@pytest.mark.parametrize("quantise", QUANTIZATIONS)
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
 def test_methods_start_from_the_same_adapter_and_batches(
-    quantise: str, tmp_path: Path, tiny_model: Path, chats: Path
+    quantize: str, tmp_path: Path, tiny_model: Path, chats: Path
 ) -> None:
     values = comparison(tiny_model, chats)
-    values["training"]["quantise"] = quantise
+    values["training"]["quantize"] = quantize
     settings = parse_settings(values)
     plan = Plan(settings, dict.fromkeys(settings.methods, 1.0))
     seen = []
     for method in settings.methods:
-        job = plan.job("sums", method, "updates", Candidate(1e-2), 3)
+        job = plan.job("sums", method, "steps", Candidate(1e-2), 3)
         model, tokenizer = load_model(settings.model, settings.training)
         pairs = load_task(settings.tasks["sums"], 3).train
         rows = [tokenize(tokenizer, pair, 48) for pair in pairs]
@@ -117,7 +124,7 @@ def test_methods_start_from_the_same_adapter_and_batches(
 
 def test_scores_are_those_of_the_model_and_of_greedy_decoding(tiny_model: Path) -> None:
     """The loss is the model's own on each row by itself, and an exact answer is one that greedy decoding gives."""
-    model, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
+    model, tokenizer = load_model(str(tiny_model), TrainingSettings(steps=1))
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bcd", "efghijk", "l m")]
     rows = [tokenize(tokenizer, (prompt, "xyz"), 64) for prompt in prompts]
     starts = [row.ids[: row.prompt] for row in rows]
@@ -136,7 +143,7 @@ def test_scores_are_those_of_the_model_and_of_greedy_decoding(tiny_model: Path) 
 
 
 def test_cut_answers_keep_the_prompt_apart(tiny_model: Path) -> None:
-    _, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
+    _, tokenizer = load_model(str(tiny_model), TrainingSettings(steps=1))
     row = tokenize(tokenizer, ("abc", "xyz"), 5)
     assert row.columns()["completion_mask"] == [0, 0, 0, 1, 1]
     formatted = tokenize(tokenizer, ([{"role": "user", "content": "abc"}], "xyz"), 64, "Q: {} A: ")
@@ -145,7 +152,7 @@ def test_cut_answers_keep_the_prompt_apart(tiny_model: Path) -> None:
 
 def test_random_perturbation_has_its_norm_and_leaves_weights(tmp_path: Path, tiny_model: Path, chats: Path) -> None:
     settings = parse_settings(comparison(tiny_model, chats))
-    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", RANDOM, "updates", Candidate(1e-2), 3)
+    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", RANDOM, "steps", Candidate(1e-2), 3)
     model, tokenizer = load_model(settings.model, settings.training)
     rows = [tokenize(tokenizer, pair, 48) for pair in load_task(settings.tasks["sums"], 3).train]
     trainer = build_trainer(model, tokenizer, rows, job.settings, str(tmp_path), lambda *_: None)
@@ -209,7 +216,7 @@ def test_models_that_cannot_be_used_are_named(tmp_path: Path, tiny_model: Path, 
     values = comparison(odd, chats)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slsam_peft.cost.model.decoder_of", _no_decoder)
-        with pytest.raises(UserError, match="odd: what its updates cost cannot be counted: no stack"):
+        with pytest.raises(UserError, match="odd: what its steps cost cannot be counted: no stack"):
             compare(tmp_path, values)
 
 
@@ -249,11 +256,11 @@ def test_only_tasks_with_runs_to_do_are_looked_at(
 def test_advice_on_a_missing_template_is_not_what_is_done_already(
     messages: int, prompt_format: str | None, advice: str, tiny_model: Path
 ) -> None:
-    _, tokenizer = load_model(str(tiny_model), TrainingSettings(updates=1))
+    _, tokenizer = load_model(str(tiny_model), TrainingSettings(steps=1))
     tokenizer.chat_template = None
     pairs = [([{"role": "user", "content": "abc"}] * messages, "xyz")]
     with pytest.raises(UserError) as caught:
-        _check_rows(TaskData(pairs, [], []), tokenizer, TrainingSettings(updates=1, prompt_format=prompt_format))
+        _check_rows(TaskData(pairs, [], []), tokenizer, TrainingSettings(steps=1, prompt_format=prompt_format))
     assert str(caught.value).endswith(advice)
 
 
@@ -286,5 +293,92 @@ def test_committed_rows_belong_to_their_recipe(path: Path) -> None:
         tried = settings.methods[row["method"]].rhos
         rho = (run["slsam"] or {}).get("rho", run["random_rho"]) if tried else None
         assert not tried or rho in tried
-        job = plan.job(row["task"], row["method"], "updates", Candidate(run["learning_rate"], rho), run["seed"])
-        assert replace(job, settings={**job.settings, "updates": run["updates"]}).key == row["key"]
+        job = plan.job(row["task"], row["method"], "steps", Candidate(run["learning_rate"], rho), run["seed"])
+        job = replace(job, settings={**job.settings, "steps": run["updates"]})
+        assert job.key == row["key"]
+        assert row_settings(job.settings) == run
+
+
+def test_keys_of_committed_rows_are_those_they_were_made_with() -> None:
+    keys = [
+        json.loads(line)["key"]
+        for path in RECIPES
+        for line in (path.parent / "rows" / f"{path.stem}.jsonl").read_text().splitlines()
+    ]
+    digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:16]
+    assert (len(keys), digest) == (531, "0faa819e9d9a5ed5")
+
+
+@pytest.fixture(scope="module")
+def smollm2_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2-135M's config, without weights."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    AutoConfig.for_model(**BUILT_IN["smollm2-135m"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_committed_rows_tell_the_steps_that_the_model_gives(path: Path, smollm2_config: Path) -> None:
+    """A report from the rows alone takes the very rows for a method that its expected cost leads to."""
+    settings = read_settings(path)
+    rows = RowStore(path.parent / "rows" / f"{path.stem}.jsonl").read()
+    plan = Plan(settings, expected_costs(replace(settings, model=str(smollm2_config))))
+    recorded = RecordedPlan(settings, rows)
+    assert {cell: recorded.steps(*cell) for cell in plan.cells()} == {cell: plan.steps(*cell) for cell in plan.cells()}
+    assert recorded.counts(rows) == plan.counts(rows)
+
+
+# The page of results
+
+
+PAGE = RECIPES[0].parent / "README.md"
+
+
+def test_every_number_on_the_page_is_in_the_rows() -> None:
+    page = PAGE.read_text()
+    assert len(evidence.numbers(page)) > 100
+    assert not evidence.mismatches(page)
+
+
+def test_a_number_on_the_page_that_is_not_in_the_rows_is_found() -> None:
+    """Each number of a difference and of a table, its last digit changed by two, is reported with its line."""
+    page = PAGE.read_text()
+    for start, end in evidence.numbers(page):
+        digit = int(page[end - 1])
+        changed = page[: end - 1] + str(digit + 2 if digit < 8 else digit - 2) + page[end:]
+        line = page.count("\n", 0, start) + 1
+        found = evidence.mismatches(changed)
+        assert any(text.startswith((f"line {line}:", f"line {line - 1}:")) for text in found), (page[start:end], line)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("1.09 at 1e-4", "1.19 at 1e-4"), ("in 2 of 5 seeds", "in 3 of 5 seeds"), ("96.1", "97.1")]
+)
+def test_other_numbers_in_the_text_are_looked_at_too(old: str, new: str) -> None:
+    page = PAGE.read_text()
+    assert page.count(old) == 1
+    assert len(evidence.mismatches(page.replace(old, new))) == 1
+
+
+def test_every_comparison_is_on_the_page() -> None:
+    page = PAGE.read_text()
+    assert {path.name for path in RECIPES} <= set(re.findall(r"\]\(([\w.]+)\)", page))
+    plots = re.findall(r"\]\((plots/\w+\.svg)\)", page)
+    assert sorted(plots) == sorted(f"plots/{path.name}" for path in (PAGE.parent / "plots").iterdir())
+
+
+@pytest.mark.parametrize("command", re.findall(r"^slsam-peft (compare .*--plot .*)$", PAGE.read_text(), re.MULTILINE))
+def test_plots_on_the_page_are_what_their_commands_draw(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    stored = Path(words[words.index("--plot") + 1])
+    page = PAGE.read_text()
+    assert page.rindex(f"plots/{stored.name})", 0, page.index(command)) > page.rindex("\n## ", 0, page.index(command))
+    words[words.index("--plot") + 1] = str(tmp_path / stored.name)
+    words[words.index("--config") + 1] = str(PAGE.parents[2] / words[words.index("--config") + 1])
+    parser = Parser("compare", "")
+    add_arguments(parser)
+    parser.add_argument("--debug", action="store_true")
+    assert run(parser.read(words[1:])) == 0
+    kept = (PAGE.parents[2] / stored).read_text()
+    if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in kept:  # others may place a text differently
+        assert (tmp_path / stored.name).read_text() == kept

@@ -4,21 +4,31 @@ import datetime
 import json
 import math
 import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from rich.console import Console
+from scipy import stats
 
 from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
+from slsam_peft.cli.forest_plot import build as forest_plot
+from slsam_peft.cli.forest_plot import by_effect, draw
 from slsam_peft.errors import UserError
-from slsam_peft.runs.compare.jobs import Plan
+from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
+from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.settings import Candidate, CompareSettings
 from slsam_peft.runs.compare.statistics import holm, paired_difference
@@ -32,7 +42,7 @@ COSTS = {"plain": 1.0, "sam": 2.0, "cheap": 0.75}
 def values(**changes: Any) -> dict[str, Any]:
     """A comparison of three methods with two learning rates each."""
     return {
-        "training": {"updates": 12},
+        "training": {"steps": 12},
         "tasks": {"docs": {"source": "stdlib_docs", "rows": 8}},
         "methods": {
             "plain": {"learning_rates": [1e-4, 2e-4]},
@@ -75,7 +85,7 @@ def finished(plan: Plan, folder: Path) -> RowStore:
         ({"tasks": {"d": {"source": "stdlib_doc", "rows": 8}}}, "Did you mean 'stdlib_docs'"),
         ({"tasks": {"d": {"source": "stdlib_docs"}}}, "tasks.d.rows is missing"),
         ({"tasks": {"d": {"source": "reasoning_gym", "rows": 8}}}, "puzzle=None"),
-        ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "noisy": 1.5}}}, "noisy=1.5"),
+        ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "label_noise": 1.5}}}, "label_noise=1.5"),
         ({"methods": {"plain": {"learning_rates": []}}}, "learning_rates"),
         ({"methods": {"plain": {"learning_rates": ["fast"]}}}, "'fast'"),
         ({"methods": {"sam": {"learning_rates": [1e-3], "slsam": {}, "rhos": 0.5}}}, "rhos=0.5 must be a list"),
@@ -86,8 +96,8 @@ def finished(plan: Plan, folder: Path) -> RowStore:
             {"methods": {"sam": {"learning_rates": [1e-3], "slsam": {"rho": 0}, "rhos": [0.5]}}},
             "methods.sam.rhos and slsam.rho are both set",
         ),
-        ({"training": {"updates": 3, "lora_dropout": 1.5}}, "training.lora_dropout=1.5 is not allowed"),
-        ({"training": {"updates": 3, "lora_dropout": 1}}, "share in [0, 1)"),
+        ({"training": {"steps": 3, "lora_dropout": 1.5}}, "training.lora_dropout=1.5 is not allowed"),
+        ({"training": {"steps": 3, "lora_dropout": 1}}, "share in [0, 1)"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"roh": 0.1}}}}, "Did you mean 'rho'"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": {"design": "deep"}}}}, "Did you mean 'depth'"),
         ({"reference": "plane"}, "Did you mean 'plain'"),
@@ -97,23 +107,23 @@ def finished(plan: Plan, folder: Path) -> RowStore:
         ({"match": ["cost", "cost"]}, "match=['cost', 'cost'] must be one or more different names"),
         ({"methods": {"plain": {"learning_rates": [1e-3, 1e-3]}}}, "learning_rates=[0.001, 0.001] has a number twice"),
         ({"methods": {"plain": {"learning_rates": [True]}}}, "learning_rates: True is not allowed"),
-        ({"methods": {"plain": {"learning_rates": [1e-3], "updates_share": 5}}}, "updates_share=5.0 is not allowed"),
+        ({"methods": {"plain": {"learning_rates": [1e-3], "steps_share": 5}}}, "steps_share=5.0 is not allowed"),
         ({"methods": {"plain": {"learning_rates": [1e-3], "slsam": 3}}}, "methods.plain.slsam=3 is not allowed"),
         ({"methods": {1: {"learning_rates": [1e-3]}, "1": {"learning_rates": [1e-3]}}}, "two entries have the same"),
         ({"seeds": [2**32]}, "4294967296 is not allowed"),
         ({"seeds": [datetime.date(2026, 1, 1)]}, "quote dates"),
         (
-            {"training": {"updates": 3, "prompt_format": 5}},
+            {"training": {"steps": 3, "prompt_format": 5}},
             "prompt_format=5 is not allowed; it must be a text",
         ),
-        ({"training": {"updates": 3, "gradient_checkpointing": "yes"}}, "it must be true or false"),
+        ({"training": {"steps": 3, "gradient_checkpointing": "yes"}}, "it must be true or false"),
         ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "puzzle_options": None}}}, "must be a mapping"),
         ({"tasks": {"d": {"source": "stdlib_docs", "rows": 8, "test_file": "a"}}}, "belongs to source='jsonl'"),
         ({"tasks": {"d": {"source": "jsonl", "rows": 8, "file": ["a"]}}}, "tasks.d.file=['a'] is not allowed"),
         ({"seeds": [0, 9]}, "not reported"),
         ({"seeds": [0, 0]}, "different"),
-        ({"training": {"updates": 0}}, "updates=0"),
-        ({"training": {"updates": 3, "prompt_format": "no place"}}, "prompt_format"),
+        ({"training": {"steps": 0}}, "steps=0"),
+        ({"training": {"steps": 3, "prompt_format": "no place"}}, "prompt_format"),
         ({"tasks": {}}, "tasks is empty"),
         ({"sedes": [1]}, "Did you mean 'seeds'"),
     ],
@@ -154,15 +164,15 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 def test_steps_are_matched_by_cost() -> None:
     plan = Plan(settings(), COSTS)
-    assert [plan.updates("docs", method, "cost") for method in COSTS] == [12, 6, 16]
-    assert [plan.updates("docs", method, "updates") for method in COSTS] == [12, 12, 12]
+    assert [plan.steps("docs", method, "cost") for method in COSTS] == [12, 6, 16]
+    assert [plan.steps("docs", method, "steps") for method in COSTS] == [12, 12, 12]
 
 
 def test_smaller_batches_cost_in_proportion() -> None:
     methods = values()["methods"]
     methods["sam"]["batch_size"] = 2
     plan = Plan(settings(methods=methods), COSTS)
-    assert plan.updates("docs", "sam", "cost") == 12
+    assert plan.steps("docs", "sam", "cost") == 12
     assert plan.job("docs", "sam", "cost", Candidate(1e-3), 0).settings["training"]["batch_size"] == 2
     assert plan.job("docs", "plain", "cost", Candidate(1e-4), 0).settings["training"]["batch_size"] == 4
     job = plan.job("docs", "sam", "cost", Candidate(1e-3), 0)
@@ -176,11 +186,11 @@ def test_runs_of_both_matches_are_shared_where_they_are_equal() -> None:
     plan = Plan(settings(), COSTS)
     assert (
         plan.job("docs", "plain", "cost", Candidate(1e-4), 0).key
-        == plan.job("docs", "plain", "updates", Candidate(1e-4), 0).key
+        == plan.job("docs", "plain", "steps", Candidate(1e-4), 0).key
     )
     assert (
         plan.job("docs", "sam", "cost", Candidate(1e-4), 0).key
-        != plan.job("docs", "sam", "updates", Candidate(1e-4), 0).key
+        != plan.job("docs", "sam", "steps", Candidate(1e-4), 0).key
     )
 
 
@@ -190,18 +200,30 @@ def test_key_depends_on_what_decides_the_result_and_not_on_names() -> None:
     here, there = Plan(settings(), COSTS), Plan(parse_settings(renamed), {**COSTS, "sharp": 2.0})
     key = here.job("docs", "sam", "cost", Candidate(1e-3), 0).key
     assert key == there.job("docs", "sharp", "cost", Candidate(1e-3), 0).key
-    longer = Plan(settings(training={"updates": 12, "max_length": 99}), COSTS)
+    longer = Plan(settings(training={"steps": 12, "max_length": 99}), COSTS)
     assert key != longer.job("docs", "sam", "cost", Candidate(1e-3), 0).key
 
 
+def test_settings_of_a_row_have_the_names_that_keys_are_made_of() -> None:
+    options = {"steps": 3, "quantize": 1}  # a puzzle's own names are nobody else's
+    task = {"source": "reasoning_gym", "puzzle": "a", "puzzle_options": options, "rows": 8, "label_noise": 0.5}
+    plan = Plan(settings(tasks={"sums": task}), COSTS)
+    stored = row_settings(plan.job("sums", "cheap", "steps", Candidate(1e-3), 0).settings)
+    assert (stored["updates"], stored["training"]["updates"], stored["training"]["quantise"]) == (12, 12, "none")
+    assert (stored["task"]["noisy"], stored["task"]["updates"]) == (0.5, None)
+    assert stored["task"]["puzzle_options"] == options
+    assert stored["slsam"] == {"design": "depth", "cost_budget": 0.75}
+    assert not {"steps", "label_noise", "quantize"} & {*stored, *stored["task"], *stored["training"]}
+
+
 def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> None:
-    plan = Plan(settings(match=["updates"]), COSTS)
+    plan = Plan(settings(match=["steps"]), COSTS)
     first = list(plan.pending({}))
     assert {job.settings["seed"] for job in first} == {9}
     assert {job.settings["split"] for job in first} == {"validation"}
     assert plan.counts({}) == (0, 6 + 9)
     rows = finished(plan, tmp_path).read()
-    assert plan.best(rows, "docs", "plain", "updates").rate == 2e-4
+    assert plan.best(rows, "docs", "plain", "steps").rate == 2e-4
     assert plan.counts(rows) == (15, 15)
     reported = [row["settings"] for row in rows.values() if row["settings"]["seed"] != 9]
     assert {(s["split"], s["learning_rate"]) for s in reported} == {("test", 2e-4), ("test", 2e-3)}
@@ -219,7 +241,7 @@ def test_radii_are_chosen_with_learning_rates(tmp_path: Path) -> None:
         "random": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "random_rho": 0.5},
     }
     plan, store = (
-        Plan(settings(methods=methods, match=["updates"]), {**COSTS, "random": 1.0}),
+        Plan(settings(methods=methods, match=["steps"]), {**COSTS, "random": 1.0}),
         RowStore(tmp_path / "rows"),
     )
     while next_row(plan, store, lambda *_: None, best_at_the_smaller_radius) is not None:
@@ -232,19 +254,19 @@ def test_radii_are_chosen_with_learning_rates(tmp_path: Path) -> None:
 
 def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> None:
     tasks = {
-        "noisy": {"source": "stdlib_docs", "rows": 8, "noisy": 0.5},
+        "swapped": {"source": "stdlib_docs", "rows": 8, "label_noise": 0.5},
         "clean": {"source": "stdlib_docs", "rows": 8},
     }
-    plan = Plan(settings(tasks=tasks, tuning_task="noisy", match=["updates"]), COSTS)
+    plan = Plan(settings(tasks=tasks, tuning_task="swapped", match=["steps"]), COSTS)
     rows = finished(plan, tmp_path).read()
-    assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"noisy"}
-    assert plan.best(rows, "clean", "plain", "updates").rate == 2e-4
+    assert {row["task"] for row in rows.values() if row["settings"]["seed"] == 9} == {"swapped"}
+    assert plan.best(rows, "clean", "plain", "steps").rate == 2e-4
     assert plan.counts(rows) == (6 + 2 * 9, 6 + 2 * 9)
     assert plan.tasks_to_do(rows) == []
-    assert plan.tasks_to_do({}) == ["noisy", "clean"]
+    assert plan.tasks_to_do({}) == ["swapped", "clean"]
     tuned = {key: row for key, row in rows.items() if row["settings"]["seed"] == 9}
-    assert plan.tasks_to_do(tuned) == ["noisy", "clean"]
-    last = next(job for job in plan.reported(rows, "clean", "sam", "updates") if job.settings["seed"] == 2)
+    assert plan.tasks_to_do(tuned) == ["swapped", "clean"]
+    last = next(job for job in plan.reported(rows, "clean", "sam", "steps") if job.settings["seed"] == 2)
     assert plan.tasks_to_do({key: row for key, row in rows.items() if key != last.key}) == ["clean"]
     diverged = {key: {**row, "error": "NaN"} for key, row in tuned.items()}
     assert plan.tasks_to_do(diverged) == []  # nothing will be scored
@@ -256,7 +278,7 @@ def test_runs_are_called_by_what_was_tried() -> None:
         "sam": {"learning_rates": [1e-3], "rhos": [0.1, 0.5], "slsam": {"active_fraction": 1.0}},
         "random": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "random_rho": 0.2},
     }
-    plan = Plan(settings(methods=methods, match=["updates"]), dict.fromkeys(methods, 1.0))
+    plan = Plan(settings(methods=methods, match=["steps"]), dict.fromkeys(methods, 1.0))
     assert [run_name(plan, job.task, job.method, job.settings) for job in plan.pending({})] == [
         "docs, plain, learning rate 0.0001, seed 9",
         "docs, plain, learning rate 0.0002, seed 9",
@@ -272,12 +294,12 @@ def test_a_single_candidate_needs_no_tuning_run() -> None:
         "plain": {"learning_rates": [1e-4]},
         "sam": {"learning_rates": [1e-3], "rhos": [0.1], "slsam": {"active_fraction": 1.0}},
     }
-    plan = Plan(settings(methods=methods, match=["updates"]), dict.fromkeys(methods, 1.0))
+    plan = Plan(settings(methods=methods, match=["steps"]), dict.fromkeys(methods, 1.0))
     jobs = list(plan.pending({}))
     assert {(job.settings["seed"], job.settings["split"]) for job in jobs} == {
         (s, "test") for s in plan.settings.seeds
     }
-    assert plan.best({}, "docs", "sam", "updates") == Candidate(1e-3, 0.1)
+    assert plan.best({}, "docs", "sam", "steps") == Candidate(1e-3, 0.1)
     assert plan.counts({}) == (0, len(jobs)) == (0, 2 * len(plan.settings.seeds))
     assert "none was tuned." in markdown(build_report(plan, {}), "loss", plan.settings)
 
@@ -286,12 +308,12 @@ def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:
     def diverges(job: dict[str, Any], report: Any) -> dict[str, Any]:
         return {"error": "NaN"} if job["learning_rate"] in (2e-4, 1e-3, 2e-3) else scored(job)
 
-    plan, store = Plan(settings(match=["updates"]), COSTS), RowStore(tmp_path / "rows.jsonl")
+    plan, store = Plan(settings(match=["steps"]), COSTS), RowStore(tmp_path / "rows.jsonl")
     while next_row(plan, store, lambda *_: None, diverges) is not None:
         pass
     rows = store.read()
-    assert plan.best(rows, "docs", "plain", "updates").rate == 1e-4
-    assert plan.best(rows, "docs", "sam", "updates") is None
+    assert plan.best(rows, "docs", "plain", "steps").rate == 1e-4
+    assert plan.best(rows, "docs", "sam", "steps") is None
     assert len(rows) == 6 + 3
     lines = {line.method: line for line in build_report(plan, rows)}
     assert lines["sam"].chosen is None
@@ -375,6 +397,17 @@ def test_difference_is_paired_by_seed() -> None:
     assert paired_difference({5: 1.0}, reference) is None
 
 
+@pytest.mark.parametrize("seeds", [3, 4, 5, 12])
+def test_interval_and_p_value_are_scipys(seeds: int) -> None:
+    generator = torch.Generator().manual_seed(seeds)
+    for _ in range(20):
+        sample = (0.3 + torch.randn(seeds, generator=generator).exp()).tolist()
+        difference = paired_difference(dict(enumerate(sample)), dict.fromkeys(range(seeds), 0.0))
+        whole = stats.bootstrap((sample,), np.mean, confidence_level=0.95, n_resamples=9_999, rng=0)
+        assert (difference.low, difference.high) == pytest.approx(whole.confidence_interval, rel=1e-9)
+        assert difference.p == pytest.approx(stats.ttest_1samp(sample, 0.0).pvalue, rel=1e-9)
+
+
 def test_few_or_equal_seeds_give_no_false_certainty() -> None:
     one = paired_difference({0: 1.0}, {0: 2.0})
     assert math.isnan(one.low)
@@ -407,7 +440,7 @@ def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = finished(plan, tmp_path).read()
     lines = {(line.method, line.match): line for line in build_report(plan, rows)}
     sam = lines["sam", "cost"]
-    assert (sam.chosen.rate, sam.updates, sam.failed) == (2e-3, 6, 0)
+    assert (sam.chosen.rate, sam.steps, sam.failed) == (2e-3, 6, 0)
     assert sam.differences["loss"].mean == pytest.approx(-0.1 - 0.001 - 2e-3 + 2e-4)
     assert sam.differences["loss"].high < 0
     assert not lines["plain", "cost"].differences
@@ -462,11 +495,189 @@ def test_rows_of_different_data_are_not_compared(tmp_path: Path) -> None:
         build_report(plan, store.read())
 
 
+# The forest plot
+
+
+def texts(figure: Any) -> list[Any]:
+    """Every text of a figure that is drawn."""
+    FigureCanvasAgg(figure).draw()
+    return [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
+
+
+def test_plot_has_the_best_methods_on_top_and_a_panel_for_each_task(tmp_path: Path) -> None:
+    tasks = {"noisy": {"source": "stdlib_docs", "rows": 8, "label_noise": 0.5}, "clean": values()["tasks"]["docs"]}
+    plan = Plan(settings(tasks=tasks, match=["cost"]), COSTS)
+    lines = build_report(plan, finished(plan, tmp_path).read())
+    cheap = next(line for line in lines if (line.task, line.method) == ("clean", "cheap"))
+    worst = paired_difference({0: 9.0, 1: 9.1, 2: 9.3}, {0: 1.0, 1: 1.0, 2: 1.0})
+    lines[lines.index(cheap)] = replace(cheap, differences={"loss": worst, "exact": worst})
+    panels = [lines[1:3], lines[4:6]]
+    assert [[line.method for line in by_effect(panel, "loss")] for panel in panels][1] == ["sam", "cheap"]
+    assert by_effect(panels[1], "exact")[0].method == "cheap"  # there more is better
+    assert by_effect([replace(lines[1], differences={}), lines[2]], "loss")[1].method == lines[1].method
+    figure = forest_plot(lines, "loss", plan.settings)
+    assert len(figure.axes) == 2
+    assert all(axes.lines[0].get_xdata() == [0.0, 0.0] for axes in figure.axes)
+    heights = {t.get_text(): t.get_window_extent().y0 for t in texts(figure) if t.axes is figure.axes[1]}
+    assert heights["sam"] > heights["cheap"]
+    assert heights["sam"] == pytest.approx(heights["6 x 1.00"], abs=5)
+    assert "plain" not in heights
+
+
+@pytest.mark.parametrize("name", ["sam", "a method with a long name " * 4, "one_long_word_" * 9, "[/random] $x_{"])
+def test_texts_of_the_plot_do_not_touch(name: str, tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    lines = [
+        replace(line, method=name) if line.method == "sam" else line
+        for line in build_report(plan, finished(plan, tmp_path).read())
+    ]
+    lines[-1] = replace(lines[-1], differences={}, steps=None, cost=None)
+    drawn = texts(forest_plot(lines, "loss", plan.settings))
+    boxes = [t.get_window_extent() for t in drawn]
+    width, height = drawn[0].get_figure().bbox.size
+    for i, box in enumerate(boxes):
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0, drawn[i]
+        touching = [drawn[j] for j in range(i) if box.overlaps(boxes[j])]
+        assert not touching, (drawn[i], touching)
+    assert "no result yet" in {t.get_text() for t in drawn}
+
+
+def test_plot_is_the_same_each_time(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    lines = build_report(plan, finished(plan, tmp_path).read())
+    assert draw(lines, "exact", plan.settings, ".svg") == draw(lines, "exact", plan.settings, ".svg")
+    assert draw(build_report(plan, {}), "loss", plan.settings, ".png").startswith(b"\x89PNG")
+
+
+# A report from rows alone
+
+
+def counted(job: dict[str, Any], report: Any = None) -> dict[str, Any]:
+    """A made-up result with a cost that is near the expected one, as drawn blocks give."""
+    cost = 1.0 if job["slsam"] is None else 0.75 if "cost_budget" in job["slsam"] else 2.0
+    return {**scored(job), "cost": cost * (1 + 0.01 * (job["seed"] % 3 - 1))}
+
+
+def rows_by(plan: Plan, folder: Path, run: Any = counted) -> dict[str, dict[str, Any]]:
+    """All rows of a plan, from a file of their own."""
+    store = RowStore(folder / "rows.jsonl")
+    while next_row(plan, store, lambda *_: None, run) is not None:
+        pass
+    return store.read()
+
+
+def test_rows_alone_give_the_report_that_costs_give(tmp_path: Path) -> None:
+    plan = Plan(settings(), COSTS)
+    rows = rows_by(plan, tmp_path)
+    recorded = RecordedPlan(plan.settings, rows)
+    assert [recorded.steps(*cell) for cell in plan.cells()] == [plan.steps(*cell) for cell in plan.cells()]
+    assert build_report(recorded, rows) == build_report(plan, rows)
+    assert recorded.counts(rows) == plan.counts(rows)
+
+
+def test_rows_alone_give_the_report_of_a_comparison_in_progress(tmp_path: Path) -> None:
+    """At every moment: a line is the same, but for the number of steps of a method without a row."""
+    plan = Plan(settings(), COSTS)
+    rows = rows_by(plan, tmp_path)
+    for count in range(len(rows) + 1):
+        some = dict(list(rows.items())[:count])
+        for known, line in zip(
+            build_report(plan, some), build_report(RecordedPlan(plan.settings, some), some), strict=True
+        ):
+            assert line == replace(known, steps=line.steps)
+            has_rows = any(job.key in some for job in plan.tuning(line.task, line.method, line.match))
+            assert line.steps == known.steps or (line.steps is None and not has_rows)
+    nothing = build_report(RecordedPlan(plan.settings, {}), {})
+    text = markdown(nothing, "loss", plan.settings)
+    assert text.count("| open |") == 6
+    assert "None" not in text
+    assert len(tables(nothing, "loss", plan.settings)) == 2
+
+
+def test_runs_at_equal_steps_are_not_taken_for_those_at_equal_cost(tmp_path: Path) -> None:
+    rows = rows_by(Plan(settings(match=["steps"]), COSTS), tmp_path)
+    recorded = RecordedPlan(settings(), rows)
+    assert [recorded.steps("docs", method, "cost") for method in COSTS] == [12, None, None]
+    lines = {(line.method, line.match): line for line in build_report(recorded, rows)}
+    assert len(lines["sam", "steps"].scores["loss"]) == 3
+    assert (lines["sam", "cost"].scores["loss"], lines["sam", "cost"].chosen) == ({}, None)
+
+
+def test_methods_that_differ_in_their_share_of_the_steps_keep_their_own_rows(tmp_path: Path) -> None:
+    """Only the number of steps tells their rows apart, and names do not count."""
+    methods = values()["methods"]
+    methods["half"] = {**methods["sam"], "steps_share": 0.5}
+    plan = Plan(settings(methods=methods, match=["cost"]), {**COSTS, "half": 2.0})
+    rows = {key: {**row, "method": "?", "task": "?"} for key, row in rows_by(plan, tmp_path).items()}
+    recorded = RecordedPlan(plan.settings, rows)
+    assert [recorded.steps("docs", method, "cost") for method in methods] == [12, 6, 16, 3]
+    assert build_report(recorded, rows) == build_report(plan, rows)
+
+
+def test_rows_alone_are_enough_where_every_run_has_diverged(tmp_path: Path) -> None:
+    def diverges(job: dict[str, Any], report: Any) -> dict[str, Any]:
+        return counted(job) if job["slsam"] is None else {"error": "NaN"}
+
+    methods = {name: {**how, "learning_rates": [1e-3]} for name, how in values()["methods"].items()}
+    for match in (["cost"], ["steps", "cost"]):
+        plan = Plan(settings(methods=methods, match=match), COSTS)
+        (tmp_path / "-".join(match)).mkdir()
+        rows = rows_by(plan, tmp_path / "-".join(match), diverges)
+        lines = build_report(RecordedPlan(plan.settings, rows), rows)
+        assert lines == build_report(plan, rows)
+        assert {line.method: line.failed for line in lines} == {"plain": 0, "sam": 3, "cheap": 3}
+
+
+def test_rows_of_other_keys_or_shapes_say_nothing_of_steps(tmp_path: Path) -> None:
+    plan = Plan(settings(match=["cost"]), COSTS)
+    rows = rows_by(plan, tmp_path)
+    for change in ({"key": "0"}, {"settings": None}, {"settings": {"updates": 6}}):
+        foreign = {f"{i}": {**row, **change} for i, row in enumerate(rows.values())}
+        assert RecordedPlan(plan.settings, foreign).steps("docs", "sam", "cost") is None
+
+
+REPORT_ALONE = """
+import importlib.abc, socket, sys, time
+
+class Heavy(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "datasets", "peft", "trl", "huggingface_hub"}:
+            raise AssertionError(f"a report imports {name}")
+
+def no_network(*_, **__):
+    raise AssertionError("a report opens a connection")
+
+sys.meta_path.insert(0, Heavy())
+socket.socket = socket.create_connection = socket.getaddrinfo = no_network
+from slsam_peft.cli.main import main
+code = main(["compare", "--report", *sys.argv[1:]])
+print("CPU seconds:", time.process_time())
+sys.exit(code)
+"""
+
+
+def test_a_report_needs_no_model_no_network_and_no_training_library(tmp_path: Path) -> None:
+    config = Path(__file__).resolve().parents[2] / "recipes" / "compare" / "sums.yaml"
+    home = tmp_path / "home"
+    home.mkdir()
+    unset = {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"}
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT_ALONE, "--config", str(config), "--table", str(tmp_path / "t.md")],
+        env={**{k: v for k, v in os.environ.items() if k not in unset}, "HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(home.iterdir())
+    assert "| dense SAM | 0.001, rho 0.1 | 2.016 | 48 |" in (tmp_path / "t.md").read_text()
+    assert float(done.stdout.rpartition("CPU seconds:")[2]) < 3.0
+
+
 # Tasks
 
 
 def test_docs_are_split_and_reproducible() -> None:
-    task = settings(tasks={"d": {"source": "stdlib_docs", "rows": 16, "noisy": 0.25}}).tasks["d"]
+    task = settings(tasks={"d": {"source": "stdlib_docs", "rows": 16, "label_noise": 0.25}}).tasks["d"]
     data, again, other = load_task(task, 0), load_task(task, 0), load_task(task, 1)
     assert data == again
     assert data.train != other.train

@@ -78,10 +78,10 @@ def _without_template(pairs: Sequence[Pair], training: TrainingSettings) -> str:
 def _check_arguments(settings: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
         arguments = arguments_of(settings, scratch)
-    updates = settings["updates"]
+    steps = settings["steps"]
     get_scheduler(  # some schedules need options of their own, which a comparison has no place for
         arguments.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
-        arguments.get_warmup_steps(updates),
-        updates,
+        arguments.get_warmup_steps(steps),
+        steps,
     )

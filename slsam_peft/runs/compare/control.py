@@ -10,7 +10,7 @@ from trl import SFTTrainer
 class RandomPerturbationTrainer(SFTTrainer):
     """`SFTTrainer` whose gradients are taken at w + n, n random and of a given L2 norm over all trained parameters.
 
-    The only change is in `training_step`. Weights are put back bit for bit. One micro-batch makes an update.
+    The only change is in `training_step`. Weights are put back bit for bit. One micro-batch makes a step.
 
     Args:
         random_rho (`float`): Norm of n.

@@ -15,6 +15,24 @@ Rows = Mapping[str, Row]
 # Part of every key: to be raised when the same settings no longer give the same row.
 VERSION = 1
 
+# The names of settings in rows, where they differ from the names of the fields. A key is a hash over the settings of a
+# row, names included: with this table rows that exist keep their keys, whatever the fields are called.
+NAMES_IN_ROWS = {"steps": "updates", "label_noise": "noisy", "quantize": "quantise"}
+
+
+def row_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `Job.settings` under the names that rows have for them.
+
+    Args:
+        settings (`dict`): `Job.settings`. The options of puzzles and of SL-SAM in it keep their names.
+    """
+    parts = {part: _renamed(settings[part]) for part in ("task", "training")}
+    return _renamed({**settings, **parts})
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {NAMES_IN_ROWS.get(name, name): value for name, value in values.items()}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -22,7 +40,7 @@ class Job:
 
     Args:
         task, method (`str`): Names in the comparison.
-        settings (`dict`): All that decides the result; the key is their hash.
+        settings (`dict`): All that decides the result; the key is their hash, see `row_settings`.
     """
 
     task: str
@@ -32,7 +50,7 @@ class Job:
     @property
     def key(self) -> str:
         """Name of the job on disk; jobs of equal settings share it, whatever they are called."""
-        text = json.dumps([VERSION, self.settings], sort_keys=True)
+        text = json.dumps([VERSION, row_settings(self.settings)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -41,7 +59,7 @@ class Plan:
 
     Args:
         settings (`CompareSettings`): The comparison.
-        costs (`dict[str, float]`): Expected cost of an update of each method, in plain LoRA updates of its batch size.
+        costs (`dict[str, float]`): Expected cost of a step of each method, in plain LoRA steps of its batch size.
     """
 
     def __init__(self, settings: CompareSettings, costs: Mapping[str, float]) -> None:
@@ -49,14 +67,18 @@ class Plan:
         self.costs = costs
 
     def batch_share(self, method: str) -> float:
-        """Return a method's batch size as a multiple of the common one: what its plain LoRA update costs."""
+        """Return a method's batch size as a multiple of the common one: what its plain LoRA step costs."""
         return self.settings.batch_size(method) / self.settings.training.batch_size
 
-    def updates(self, task: str, method: str, match: str) -> int:
-        """Return how many updates a method gets."""
-        wanted = self.settings.tasks[task].updates or self.settings.training.updates
+    def plain_steps(self, task: str, method: str) -> float:
+        """Return how many plain LoRA steps of the common batch size a run of a method is worth."""
+        wanted = self.settings.tasks[task].steps or self.settings.training.steps
+        return wanted * self.settings.methods[method].steps_share
+
+    def steps(self, task: str, method: str, match: str) -> int | None:
+        """Return how many steps a method gets; `None` where that is not known, see `RecordedPlan`."""
         cost = self.costs[method] * self.batch_share(method) if match == "cost" else 1.0
-        return max(1, round(wanted * self.settings.methods[method].updates_share / cost))
+        return max(1, round(self.plain_steps(task, method) / cost))
 
     def job(self, task: str, method: str, match: str, tried: Candidate, seed: int) -> Job:
         """Return a run."""
@@ -72,7 +94,7 @@ class Plan:
             "random_rho": random_rho,
             "learning_rate": tried.rate,
             "seed": seed,
-            "updates": self.updates(task, method, match),
+            "steps": self.steps(task, method, match),
             "split": "validation" if seed == self.settings.tuning_seed else "test",
         }
         return Job(task, method, values)
@@ -113,7 +135,7 @@ class Plan:
         """Return how many runs are done and how many there are; those whose learning rate is open count as well."""
         known = {job.key for job in self._ordered(rows)}
         done = sum(key in rows for key in known)
-        open_runs = {(task, method, self.updates(task, method, match)) for task, method, match in self._open(rows)}
+        open_runs = {(task, method, self.steps(task, method, match)) for task, method, match in self._open(rows)}
         return done, len(known) + len(open_runs) * len(self.settings.seeds)
 
     def tasks_to_do(self, rows: Rows) -> list[str]:

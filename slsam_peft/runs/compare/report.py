@@ -19,9 +19,9 @@ class Line:
     Args:
         task, method, match (`str`): As in the comparison.
         chosen (`Candidate` or `None`): The learning rate, and the radius where several were tried; `None` while open.
-        updates (`int`): Updates of a run.
+        steps (`int` or `None`): Steps of a run; `None` where that is not known.
         scores (`dict[str, dict[int, float]]`): Score by metric and seed.
-        cost (`float` or `None`): Mean counted cost of an update, in plain LoRA updates of the common batch size.
+        cost (`float` or `None`): Mean counted cost of a step, in plain LoRA steps of the common batch size.
         failed (`int`): Runs that diverged.
         differences (`dict[str, Difference]`): By metric, against the reference; empty for the reference.
         corrected (`dict[str, float]`): Holm-corrected p-values by metric, over all lines of the task and match.
@@ -31,7 +31,7 @@ class Line:
     method: str
     match: str
     chosen: Candidate | None
-    updates: int
+    steps: int | None
     scores: dict[str, dict[int, float]]
     cost: float | None
     failed: int
@@ -40,8 +40,8 @@ class Line:
 
     @property
     def total_cost(self) -> float | None:
-        """Counted cost of a run, in plain LoRA updates."""
-        return None if self.cost is None else self.cost * self.updates
+        """Counted cost of a run, in plain LoRA steps."""
+        return None if self.cost is None or self.steps is None else self.cost * self.steps
 
     def mean(self, metric: str) -> float | None:
         """Return the mean score over the seeds done."""
@@ -88,7 +88,7 @@ def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
         method=method,
         match=match,
         chosen=plan.best(rows, task, method, match),
-        updates=plan.updates(task, method, match),
+        steps=plan.steps(task, method, match),
         scores={metric: {seed: row[metric] for seed, row in good} for metric in METRICS},
         cost=plan.batch_share(method) * sum(row["cost"] for _, row in good) / len(good) if good else None,
         failed=len(done) - len(good),

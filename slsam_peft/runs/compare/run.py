@@ -31,13 +31,13 @@ from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
 TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
-LAST_LOGS = 16  # updates that the training loss is a mean over
+LAST_LOGS = 16  # steps that the training loss is a mean over
 
-Report = Callable[[int, int], None]  # updates done, updates in all
+Report = Callable[[int, int], None]  # steps done, steps in all
 
 
 def expected_costs(settings: CompareSettings) -> dict[str, float]:
-    """Return each method's expected cost of an update, in plain LoRA updates of its own batch size.
+    """Return each method's expected cost of a step, in plain LoRA steps of its own batch size.
 
     It is read from the model's config alone, no weights are loaded.
 
@@ -49,7 +49,7 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
     try:
         costs = CostModel.from_model(model, training.gradient_checkpointing)
     except ValueError as error:
-        raise UserError(f"model={settings.model}: what its updates cost cannot be counted: {error}") from error
+        raise UserError(f"model={settings.model}: what its steps cost cannot be counted: {error}") from error
     expected = {}
     for name, method in settings.methods.items():
         if method.slsam is None:
@@ -97,10 +97,10 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
 
     Args:
         settings (`dict`): `Job.settings`.
-        report (`Report`, *optional*): Told after every update.
+        report (`Report`, *optional*): Told after every step.
 
     Returns:
-        `dict`: The scores, the training loss over the last updates, the mean counted cost of an update, the time; or
+        `dict`: The scores, the training loss over the last steps, the mean counted cost of a step, the time; or
         `"error"` alone where the training diverged.
     """
     task, training = TaskSettings(**settings["task"]), TrainingSettings(**settings["training"])
@@ -110,7 +110,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
 
     limits = (training.max_length, training.prompt_format)
     train = answered(tokenizer, data.train, *limits)
-    order = row_order(len(train), settings["updates"] * training.batch_size, settings["seed"])
+    order = row_order(len(train), settings["steps"] * training.batch_size, settings["seed"])
     with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
         trainer = build_trainer(model, tokenizer, [train[i] for i in order], settings, scratch, report)
         start = time.monotonic()
@@ -142,7 +142,7 @@ def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
     Raises:
         UserError: it cannot be found or read.
     """
-    return load_with_tokenizer(find_model(name), getattr(torch, training.dtype), nf4=training.quantise == "nf4")
+    return load_with_tokenizer(find_model(name), getattr(torch, training.dtype), nf4=training.quantize == "nf4")
 
 
 def row_order(rows: int, wanted: int, seed: int) -> list[int]:
@@ -180,7 +180,7 @@ def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
     training, seed = TrainingSettings(**settings["training"]), settings["seed"]
     return SFTConfig(
         output_dir=scratch,
-        max_steps=settings["updates"],
+        max_steps=settings["steps"],
         per_device_train_batch_size=training.batch_size,
         train_sampling_strategy="sequential",
         learning_rate=settings["learning_rate"],
@@ -214,7 +214,7 @@ def build_trainer(
         train (`Sequence[Tokens]`): Rows, in the order they are trained on.
         settings (`dict`): `Job.settings`.
         scratch (`str`): Folder for whatever the trainer writes.
-        report (`Report`): Told after every update.
+        report (`Report`): Told after every step.
     """
     training, seed = TrainingSettings(**settings["training"]), settings["seed"]
     common = {
@@ -233,6 +233,6 @@ def build_trainer(
     else:
         trainer = SFTTrainer(model, **common)
     trained: Any = trainer.model
-    restore_float32(trained, {})  # after TRL's cast on a quantised base; SLSAMTrainer has done it already
+    restore_float32(trained, {})  # after TRL's cast on a quantized base; SLSAMTrainer has done it already
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -10,7 +10,7 @@ from slsam_peft.config import SLSAMConfig, check_name
 SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl")
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "nf4")
-MATCHES = ("updates", "cost")
+MATCHES = ("steps", "cost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,13 @@ class TaskSettings:
 
     Args:
         source (`str`): `"stdlib_docs"`, `"reasoning_gym"` or `"jsonl"`.
-        rows (`int`): Training rows. They are repeated where the updates take more.
+        rows (`int`): Training rows. They are repeated where the steps take more.
         test_rows (`int`, *optional*, defaults to `128`): Held-out rows, the same for every seed.
         validation_rows (`int`, *optional*, defaults to `96`): Held-out rows that learning rates are chosen on; none of
             them is a test row.
-        noisy (`float`, *optional*, defaults to `0.0`): Share of training rows, in [0, 1], whose answers are swapped.
-        updates (`int`, *optional*): In place of `TrainingSettings.updates`.
+        label_noise (`float`, *optional*, defaults to `0.0`): Share of training rows, in [0, 1], whose answers are
+            swapped.
+        steps (`int`, *optional*): In place of `TrainingSettings.steps`.
         puzzle (`str`, *optional*): The puzzle of `"reasoning_gym"`.
         puzzle_options (`dict`, *optional*): Its options.
         file (`str`, *optional*): Training rows of `"jsonl"`.
@@ -35,8 +36,8 @@ class TaskSettings:
     rows: int
     test_rows: int = 128
     validation_rows: int = 96
-    noisy: float = 0.0
-    updates: int | None = None
+    label_noise: float = 0.0
+    steps: int | None = None
     puzzle: str | None = None
     puzzle_options: Mapping[str, Any] = field(default_factory=dict)
     file: str | None = None
@@ -46,10 +47,10 @@ class TaskSettings:
         check_name("source", self.source, SOURCES)
         for name in ("rows", "test_rows", "validation_rows"):
             _at_least_one(name, getattr(self, name))
-        if self.updates is not None:
-            _at_least_one("updates", self.updates)
-        if not isinstance(self.noisy, int | float) or not 0 <= self.noisy <= 1:
-            raise ValueError(f"noisy={self.noisy!r} is not allowed; it is a share in [0, 1].")
+        if self.steps is not None:
+            _at_least_one("steps", self.steps)
+        if not isinstance(self.label_noise, int | float) or not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise={self.label_noise!r} is not allowed; it is a share in [0, 1].")
         for source, name in (("reasoning_gym", "puzzle"), ("jsonl", "file")):
             if (getattr(self, name) is not None) != (self.source == source):
                 verb = "is needed for" if self.source == source else "belongs to"
@@ -64,23 +65,23 @@ class TrainingSettings:
     """What all methods share.
 
     Args:
-        updates (`int`): Updates of a plain LoRA run.
-        batch_size (`int`, *optional*, defaults to `4`): Sequences per update.
+        steps (`int`): Steps of a plain LoRA run.
+        batch_size (`int`, *optional*, defaults to `4`): Sequences per step.
         max_length (`int`, *optional*, defaults to `256`): Tokens per sequence; longer ones are cut.
         lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`): Schedule of the learning rate.
-        warmup_steps (`int` or `float`, *optional*, defaults to `0`): Updates of linear warm-up, or their share.
+        warmup_steps (`int` or `float`, *optional*, defaults to `0`): Steps of linear warm-up, or their share.
         weight_decay (`float`, *optional*, defaults to `0.0`): Weight decay of AdamW.
         lora_r (`int`, *optional*, defaults to `8`): Rank of the adapters, on all linear layers.
         lora_alpha (`int`, *optional*): Defaults to twice the rank.
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapters' input, in [0, 1).
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether activations are computed again.
         dtype (`str`, *optional*, defaults to `"float32"`): What the model computes in: `"float32"` or `"bfloat16"`.
-        quantise (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base; adapters stay in float32.
+        quantize (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base; adapters stay in float32.
         prompt_format (`str`, *optional*): What stands in place of the chat template around a single user message, with
             `{}` where it goes; the answer follows. Unset: the tokenizer's own template.
     """
 
-    updates: int
+    steps: int
     batch_size: int = 4
     max_length: int = 256
     lr_scheduler_type: str = "cosine"
@@ -91,11 +92,11 @@ class TrainingSettings:
     lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
     dtype: str = "float32"
-    quantise: str = "none"
+    quantize: str = "none"
     prompt_format: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "max_length", "lora_r"):
+        for name in ("steps", "batch_size", "max_length", "lora_r"):
             _at_least_one(name, getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "lora_dropout"):
             value = getattr(self, name)
@@ -106,7 +107,7 @@ class TrainingSettings:
         if self.lora_alpha is not None:
             _at_least_one("lora_alpha", self.lora_alpha)
         check_name("dtype", self.dtype, DTYPES)
-        check_name("quantise", self.quantise, QUANTIZATIONS)
+        check_name("quantize", self.quantize, QUANTIZATIONS)
         if self.prompt_format is not None and self.prompt_format.count("{}") != 1:
             raise ValueError(f"prompt_format={self.prompt_format!r} must contain '{{}}' once, where the message goes.")
 
@@ -127,8 +128,8 @@ class MethodSettings:
             candidate (one rate, at most one radius) is not tried.
         slsam (`dict`, *optional*): Settings of SL-SAM. Missing: plain LoRA.
         random_rho (`float`, *optional*): A control: a random perturbation of this L2 norm in place of an ascent.
-        batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; an update costs in proportion.
-        updates_share (`float`, *optional*, defaults to `1.0`): Share of the updates that it gets, in (0, 1], for
+        batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; a step costs in proportion.
+        steps_share (`float`, *optional*, defaults to `1.0`): Share of the steps that it gets, in (0, 1], for
             controls that stop early.
         rhos (`list[float]`, *optional*): Radii tried with each learning rate, in place of `slsam.rho`, which is left
             out, or `random_rho`.
@@ -138,7 +139,7 @@ class MethodSettings:
     slsam: Mapping[str, Any] | None = None
     random_rho: float | None = None
     batch_size: int | None = None
-    updates_share: float = 1.0
+    steps_share: float = 1.0
     rhos: tuple[float, ...] | None = None
 
     @property
@@ -150,9 +151,9 @@ class MethodSettings:
         object.__setattr__(self, "learning_rates", _all_positive("learning_rates", self.learning_rates))
         if self.batch_size is not None:
             _at_least_one("batch_size", self.batch_size)
-        object.__setattr__(self, "updates_share", _positive("updates_share", self.updates_share))
-        if self.updates_share > 1:
-            raise ValueError(f"updates_share={self.updates_share!r} is not allowed; it is a share in (0, 1].")
+        object.__setattr__(self, "steps_share", _positive("steps_share", self.steps_share))
+        if self.steps_share > 1:
+            raise ValueError(f"steps_share={self.steps_share!r} is not allowed; it is a share in (0, 1].")
         if self.random_rho is not None:
             object.__setattr__(self, "random_rho", _positive("random_rho", self.random_rho))
             if self.slsam is not None:
@@ -183,8 +184,8 @@ class CompareSettings:
         tuning_seed (`int`): Seed on which learning rates are chosen; not reported.
         tuning_task (`str`, *optional*): Task that learning rates are chosen on, for all tasks. Unset: each on its own.
         model (`str`, *optional*, defaults to `"smollm2"`): Base model: `"smollm2"`, a folder or a name on the Hub.
-        match (`list[str]`, *optional*): What methods have in common: `"updates"`, `"cost"` (a method of cost c per
-            update gets 1/c of the updates), or both, the default.
+        match (`list[str]`, *optional*): What methods have in common: `"steps"`, `"cost"` (a method of cost c per
+            step gets 1/c of the steps), or both, the default.
         reference (`str`, *optional*, defaults to `"plain"`): Method that the others are compared with.
     """
 
@@ -199,7 +200,7 @@ class CompareSettings:
     reference: str = "plain"
 
     def batch_size(self, method: str) -> int:
-        """Return the sequences per update of a method."""
+        """Return the sequences per step of a method."""
         return self.methods[method].batch_size or self.training.batch_size
 
     def __post_init__(self) -> None:
@@ -215,7 +216,7 @@ class CompareSettings:
         for name, method in self.methods.items():
             if (method.slsam or {}).get("ascent") == "partial" and self.batch_size(name) < 2:
                 raise ValueError(
-                    f"methods.{name}: ascent='partial' takes a part of an update's sequences, and batch_size="
+                    f"methods.{name}: ascent='partial' takes a part of a step's sequences, and batch_size="
                     f"{self.batch_size(name)} has one; use a larger batch_size, or ascent='two_pass'."
                 )
         for seed in (*self.seeds, self.tuning_seed):

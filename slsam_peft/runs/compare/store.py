@@ -32,7 +32,7 @@ class RowStore:
     def read(self) -> dict[str, Row]:
         """Return the rows by key, the last one of each.
 
-        A line that is no whole row, as a killed process leaves them, is left out, and its job is to be done again.
+        A line that is no complete row, as a killed process leaves them, is left out, and its job is to be done again.
 
         Raises:
             UserError: the file cannot be read.
@@ -44,7 +44,9 @@ class RowStore:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or error
-            raise UserError(f"rows cannot be read from {self.path}: {why}. Name another file with --rows.") from error
+            raise UserError(
+                f"rows cannot be read from {self.path}: {why}. Name another file with --results."
+            ) from error
         for line in text.splitlines():
             try:
                 row = json.loads(line)

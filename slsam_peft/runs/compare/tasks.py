@@ -49,7 +49,7 @@ def stdlib_docs_task(task: TaskSettings, seed: int) -> TaskData:
 
     held = task.validation_rows + task.test_rows
     try:
-        data: Any = stdlib_docs(n_train=task.rows, n_test=held, seed=seed, label_noise=task.noisy)
+        data: Any = stdlib_docs(n_train=task.rows, n_test=held, seed=seed, label_noise=task.label_noise)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"source='stdlib_docs': {error}") from error
     train, test = ([(row["prompt"], row["completion"][0]["content"]) for row in data[s]] for s in ("train", "test"))
@@ -86,7 +86,7 @@ def reasoning_gym_task(task: TaskSettings, seed: int) -> TaskData:
     test = generate(task.test_rows, TEST_SEED, known)
     validation = generate(task.validation_rows, TEST_SEED + 1, known)
     train = generate(task.rows, seed, known)
-    return TaskData(swap_answers(train, task.noisy, seed), validation, test)
+    return TaskData(swap_answers(train, task.label_noise, seed), validation, test)
 
 
 def jsonl_task(task: TaskSettings, seed: int) -> TaskData:
@@ -107,7 +107,7 @@ def jsonl_task(task: TaskSettings, seed: int) -> TaskData:
     train = random.Random(seed).sample(rows, task.rows)
     held = random.Random(0).sample(held, len(held))
     end = task.test_rows + task.validation_rows
-    return TaskData(swap_answers(train, task.noisy, seed), held[task.test_rows : end], held[: task.test_rows])
+    return TaskData(swap_answers(train, task.label_noise, seed), held[task.test_rows : end], held[: task.test_rows])
 
 
 _SOURCES: dict[str, Callable[[TaskSettings, int], TaskData]] = {
@@ -121,7 +121,7 @@ def swap_answers(pairs: Sequence[Pair], share: float, seed: int) -> list[Pair]:
     """Return `pairs` with the answers of a share of them swapped among each other, in one cycle."""
     count = round(share * len(pairs))
     if share > 0 and count < 2:
-        raise UserError(f"noisy={share} of {len(pairs)} rows is {count}; at least 2 answers are needed to swap.")
+        raise UserError(f"label_noise={share} of {len(pairs)} rows is {count}; at least 2 answers are needed to swap.")
     swapped = list(pairs)
     chosen = random.Random(seed).sample(range(len(pairs)), count)
     for here, there in zip(chosen, chosen[1:] + chosen[:1], strict=True):

@@ -4,16 +4,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from slsam_peft.runs.compare.jobs import Job, Plan
+from slsam_peft.runs.compare.jobs import Job, Plan, row_settings
 from slsam_peft.runs.compare.store import Row, RowStore
 
 WAIT = 10.0  # seconds, while other workers hold all jobs that can run
 
 Run = Callable[[Mapping[str, Any], Callable[[int, int], None]], dict[str, Any]]
-Tell = Callable[[Job, int, int], None]
+Progress = Callable[[Job, int, int], None]
 
 
-def next_row(plan: Plan, store: RowStore, tell: Tell, run: Run | None = None, wait: float = WAIT) -> Row | None:
+def next_row(
+    plan: Plan, store: RowStore, progress: Progress, run: Run | None = None, wait: float = WAIT
+) -> Row | None:
     """Do the next job that no other process works on, and append its row.
 
     Waits while all jobs that can run are taken and others depend on their results.
@@ -21,7 +23,7 @@ def next_row(plan: Plan, store: RowStore, tell: Tell, run: Run | None = None, wa
     Args:
         plan (`Plan`): The comparison.
         store (`RowStore`): Where its rows are.
-        tell (`Tell`): Told the job, updates done and updates in all.
+        progress (`Progress`): Told the job, steps done and steps in all.
         run (callable, *optional*): Runs a job's settings. Defaults to `slsam_peft.runs.compare.run.run`.
         wait (`float`, *optional*): Seconds between looks at what others hold.
 
@@ -37,12 +39,12 @@ def next_row(plan: Plan, store: RowStore, tell: Tell, run: Run | None = None, wa
         for job in pending:
             with store.claim(job.key) as ours:
                 if ours:
-                    return _do(job, store, tell, run)
+                    return _do(job, store, progress, run)
         time.sleep(wait)
 
 
-def _do(job: Job, store: RowStore, tell: Tell, run: Run) -> Row:
-    result = run(job.settings, lambda step, steps: tell(job, step, steps))
-    row = {"key": job.key, "task": job.task, "method": job.method, "settings": dict(job.settings), **result}
+def _do(job: Job, store: RowStore, progress: Progress, run: Run) -> Row:
+    result = run(job.settings, lambda step, steps: progress(job, step, steps))
+    row = {"key": job.key, "task": job.task, "method": job.method, "settings": row_settings(job.settings), **result}
     store.append(row)
     return row
