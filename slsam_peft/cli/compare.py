@@ -1,4 +1,4 @@
-"""`slsam-peft compare`: methods x tasks x seeds, with paired differences and intervals."""
+"""`slsam-peft compare` trains methods on tasks and seeds, and shows paired differences with intervals."""
 
 import argparse
 from collections.abc import Mapping
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from slsam_peft.extras import require
     from slsam_peft.runs.compare.reading import read_settings
 
+    # Mistakes in what was typed come before anything is loaded.
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
     settings = read_settings(args.config)
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
         _report(RecordedPlan(settings, store.read()), store, console, args)
         return 0
+    # Expected costs need the model's config, and what a run would trip over is tried before the first one.
     with console.status("Loading libraries"):
         from slsam_peft.runs.compare.jobs import Plan
         from slsam_peft.runs.compare.run import expected_costs

@@ -1,4 +1,4 @@
-"""The result of a comparison as tables."""
+"""The result of a comparison is shown as tables."""
 
 import math
 from collections.abc import Iterator, Sequence

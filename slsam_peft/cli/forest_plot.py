@@ -1,4 +1,4 @@
-"""The result of a comparison as a forest plot: every method's difference to the reference with its interval."""
+"""The result of a comparison is drawn as a forest plot: differences to the reference with their intervals."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.statistics import Difference
 
-# Inches. The whole is as wide as the text of a README, at the size in which its own text is set.
+# Sizes are in inches. The picture is as wide as the text of a README, at the size in which its own text is set.
 WIDTH, NAMES, NUMBERS = 8.4, 3.5, 1.75
 ROW, TEXT_ROW, TITLE, FOOT, GAP = 0.25, 0.15, 0.3, 0.86, 0.12
 LABEL_WIDTH = 37  # characters of a method's name on one line
@@ -66,6 +66,7 @@ def build(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Figu
     height = sum(TITLE + sum(of) + GAP for of in heights) + FOOT
     figure = Figure(figsize=(WIDTH, height))
     low, high = _limits([line for _, group in panels for line in group], metric)
+    # Panels follow one another from the top, each under its title.
     top = height
     for (title, group), of in zip(panels, heights, strict=True):
         bottom = top - TITLE - sum(of)
@@ -131,6 +132,7 @@ def _panel(axes: Axes, lines: Sequence[Line], heights: Sequence[float], metric: 
     axes.set_axisbelow(True)
     axes.set_yticks([])
     axes.locator_params(axis="x", nbins=6)  # as many numbers as fit without touching
+    # A row has four columns: name, steps and cost, marks, numbers.
     text: Any = {"va": "center", "transform": axes.get_yaxis_transform()}
     plot = WIDTH - NAMES - NUMBERS
     top = 0.0

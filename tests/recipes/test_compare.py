@@ -84,7 +84,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chats: Path
 def test_each_run_has_one_row(done: Path) -> None:
     rows = rows_of(done)
     assert len({row["key"] for row in rows}) == len(rows)
-    # Dense SAM costs two updates and is the only method that gets another number of them at equal cost.
+    # A step of dense SAM costs two plain ones: no other method gets another number of steps at equal cost.
     assert sorted(row["method"] for row in rows) == sorted(["plain", "depth", RANDOM] * 4 + ["sam"] * 8)
     assert {row["settings"]["updates"] for row in rows if row["method"] == "sam"} == {3, 1}
 
@@ -264,7 +264,7 @@ def test_advice_on_a_missing_template_is_not_what_is_done_already(
     assert str(caught.value).endswith(advice)
 
 
-def test_order_of_a_shorter_run_is_a_prefix() -> None:
+def test_order_of_a_shorter_run_is_the_start_of_that_of_a_longer_one() -> None:
     assert row_order(5, 7, seed=3) == row_order(5, 23, seed=3)[:7]
     assert sorted(row_order(5, 10, seed=3)) == sorted([*range(5), *range(5)])
     assert row_order(5, 10, seed=3) != row_order(5, 10, seed=4)

@@ -323,12 +323,12 @@ def test_diverged_runs_lose_and_are_not_repeated(tmp_path: Path) -> None:
 # Rows on disk
 
 
-WHOLE = {"loss": 1.0, "accuracy": 0.5, "exact": 0.0, "cost": 1.0, "data": "d"}
+COMPLETE = {"loss": 1.0, "accuracy": 0.5, "exact": 0.0, "cost": 1.0, "data": "d"}
 
 
 def test_rows_survive_a_writer_that_was_killed(tmp_path: Path) -> None:
     store = RowStore(tmp_path / "deep" / "rows.jsonl")
-    store.append({"key": "a", **WHOLE})
+    store.append({"key": "a", **COMPLETE})
     with store.path.open("a") as file:
         file.write('{"key": "b", "lo')
     assert list(store.read()) == ["a"]
@@ -336,7 +336,7 @@ def test_rows_survive_a_writer_that_was_killed(tmp_path: Path) -> None:
     with store.path.open("a") as file:
         file.write('{"key": ["d"]}\n7\n' + "[" * 100_000 + "\n")
     for broken in ({"loss": "low"}, {"cost": None}, {"data": 7}):
-        store.append({"key": "e", **WHOLE, **broken})
+        store.append({"key": "e", **COMPLETE, **broken})
     assert list(store.read()) == ["a", "c"]
 
 
@@ -346,7 +346,7 @@ def test_claims_exclude_each_other_and_what_is_done(tmp_path: Path) -> None:
         assert (ours, theirs, free) == (True, False, True)
     with other.claim("a") as ours:
         assert ours
-    store.append({"key": "a", **WHOLE})
+    store.append({"key": "a", **COMPLETE})
     with other.claim("a") as ours:
         assert not ours
 
@@ -403,8 +403,8 @@ def test_interval_and_p_value_are_scipys(seeds: int) -> None:
     for _ in range(20):
         sample = (0.3 + torch.randn(seeds, generator=generator).exp()).tolist()
         difference = paired_difference(dict(enumerate(sample)), dict.fromkeys(range(seeds), 0.0))
-        whole = stats.bootstrap((sample,), np.mean, confidence_level=0.95, n_resamples=9_999, rng=0)
-        assert (difference.low, difference.high) == pytest.approx(whole.confidence_interval, rel=1e-9)
+        expected = stats.bootstrap((sample,), np.mean, confidence_level=0.95, n_resamples=9_999, rng=0)
+        assert (difference.low, difference.high) == pytest.approx(expected.confidence_interval, rel=1e-9)
         assert difference.p == pytest.approx(stats.ttest_1samp(sample, 0.0).pvalue, rel=1e-9)
 
 
@@ -448,7 +448,7 @@ def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["[/a] method " + "with a long name " * 3, "a_method_of_one_word_" * 3])
-def test_report_is_whole_on_80_columns(name: str, tmp_path: Path) -> None:
+def test_report_is_complete_on_80_columns(name: str, tmp_path: Path) -> None:
     plan = Plan(settings(), COSTS)
     rows = finished(plan, tmp_path).read()
     lines = [replace(line, method=name, task="[/sums] [b]") for line in build_report(plan, rows)]
@@ -505,7 +505,7 @@ def texts(figure: Any) -> list[Any]:
 
 
 def test_plot_has_the_best_methods_on_top_and_a_panel_for_each_task(tmp_path: Path) -> None:
-    tasks = {"noisy": {"source": "stdlib_docs", "rows": 8, "label_noise": 0.5}, "clean": values()["tasks"]["docs"]}
+    tasks = {"swapped": {"source": "stdlib_docs", "rows": 8, "label_noise": 0.5}, "clean": values()["tasks"]["docs"]}
     plan = Plan(settings(tasks=tasks, match=["cost"]), COSTS)
     lines = build_report(plan, finished(plan, tmp_path).read())
     cheap = next(line for line in lines if (line.task, line.method) == ("clean", "cheap"))

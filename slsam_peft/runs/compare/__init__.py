@@ -1,1 +1,1 @@
-"""Comparing ways to train on tasks and seeds: jobs, their rows on disk, statistics and a report."""
+"""This package compares ways to train on tasks and seeds: its jobs, their rows on disk, statistics and a report."""

@@ -1,4 +1,4 @@
-"""What a comparison would otherwise trip over hours later, tried before its first run."""
+"""These checks try, before the first run of a comparison, what it would otherwise trip over hours later."""
 
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from slsam_peft.runs.compare.tasks import TaskData, load_task
 
 
 def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
-    """Load and tokenise tasks once and make the trainer's arguments of every method; nothing is trained or kept.
+    """Load and tokenize tasks once and make the trainer's arguments of every method; nothing is trained or kept.
 
     Args:
         plan (`Plan`): The comparison.

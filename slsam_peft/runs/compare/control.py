@@ -1,4 +1,4 @@
-"""A control: the size of SAM's perturbation without its direction."""
+"""This control has the size of SAM's perturbation and not its direction."""
 
 from typing import Any
 

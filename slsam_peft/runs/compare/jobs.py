@@ -1,4 +1,4 @@
-"""The runs of a comparison, in the order in which they are worth most, and which settings won."""
+"""A plan lists the runs of a comparison, in the order in which they are worth most, and says which settings won."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run and its score.
+    """A job is one training run and its score.
 
     Args:
         task, method (`str`): Names in the comparison.
@@ -55,7 +55,7 @@ class Job:
 
 
 class Plan:
-    """All jobs of a comparison.
+    """A plan knows all jobs of a comparison.
 
     Args:
         settings (`CompareSettings`): The comparison.

@@ -1,4 +1,4 @@
-"""A comparison's settings from a YAML file. Imports no torch."""
+"""A comparison's settings are read from a YAML file here. This module imports no torch."""
 
 import json
 from collections.abc import Mapping

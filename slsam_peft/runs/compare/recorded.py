@@ -1,4 +1,4 @@
-"""A comparison as its rows tell it, without the model: how many steps each method got at equal cost."""
+"""Rows tell, without the model, how many steps each method of a comparison got at equal cost."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the rows say: one line for each task, match and method."""
+"""The report says what the rows say, in one line for each task, match and method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ METRICS = ("loss", "accuracy", "exact")
 
 @dataclass(frozen=True)
 class Line:
-    """A method on a task, on the reported seeds.
+    """A line tells how a method did on a task, on the reported seeds.
 
     Args:
         task, method, match (`str`): As in the comparison.
@@ -63,7 +63,7 @@ def build_report(plan: Plan, rows: Rows) -> list[Line]:
 
 
 def _check_data(plan: Plan, rows: Rows) -> None:
-    """Data built on the spot may differ from one Python version to the next: such rows are no pairs."""
+    """Refuse rows of different data: what is built on the spot may differ from one Python version to the next."""
     seen: dict[tuple[str, int], Row] = {}
     for cell in plan.cells():
         for job in plan.reported(rows, *cell):

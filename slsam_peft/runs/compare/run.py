@@ -1,4 +1,4 @@
-"""One run of a comparison: train an adapter, score it, return the row."""
+"""A run of a comparison trains an adapter, scores it and returns the row."""
 
 import importlib.metadata
 import math
@@ -103,6 +103,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         `dict`: The scores, the training loss over the last steps, the mean counted cost of a step, the time; or
         `"error"` alone where the training diverged.
     """
+    # The same seed gives every method the same rows in the same order.
     task, training = TaskSettings(**settings["task"]), TrainingSettings(**settings["training"])
     model, tokenizer = load_model(settings["model"], training)
     data = load_task(task, settings["seed"])
@@ -111,6 +112,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
     limits = (training.max_length, training.prompt_format)
     train = answered(tokenizer, data.train, *limits)
     order = row_order(len(train), settings["steps"] * training.batch_size, settings["seed"])
+    # Only training is timed; what diverges is a result as well.
     with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
         trainer = build_trainer(model, tokenizer, [train[i] for i in order], settings, scratch, report)
         start = time.monotonic()
@@ -119,6 +121,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         except DivergedError as error:
             return {"error": str(error)}
         seconds = time.monotonic() - start
+    # The score is that of the trained model on the held-out rows; costs come from the trainer's own logs.
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     trained: Any = trainer.model
     scores = score(trained, answered(tokenizer, held_out, *limits))
@@ -158,7 +161,7 @@ def row_order(rows: int, wanted: int, seed: int) -> list[int]:
 
 
 class _Progress(TrainerCallback):
-    """Tells how far a run is."""
+    """This callback tells how far a run is."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -178,6 +181,7 @@ def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
         ValueError: transformers or TRL refuse a value.
     """
     training, seed = TrainingSettings(**settings["training"]), settings["seed"]
+    # Rows arrive in the order of the run and nothing is saved or reported: a run leaves its row alone behind.
     return SFTConfig(
         output_dir=scratch,
         max_steps=settings["steps"],

@@ -1,4 +1,4 @@
-"""What a comparison consists of, checked before anything is trained. Imports no torch."""
+"""The settings of a comparison check themselves before anything is trained. This module imports no torch."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ MATCHES = ("steps", "cost")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """One task: where its rows come from and how many there are.
+    """A task says where its rows come from and how many there are.
 
     Args:
         source (`str`): `"stdlib_docs"`, `"reasoning_gym"` or `"jsonl"`.
@@ -62,7 +62,7 @@ class TaskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What all methods share.
+    """All methods share these settings.
 
     Args:
         steps (`int`): Steps of a plain LoRA run.
@@ -113,7 +113,7 @@ class TrainingSettings:
 
 
 class Candidate(NamedTuple):
-    """Settings of a method that are tried on the tuning seed."""
+    """A candidate holds settings of a method that are tried on the tuning seed."""
 
     rate: float
     rho: float | None = None
@@ -121,7 +121,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """One method.
+    """A method is a way to train and the settings that are tried for it.
 
     Args:
         learning_rates (`list[float]`): Tried on the tuning seed; the best one is used on all others. A single
@@ -148,12 +148,14 @@ class MethodSettings:
         return tuple(Candidate(rate, rho) for rate in self.learning_rates for rho in self.rhos or (None,))
 
     def __post_init__(self) -> None:
+        # Every number is checked and made a float, whatever YAML took it for.
         object.__setattr__(self, "learning_rates", _all_positive("learning_rates", self.learning_rates))
         if self.batch_size is not None:
             _at_least_one("batch_size", self.batch_size)
         object.__setattr__(self, "steps_share", _positive("steps_share", self.steps_share))
         if self.steps_share > 1:
             raise ValueError(f"steps_share={self.steps_share!r} is not allowed; it is a share in (0, 1].")
+        # A method is plain LoRA, SL-SAM or the random control, and a radius belongs to one of the latter two.
         if self.random_rho is not None:
             object.__setattr__(self, "random_rho", _positive("random_rho", self.random_rho))
             if self.slsam is not None:
@@ -164,6 +166,7 @@ class MethodSettings:
                 raise ValueError(f"rhos={list(self.rhos)}: plain LoRA has no radius; leave it out.")
             if "rho" in (self.slsam or {}):
                 raise ValueError("rhos and slsam.rho are both set; leave one of them out.")
+        # What the comparison itself decides is no setting of one method.
         if self.slsam is not None:
             if "seed" in self.slsam:
                 raise ValueError("slsam.seed is the run's own seed; leave it out.")
@@ -174,7 +177,7 @@ class MethodSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """A comparison.
+    """A comparison is made of tasks, methods and seeds.
 
     Args:
         tasks (`dict[str, TaskSettings]`): By the name they are shown under.
@@ -204,6 +207,7 @@ class CompareSettings:
         return self.methods[method].batch_size or self.training.batch_size
 
     def __post_init__(self) -> None:
+        # Names must be those of methods, tasks and matches that there are.
         check_name("reference", self.reference, tuple(self.methods))
         if self.tuning_task is not None:
             check_name("tuning_task", self.tuning_task, tuple(self.tasks))
@@ -213,12 +217,14 @@ class CompareSettings:
             raise ValueError(f"match={list(self.match)} must be one or more different names.")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} is not allowed; name a folder, a hub name, or smollm2.")
+        # A part of one sequence is none.
         for name, method in self.methods.items():
             if (method.slsam or {}).get("ascent") == "partial" and self.batch_size(name) < 2:
                 raise ValueError(
                     f"methods.{name}: ascent='partial' takes a part of a step's sequences, and batch_size="
                     f"{self.batch_size(name)} has one; use a larger batch_size, or ascent='two_pass'."
                 )
+        # Seeds are what torch and random take, and none is both tuned on and reported.
         for seed in (*self.seeds, self.tuning_seed):
             if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
                 raise ValueError(
@@ -231,6 +237,7 @@ class CompareSettings:
                 f"tuning_seed={self.tuning_seed} is among seeds={list(self.seeds)}; learning rates must be chosen on "
                 "a seed that is not reported."
             )
+        # No method may choose from more candidates than another.
         budgets = {name: len(method.candidates) for name, method in self.methods.items()}
         if len(set(budgets.values())) > 1:
             listed = ", ".join(f"{name}: {count}" for name, count in budgets.items())

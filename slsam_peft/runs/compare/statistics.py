@@ -1,4 +1,4 @@
-"""Paired differences between methods, with intervals and p-values.
+"""Methods are compared by paired differences, with intervals and p-values.
 
 The interval is that of `scipy.stats.bootstrap` and the p-value that of `scipy.stats.ttest_1samp`, which a test holds
 them to. They are written out here because importing `scipy.stats` takes longer than all the rest of a report.
@@ -19,7 +19,7 @@ LEAST_FOR_STATISTICS = 3  # seeds
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against the reference, seed by seed.
+    """A difference tells how a method did against the reference, seed by seed.
 
     Args:
         values (`dict[int, float]`): Score of the method minus that of the reference, by seed.

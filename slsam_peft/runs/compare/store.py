@@ -1,4 +1,4 @@
-"""Rows on disk: a JSONL file that any number of processes append to, and claims on the jobs they work on."""
+"""Rows lie in a JSONL file that any number of processes append to; each claims the job that it works on."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _NUMBERS = ("loss", "accuracy", "exact", "cost")
 
 
 class RowStore:
-    """A file of rows, one JSON object a line, each under its `"key"`.
+    """A store is a file of rows, one JSON object per line, each under its `"key"`.
 
     A claim is a lock that the system drops when its process ends, however that ends: a killed worker blocks nobody.
 

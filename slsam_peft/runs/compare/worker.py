@@ -1,4 +1,4 @@
-"""One worker of a comparison: takes the next free job, runs it, writes its row."""
+"""A worker of a comparison takes the next free job, runs it and writes its row."""
 
 import time
 from collections.abc import Callable, Mapping
