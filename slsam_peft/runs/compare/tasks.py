@@ -49,7 +49,7 @@ def stdlib_docs_task(task: TaskSettings, seed: int) -> TaskData:
 
     held_out = task.validation_rows + task.test_rows
     try:
-        data: Any = stdlib_docs(n_train=task.rows, n_test=held, seed=seed, label_noise=task.label_noise)
+        data: Any = stdlib_docs(n_train=task.rows, n_test=held_out, seed=seed, label_noise=task.label_noise)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"source='stdlib_docs': {error}") from error
     train, test = ([(row["prompt"], row["completion"][0]["content"]) for row in data[s]] for s in ("train", "test"))
