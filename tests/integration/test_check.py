@@ -70,7 +70,7 @@ def test_an_adapter_that_is_as_it_was(trained, check):
     for what in ("values", "base's shape", "modules", "unused tensors", "plain PEFT", "base's weights", "logits"):
         assert found[what][0] == "ok", lines
     text = "\n".join(lines)
-    for part in ("rho=0.07", "design=depth", "updates=3", "learning_rate=0.01", "float32, not quantised", "peft 0."):
+    for part in ("rho=0.07", "design=depth", "steps=3", "learning_rate=0.01", "float32, not quantised", "peft 0."):
         assert part in text
 
 

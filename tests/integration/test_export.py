@@ -184,25 +184,25 @@ def test_a_merge_into_a_quantized_base_asks_for_a_choice(quantized, capsys):
     command = ["export", str(quantized / "adapter"), "--output", str(quantized / "none"), "--merge"]
     assert main(command) == 2
     said = " ".join(capsys.readouterr().err.split())
-    for part in ("trained on a quantised base", "--base original", "--base dequantised"):
+    for part in ("trained on a quantised base", "--base original", "--base dequantized"):
         assert part in said
     assert not (quantized / "none").exists()
 
 
-@pytest.mark.parametrize("way", ["original", "dequantised"])
+@pytest.mark.parametrize("way", ["original", "dequantized"])
 def test_both_ways_are_measured_before_one_is_written(way, quantized, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = ["--merge", "--base", way, "--dtype", "float32", "--eval_data", str(quantized / "held.jsonl")]
     assert export(quantized / "adapter", tmp_path / way, *words) == 0
     shown = capsys.readouterr().out
-    rows = {n: line for n in ("original", "dequantised") for line in shown.splitlines() if f" {n} " in line}
-    assert set(rows) == {"original", "dequantised"}
+    rows = {n: line for n in ("original", "dequantized") for line in shown.splitlines() if f" {n} " in line}
+    assert set(rows) == {"original", "dequantized"}
     assert "(written)" in rows[way]
     assert shown.index("original") < shown.index("The merged model is in")
     difference = {n: float(line.split("│")[2].split()[0]) for n, line in rows.items()}
-    assert difference["dequantised"] < MERGED_LOGITS < 100 * MERGED_LOGITS < difference["original"]
+    assert difference["dequantized"] < MERGED_LOGITS < 100 * MERGED_LOGITS < difference["original"]
     change = {n: float(line.split("│")[5].split("(")[1].rstrip(") ")) for n, line in rows.items()}
-    assert abs(change["dequantised"]) <= 1e-4 < abs(change["original"])
+    assert abs(change["dequantized"]) <= 1e-4 < abs(change["original"])
 
 
 def test_the_dequantized_merge_is_what_was_trained(quantized, tmp_path):
