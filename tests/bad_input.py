@@ -267,6 +267,7 @@ ADAPTERS: list[tuple[list[str], str]] = [
     (["export", "adapters/shape", "--output", "new", "--merge"], "does not fit small: "),
     (["export", "adapter", "--output", "new", "--merge", "--model", "model"], "does not fit model: "),
     (["export", "adapters/base", "--output", "new", "--merge", "--no_measure"], "is damaged or missing ("),
+    (["sharpness", "gone", "--data", "train.jsonl"], "adapter folder gone does not exist (from "),
     ([*FLAT, "--rho", "0"], "--rho=0.0 is not allowed; it must be a finite number > 0."),
     ([*FLAT, "--draws", "0"], "--draws=0 is not allowed; it must be an integer >= 1."),
     ([*FLAT, "--batch_size", "0"], "--batch_size=0 is not allowed; it must be an integer >= 1."),

@@ -126,7 +126,6 @@ def test_interrupts_end_an_answer_then_the_command(folder, capsys, monkeypatch):
 
 
 BAD = {
-    "no adapter": (["--adapter", "gone"], "adapter folder gone does not exist"),
     "tokens": (["--max_new_tokens", "0"], "--max_new_tokens=0 is not allowed"),
     "temperature": (["--temperature", "-1"], "--temperature=-1.0 is not allowed"),
     "seed": (["--seed", "-1"], "--seed=-1 is not allowed"),

@@ -169,7 +169,6 @@ def test_kinds_of_data(file, folder):
 BAD = {
     "no data": (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
     "no held-out data": (["--eval_data", "gone.jsonl"], "gone.jsonl does not exist"),
-    "no adapter": (["--adapter", "gone"], "adapter folder gone does not exist"),
     "another base": (["--model", "other"], "does not fit other: base_model"),
     "radius": (["--rho", "0"], "--rho=0.0 is not allowed; it must be a finite number > 0"),
     "radius not a number": (["--rho", "nan"], "--rho=nan is not allowed"),
@@ -191,15 +190,7 @@ def test_bad_input(arguments, expected, folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "preferences.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     if arguments[:1] == ["--model"]:
         save_base(tmp_path / "other", hidden_size=48)
-    command = [
-        "sharpness",
-        "--adapter",
-        str(folder / "adapter"),
-        "--data",
-        str(folder / "train.jsonl"),
-        *FEW,
-        *arguments,
-    ]
+    command = ["sharpness", str(folder / "adapter"), "--data", str(folder / "train.jsonl"), *FEW, *arguments]
     if arguments[0] != "--model":
         command += ["--model", str(folder / "base")]
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
