@@ -31,7 +31,7 @@ ORIGINAL = "original"
 DEQUANTIZED = "dequantized"
 WAYS = {
     ORIGINAL: "the original 16-bit weights",
-    DEQUANTIZED: "the dequantised weights it was trained on",
+    DEQUANTIZED: "the dequantized weights it was trained on",
 }
 SHARD_BYTES = 5_000_000_000
 
