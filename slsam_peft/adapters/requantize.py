@@ -53,6 +53,6 @@ def check_quantization(quantization: dict[str, Any]) -> None:
     method = quantization.get("quant_method")
     if method != "bitsandbytes" or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         raise UserError(
-            f"a base quantised by {method} cannot be dequantised here; bitsandbytes in 4 and 8 bits can. Merge into "
+            f"a base quantised by {method} cannot be dequantized here; bitsandbytes in 4 and 8 bits can. Merge into "
             "the original weights: --base original."
         )
