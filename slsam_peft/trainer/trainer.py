@@ -28,6 +28,7 @@ from slsam_peft.trainer.batches import Joined, Lookahead, ascent_part, batch_sha
 from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
 from slsam_peft.trainer.muting import forward_only, muted
+from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.support import check_ahead, check_optimizer, check_trainer
 
@@ -103,6 +104,7 @@ class SLSAMMixin(_Base):
             self.model.add_model_tags(tags)
         if hasattr(self, "_tag_names"):  # TRL's own model card, written with checkpoints, takes its tags from here
             self._tag_names = [*self._tag_names, *tags]
+        name_on_cards(self)
         self.add_callback(_TrainingSpan(self))
 
     @property
