@@ -4,10 +4,13 @@ This module imports neither torch nor any framework, so that a command line can 
 """
 
 import difflib
+import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 BANDITS = ("paper", "scale_free", "uniform")
@@ -20,6 +23,9 @@ ADAPTER_DTYPES = ("float32", "keep")
 # How alike two names must be for one to be offered in place of the other, as difflib measures it: misspellings of
 # short names ("roh" for rho) come to 0.67, names that have little in common ("lr" and rho) to 0.4.
 NEAR = 0.6
+
+RECORD_NAME = "slsam.json"  # beside an adapter; see saving/record.py
+RECORD_SCHEMA = 2
 
 PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
 
@@ -276,6 +282,53 @@ class SLSAMConfig:
                     f"pass the callable itself: dataclasses.replace(config, {key}=...)."
                 )
         return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "SLSAMConfig":
+        """Read the settings that an adapter was trained with from the `slsam.json` beside it.
+
+        Args:
+            folder (`str` or `os.PathLike`): The adapter's folder, a checkpoint included, or the file itself.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no `slsam.json` in it.
+            ValueError: the file holds no settings that this version can read, or `from_dict` refuses them.
+        """
+        file = Path(folder)
+        if not file.exists():
+            raise FileNotFoundError(f"{file} does not exist; give the folder of an adapter that SLSAMTrainer saved.")
+        if file.is_dir():
+            file = file / RECORD_NAME
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file.parent} holds no {RECORD_NAME}, which SLSAMTrainer writes beside the adapters it saves; give "
+                "the folder of such an adapter, or a checkpoint's."
+            )
+        settings = _recorded_settings(file)
+        try:
+            return cls.from_dict(settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the settings in {file} cannot be used: {error}") from error
+
+
+def _recorded_settings(file: Path) -> dict[str, Any]:
+    """Return the settings in an adapter's record, without the method's name."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # what is no UTF-8 included
+        raise ValueError(
+            f"{file} is not valid JSON ({error}); copy it again from where the adapter was saved."
+        ) from error
+    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else None
+        raise ValueError(
+            f"{file} has schema {found!r}, and this version of slsam_peft reads schema {RECORD_SCHEMA}; use the "
+            "version that wrote it, or give the settings by hand."
+        )
+    method = record.get("method")
+    if not isinstance(method, dict):
+        raise ValueError(f'{file} has no settings under "method"; save the adapter again, or give them by hand.')
+    return {name: value for name, value in method.items() if name != "name"}
 
 
 def _qualified_name(value: Any) -> str:

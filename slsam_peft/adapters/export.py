@@ -20,12 +20,12 @@ from slsam_peft.adapters.base_files import INDEX, SINGLE, BaseFiles
 from slsam_peft.adapters.load import Adapter, adapter_tokenizer, plain_config, raw_tensors
 from slsam_peft.adapters.merge import Merge
 from slsam_peft.adapters.requantize import NF4, check_quantization, dequantized
+from slsam_peft.config import RECORD_NAME
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import Tell
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.saving.atomic import replaced_folder
 from slsam_peft.saving.card import tags_of
-from slsam_peft.saving.record import FILE_NAME
 
 ORIGINAL = "original"
 DEQUANTIZED = "dequantized"
@@ -103,7 +103,7 @@ def copy_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = Non
     else:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in raw_tensors(adapter).items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    for name in (SETTINGS, FILE_NAME, "README.md"):
+    for name in (SETTINGS, RECORD_NAME, "README.md"):
         if (adapter.folder / name).is_file():
             shutil.copyfile(adapter.folder / name, folder / name)
     if (adapter.folder / "tokenizer_config.json").is_file():

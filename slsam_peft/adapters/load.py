@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
+from slsam_peft.config import RECORD_NAME
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import find_model, is_path, load_config, load_model, load_tokenizer
 from slsam_peft.models.smollm2 import HUB_NAME, SMOLLM2
-from slsam_peft.saving.record import FILE_NAME, Record, base_name, base_shape
+from slsam_peft.saving.record import Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
 
 Shapes = dict[str, tuple[int, ...]]
@@ -252,7 +253,7 @@ def _quantization(adapter: Adapter, dtype: torch.dtype | None) -> BitsAndBytesCo
         made: Any = BitsAndBytesConfig.from_dict(settings)
     except (TypeError, ValueError, AttributeError) as error:  # all of them are raised for values of odd types
         raise UserError(
-            f"base model {adapter.base} cannot be quantised as recorded: {brief(error)}. Delete {FILE_NAME} beside "
+            f"base model {adapter.base} cannot be quantised as recorded: {brief(error)}. Delete {RECORD_NAME} beside "
             "the adapter: it then counts as one on a base that was not quantised."
         ) from error
     return made

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slsam_peft.saving.atomic import write_atomically
 
-RECORD_NAME = "slsam_files.json"
+HASHES_NAME = "slsam_files.json"
 
 # What the trainer itself writes and reads; other files are their writers' own, who may change them later.
 _STATE = re.compile(
@@ -28,7 +28,7 @@ def write_hashes(folder: Path, checksummed: frozenset[str]) -> None:
         OSError: the record cannot be written.
     """
     hashes = {name: _hash(path) for name, path in _files(folder) if name not in checksummed}
-    write_atomically(folder / RECORD_NAME, json.dumps({"sha256": hashes}, indent=1).encode())
+    write_atomically(folder / HASHES_NAME, json.dumps({"sha256": hashes}, indent=1).encode())
 
 
 def damaged_files(folder: Path) -> Iterator[str]:
@@ -40,18 +40,18 @@ def damaged_files(folder: Path) -> Iterator[str]:
         folder (`Path`): The checkpoint.
     """
     try:
-        recorded = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["sha256"].items()
+        recorded = json.loads((folder / HASHES_NAME).read_text(encoding="utf-8"))["sha256"].items()
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        yield f"{RECORD_NAME} is damaged"
+        yield f"{HASHES_NAME} is damaged"
         return
     files = dict(_files(folder))
     # Names in the record are compared with those found, and never followed.
     yield from (f"{name} is missing" for name, _ in recorded if name not in files)
     for name, expected in recorded:
         if name in files and _hash(files[name]) != expected:
-            yield f"{name} is damaged: {RECORD_NAME} has another SHA-256 (delete that if the change is meant)"
+            yield f"{name} is damaged: {HASHES_NAME} has another SHA-256 (delete that if the change is meant)"
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

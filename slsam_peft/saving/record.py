@@ -19,10 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
 from slsam_peft.saving.atomic import write_atomically
-
-FILE_NAME = "slsam.json"
-SCHEMA = 2
 
 SAMPLED_TENSORS = 256  # tensors of the base that are sampled, at most
 SAMPLED_VALUES = 4  # values of each
@@ -70,7 +68,7 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
         return
     try:
         record = {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "method": {"name": "sl-sam", **trainer.slsam_config.to_dict()},
             "training": {"steps": trainer.state.global_step} | {n: _plain(trainer.args, n) for n in _TRAINING},
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -78,9 +76,9 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
             "probe": probe(model),
         }
     except Exception:  # any kind of model: whatever it refuses, its adapter must not be lost
-        logger.warning("%s was not written: the adapter's record could not be made.", FILE_NAME, exc_info=True)
+        logger.warning("%s was not written: the adapter's record could not be made.", RECORD_NAME, exc_info=True)
         return
-    write_atomically(Path(folder) / FILE_NAME, f"{json.dumps(record, indent=1)}\n".encode())
+    write_atomically(Path(folder) / RECORD_NAME, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def describe_base(model: PeftModel) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
+from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
 from slsam_peft.errors import UserError
 from slsam_peft.saving.record import (
-    FILE_NAME,
     PROBE_POSITIONS,
     PROBE_VALUES,
     SAMPLED_VALUES,
-    SCHEMA,
     SHAPE_FIELDS,
     Record,
 )
@@ -26,23 +25,23 @@ def read_record(folder: Path) -> Record | None:
         UserError: it cannot be read, another version wrote it, or a value is missing or of another kind than is
             written. The message names the file, the value's place in it, and what to do.
     """
-    path = folder / FILE_NAME
+    path = folder / RECORD_NAME
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         schema = _get(record, "schema", lambda value: type(value) is int, "an integer")
-        if schema == SCHEMA:
+        if schema == RECORD_SCHEMA:
             _check(record)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}). Copy it again from where the adapter was trained, or delete it: the "
             "adapter then counts as one of another trainer."
         ) from error
-    if schema != SCHEMA:
+    if schema != RECORD_SCHEMA:
         raise UserError(
-            f"{path} has schema {schema!r}; this version reads schema {SCHEMA}. Use the version of slsam-peft that "
-            "wrote it, or delete the file: the adapter then counts as one of another trainer."
+            f"{path} has schema {schema!r}; this version reads schema {RECORD_SCHEMA}. Use the version of slsam-peft "
+            "that wrote it, or delete the file: the adapter then counts as one of another trainer."
         )
     return record
 

@@ -19,7 +19,7 @@ from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.saving.card import describe
 from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
-from slsam_peft.saving.hashes import RECORD_NAME, write_hashes
+from slsam_peft.saving.hashes import HASHES_NAME, write_hashes
 from slsam_peft.saving.record import write_record
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
@@ -28,6 +28,7 @@ from slsam_peft.trainer.batches import Joined, Lookahead, ascent_part, batch_sha
 from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
 from slsam_peft.trainer.muting import forward_only, muted
+from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.support import check_ahead, check_optimizer, check_trainer
 
@@ -103,6 +104,7 @@ class SLSAMMixin(_Base):
             self.model.add_model_tags(tags)
         if hasattr(self, "_tag_names"):  # TRL's own model card, written with checkpoints, takes its tags from here
             self._tag_names = [*self._tag_names, *tags]
+        name_on_cards(self)
         self.add_callback(_TrainingSpan(self))
 
     @property
@@ -296,7 +298,7 @@ class SLSAMMixin(_Base):
         # `trainer_state.json` is written last and vouches for the rest; an earlier run's must not.
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            for name in (TRAINER_STATE_NAME, RECORD_NAME, *(STATE_NAMES if self.args.save_only_model else ())):
+            for name in (TRAINER_STATE_NAME, HASHES_NAME, *(STATE_NAMES if self.args.save_only_model else ())):
                 (folder / name).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 

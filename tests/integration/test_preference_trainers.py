@@ -1,11 +1,14 @@
 """TRL's preference trainers by the mixin, in one line each."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin
 from slsam_peft.trainer.batches import ascent_part
+from slsam_peft.trainer.paper import name_on_cards
 from tests.tiny import completions, llama, lora, preferences, reward_model, sft_args, tokenizer
 from tests.watch import Watch, check, hooks
 
@@ -140,3 +143,14 @@ def test_a_part_of_a_batch_is_cut_by_example():
     assert torch.equal(single["input_ids"], ids[:1])
     with pytest.raises(ValueError, match="batch of 1 sequence"):
         ascent_part({"input_ids": ids[:2]}, 0.5, stacked=2)
+
+
+def test_the_model_card_keeps_the_trainers_own_citation():
+    trainer = SimpleNamespace(_name=DPOTrainer._name, _paper=DPOTrainer._paper)
+    name_on_cards(trainer)
+    assert trainer._name == "DPO and SL-SAM"
+    assert trainer._paper["id"] == "2602.09395"
+    assert trainer._paper["citation"].index("rafailov2023direct") < trainer._paper["citation"].index("2602.09395")
+    plain = SimpleNamespace()  # a trainer of transformers has no such card
+    name_on_cards(plain)
+    assert not vars(plain)

@@ -56,6 +56,15 @@ def test_the_model_card_names_method_and_settings(tmp_path):
             assert f"- {tag}\n" in header, (folder, tag)
 
 
+def test_the_model_card_of_a_checkpoint_names_the_paper(tmp_path):
+    trainer = train(SLSAMTrainer, tmp_path, SLSAMConfig(active_fraction=0.6), save_strategy="steps", save_steps=3)
+    assert SLSAMConfig.from_pretrained(tmp_path / "checkpoint-3") == trainer.slsam_config
+    card = (tmp_path / "README.md").read_text()
+    assert "trained with SFT and SL-SAM, a method introduced in [Sparse Layer Sharpness-Aware" in card
+    assert "https://huggingface.co/papers/2602.09395" in card
+    assert "eprint        = {2602.09395}" in card
+
+
 class Draws(TrainerCallback):
     """Records what each update drew and where it left the probabilities."""
 

@@ -150,6 +150,13 @@ def _(run: Run) -> None:
     assert "self._tag_names" in inspect.getsource(type(run.trainer).create_model_card)
 
 
+@relied_on("trl: _name and _paper", "model cards in checkpoints would not name SL-SAM's paper")
+def _(run: Run) -> None:
+    assert run.trainer._name.startswith("SFT")
+    assert {"title", "id", "citation"} <= run.trainer._paper.keys()
+    assert "self._paper" in inspect.getsource(type(run.trainer).create_model_card)
+
+
 @relied_on("trl: _generate_and_score_completions", "trainers that generate in a step would be run twice, not refused")
 def _() -> None:
     from trl import GRPOTrainer, RLOOTrainer

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import pytest
 
 from slsam_peft import SLSAMConfig
+from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
 
 BAD = [
     ({"rho": -0.1}, "rho=-0.1", "finite number >= 0"),
@@ -101,3 +103,42 @@ def test_callables_of_every_kind_have_a_name(design, name):
 
 def test_every_field_has_its_help():
     assert all(field.metadata["help"] for field in dataclasses.fields(SLSAMConfig))
+
+
+def written(folder, config=None, **changes):
+    """Write what a trainer would record of a config, with changes at the top of the record."""
+    method = {"name": "sl-sam", **(config or SLSAMConfig()).to_dict()}
+    file = folder / RECORD_NAME
+    file.write_text(json.dumps({"schema": RECORD_SCHEMA, "method": method, **changes}))
+    return file
+
+
+def test_it_is_read_from_the_folder_of_an_adapter_or_from_the_file(tmp_path):
+    config = SLSAMConfig(rho=0.3, cost_budget=1.0, design="depth", ascent="partial", seed=7)
+    file = written(tmp_path, config)
+    assert SLSAMConfig.from_pretrained(tmp_path) == SLSAMConfig.from_pretrained(str(file)) == config
+
+
+def test_a_folder_without_a_record_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} holds no slsam.json.*give the folder"):
+        SLSAMConfig.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist; give the folder"):
+        SLSAMConfig.from_pretrained(tmp_path / "gone")
+
+
+BAD_RECORDS = {
+    "no JSON": ("{", "not valid JSON"),
+    "a list": ("[]", "has schema None.*reads schema 1"),
+    "another schema": ('{"schema": 9, "method": {}}', "has schema 9.*reads schema 1; use the version"),
+    "no settings": ('{"schema": 1}', 'has no settings under "method"'),
+    "a typing error": ('{"schema": 1, "method": {"rh": 0.1}}', "'rh' is not known.*Did you mean 'rho'"),
+    "a bad value": ('{"schema": 1, "method": {"rho": -1}}', "rho=-1 is not allowed"),
+    "a callable": ('{"schema": 1, "method": {"design": "os:system"}}', "no code is loaded"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_bad_record_is_named_with_what_is_wrong(text, expected, tmp_path):
+    (tmp_path / RECORD_NAME).write_text(text)
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path / RECORD_NAME}.*{expected}"):
+        SLSAMConfig.from_pretrained(tmp_path)
