@@ -27,7 +27,7 @@ SAVE_STEPS = 2
 
 
 class Reports(TrainerCallback):
-    """Tells the server when updates begin, and from which one on."""
+    """Tells the server when steps begin, and from which one on."""
 
     def __init__(self, pipe):
         self.pipe = pipe

@@ -41,24 +41,24 @@ class SLSAM:
         config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here.
         fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
             where `config.cost_budget` is set.
-        cost (callable, *optional*): `Step` -> predicted cost in plain updates, or `None`; logged.
+        cost (callable, *optional*): `Step` -> predicted cost in plain steps, or `None`; logged.
 
     Attributes:
-        active (`torch.Tensor`): Arms perturbed in the last update, boolean, shape `(L,)`.
-        metrics (`dict[str, float]`): Numbers of the last update.
-        loss (`float`): Loss of the last update, as `update` returned it; summed over its micro-batches.
+        active (`torch.Tensor`): Arms perturbed in the last step, boolean, shape `(L,)`.
+        metrics (`dict[str, float]`): Numbers of the last step.
+        loss (`float`): Loss of the last step, as `update` returned it; summed over its micro-batches.
         norms (`torch.Tensor`): Gradient norms the bandit saw in it, 0 for arms it did not see, float64, shape `(L,)`.
         drawn (`torch.Tensor`): Probabilities its arms were drawn with, float64, shape `(L,)`.
-        steps (`int`): Updates completed.
-        skipped, skipped_in_a_row (`int`): Updates skipped because a loss or gradient was NaN or infinite.
+        steps (`int`): Steps completed.
+        skipped, skipped_in_a_row (`int`): Steps skipped because a loss or gradient was NaN or infinite.
         reduce (callable or `None`): Averages a list of tensors over ranks, in place: the active arms' gradients, and
-            with the descent gradients the two losses, so that all ranks learn from, or skip, the same update.
+            with the descent gradients the two losses, so that all ranks learn from, or skip, the same step.
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
 
     Raises:
         ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm (except for
-            `bandit="paper"`); a design that needs a depth order on arms without one; `cost_budget` without `fraction`;
-            `ascent="ahead"` with a parameter that is not the weight of a linear module.
+            `bandit="paper"`); a sampling scheme that needs a depth order on arms without one; `cost_budget` without
+            `fraction`; `ascent="ahead"` with a parameter that is not the weight of a linear module.
 
     Example:
 
@@ -169,17 +169,17 @@ class SLSAM:
         forward_only: Closure | None = None,
         sequences: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """Make the gradients of one update from one batch.
+        """Make the gradients of one step from one batch.
 
         Args:
             closure (`Closure`): Runs forward and backward on the batch and returns the loss. Called once or twice.
             ascent_closure (`Closure`, *optional*): The same on a part of the batch, for `ascent="partial"`.
             forward_only (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With
-                it the second pass starts at the floor block; it is called once, to check that the model allows that.
+                it the second pass starts at the lowest active block; it is called once, to check that the model allows
+                that.
             sequences (`tuple[int, int]`, *optional*): For `ascent="ahead"`, whose `closure` runs on sequences of this
                 batch and, behind them, some of the next one: how many of each. Their losses are to be added, each
-                scaled as
-                this batch's sequences are without the others; `(n, 0)` where there is no next batch.
+                scaled as this batch's sequences are without the others; `(n, 0)` where there is no next batch.
 
         Returns:
             `torch.Tensor`: The loss at w; at w + e where it is never computed at w on the whole batch (`ascent` other
@@ -187,13 +187,13 @@ class SLSAM:
 
         Raises:
             ValueError: `ascent="partial"` without `ascent_closure`, `ascent="ahead"` without `sequences`.
-            DivergedError: more than `max_skipped_steps` updates in a row had a NaN or infinite loss or gradient; a
+            DivergedError: more than `max_skipped_steps` steps in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
         return self.accumulate(Passes(closure, closure, ascent_closure, forward_only, sequences))
 
     def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
-        """Take in micro-batch `index` of the `count` of an update; the last one completes it.
+        """Take in micro-batch `index` of the `count` of a step; the last one completes it.
 
         The arms are drawn once, with the first micro-batch. Ascent passes run as micro-batches come; once the last of
         them is in, the descent passes of all micro-batches so far run at w + e, and those of later ones as they come.
@@ -201,19 +201,19 @@ class SLSAM:
 
         Args:
             passes (`Passes`): The micro-batch.
-            index (`int`, *optional*, defaults to `0`): Its place in the update.
-            count (`int`, *optional*, defaults to `1`): Micro-batches in the update.
+            index (`int`, *optional*, defaults to `0`): Its place in the step.
+            count (`int`, *optional*, defaults to `1`): Micro-batches in the step.
 
         Returns:
-            `torch.Tensor`: Loss to report for this call; the sum over the calls is the update's loss.
+            `torch.Tensor`: Loss to report for this call; the sum over the calls is the step's loss.
 
         Raises:
-            ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its update.
+            ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its step.
         """
         try:
             step = self._begin(count, passes) if index == 0 else self._current
             if step is None:
-                raise RuntimeError(f"micro-batch {index} of {count} came before the first; start an update with 0.")
+                raise RuntimeError(f"micro-batch {index} of {count} came before the first; start a step with 0.")
             with self.runner.switched(step.trained):
                 loss = self._micro_batch(step, passes, index)
                 if index == count - 1:
@@ -228,7 +228,7 @@ class SLSAM:
 
     def _begin(self, count: int, passes: Passes) -> Step:
         config = self.config
-        if self._current is not None:  # the last update was never completed: it counts as if it had not begun
+        if self._current is not None:  # the last step was never completed: it counts as if it had not begun
             self._abort()
         self._random_before = rng.snapshot(self.runner.accelerators)
         self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
@@ -242,8 +242,8 @@ class SLSAM:
         ahead = config.ascent == "ahead" and config.rho > 0
         if ahead and (count > 1 or passes.sequences is None or self.reduce is not None):
             raise ValueError(
-                "ascent='ahead' needs an update of one micro-batch on one rank, and its sequences=(sequences of this "
-                "update, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
+                "ascent='ahead' needs a step of one micro-batch on one rank, and its sequences=(sequences of this "
+                "step, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
             )
         if passes.sequences is not None and not ahead:
             raise ValueError(f"sequences={passes.sequences} belong to ascent='ahead' with rho > 0; leave them out.")
@@ -307,7 +307,7 @@ class SLSAM:
         self.runner.clear()
 
     def _recalled(self, mask: torch.Tensor) -> list[Shift]:
-        """e from the remembered gradients of the active arms: the last descent's (S2-SAM), or those that ran ahead."""
+        """Return e from stale gradients of the active arms: the last descent's (S2-SAM), or the look-ahead ones."""
         members, gradients, norm = self.memory.recall(self.runner.members(mask))
         return [] if norm is None else self.runner.shifts(members, gradients, norm, self.config.rho)
 
@@ -411,7 +411,7 @@ class SLSAM:
             self.memory.store({i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}, scale)
 
     def _abort(self) -> None:
-        """Go back to before the update."""
+        """Go back to before the step."""
         self._current = None
         self._release()
         self.runner.clear()
@@ -425,7 +425,7 @@ class SLSAM:
             self.horizon.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything later updates depend on.
+        """Return everything later steps depend on.
 
         Plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"` and `"skipped_in_a_row"`, tensors under every
         other key.
