@@ -86,6 +86,7 @@ class SLSAM:
         fraction: float | None = None,
         cost: Callable[[Step], float] | None = None,
     ) -> None:
+        # The arms must be a partition of the parameters.
         self.config = config = config or SLSAMConfig()
         self.arms = arms
         if not len(arms):
@@ -95,6 +96,7 @@ class SLSAM:
             names = [name for arm in arms for name in arm.parameter_names]
             twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
             raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
+        # The parts: what draws, what learns, what cuts passes, what runs them.
         self.cost = cost
         depths = [arm.depth for arm in arms]
         self._depths = torch.tensor([-1 if d is None else d for d in depths])
@@ -111,6 +113,7 @@ class SLSAM:
             [linear for arm in arms for linear in arm.linears],
             self.horizon,
         )
+        # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
         self.active = torch.zeros(len(arms), dtype=torch.bool)
@@ -119,6 +122,7 @@ class SLSAM:
         self.norms = torch.zeros(len(arms), dtype=torch.float64)
         self.drawn = self.probabilities
         self.steps = self.skipped = self.skipped_in_a_row = 0
+        # What lasts from one step to the next, and what an aborted step goes back to.
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
         self._watch = RadiusWatch(config.rho)
@@ -227,12 +231,40 @@ class SLSAM:
         return loss
 
     def _begin(self, count: int, passes: Passes) -> Step:
+        """Draw the arms of a step, after noting everything that an abort must put back."""
         config = self.config
         if self._current is not None:  # the last step was never completed: it counts as if it had not begun
             self._abort()
         self._random_before = rng.snapshot(self.runner.accelerators)
         self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
         self.runner.clear()
+        self._check_passes(passes, count)
+        # Draw the arms. A mean probability of 1 leaves nothing to draw.
+        mask = self.design(self.probabilities, self.generator)
+        if self.bandit.mean == 1.0:
+            mask = torch.ones_like(mask)
+        trained = torch.ones_like(mask) if config.descent == "all" else mask
+        step = Step(
+            mask=mask,
+            trained=trained,
+            inclusion=self.design.inclusion(self.probabilities),
+            lowest_active=int(self._depths[mask].min()),
+            lowest_trained=int(self._depths[trained].min()),
+            count=count,
+        )
+        # How many micro-batches have an ascent pass; without one e is made of stale gradients.
+        if config.ascent == "partial" and config.rho > 0:
+            step.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
+        elif config.rho > 0 and config.ascent == "two_pass":
+            step.ascents = count
+        elif config.rho > 0:
+            step.shifts = self._recalled(mask)
+        self._current = step
+        return step
+
+    def _check_passes(self, passes: Passes, count: int) -> None:
+        """Refuse micro-batches that the ascent cannot be made of."""
+        config = self.config
         partial = config.ascent == "partial" and config.rho > 0
         if partial and count == 1 and passes.part is None:
             raise ValueError(
@@ -247,38 +279,22 @@ class SLSAM:
             )
         if passes.sequences is not None and not ahead:
             raise ValueError(f"sequences={passes.sequences} belong to ascent='ahead' with rho > 0; leave them out.")
-        mask = self.design(self.probabilities, self.generator)
-        if self.bandit.mean == 1.0:
-            mask = torch.ones_like(mask)
-        trained = torch.ones_like(mask) if config.descent == "all" else mask
-        step = Step(
-            mask=mask,
-            trained=trained,
-            inclusion=self.design.inclusion(self.probabilities),
-            lowest_active=int(self._depths[mask].min()),
-            lowest_trained=int(self._depths[trained].min()),
-            count=count,
-        )
-        if partial:
-            step.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
-        elif config.rho > 0 and config.ascent == "two_pass":
-            step.ascents = count
-        elif config.rho > 0:
-            step.shifts = self._recalled(mask)
-        self._current = step
-        return step
 
     def _micro_batch(self, step: Step, passes: Passes, index: int) -> torch.Tensor:
+        """Run the passes that are due with this micro-batch; return the loss to report for it."""
+        # Behind the ascent's micro-batches e is known, and there is the descent alone.
         exact = self.config.ascent == "two_pass" and step.ascents > 0
         pending = Pending(passes, rng.snapshot(self.runner.accelerators))
         if index >= step.ascents:
             return self._descend(step, pending, passes.logged)
+        # The ascent's micro-batches run at w and wait for e.
         alone = step.count == 1 and self.config.ascent == "partial"
         closure = passes.logged if exact else (alone and passes.part) or passes.unlogged
         loss = self.runner.ascend(step, pending, closure)
         step.pending.append(pending)
         if index < step.ascents - 1:
             return loss if exact else torch.zeros_like(loss)
+        # The last of them completes e: all that wait descend, each with the random state it had in its ascent.
         self._set_shifts(step)
         after = rng.snapshot(self.runner.accelerators)
         losses = [self._descend(step, p, p.passes.unlogged if exact else p.passes.logged) for p in step.pending]
@@ -287,8 +303,8 @@ class SLSAM:
         return loss if exact else torch.stack(losses).sum()
 
     def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
-        remembers = self.config.ascent == "remembered" and self.config.rho > 0
-        if not remembers:
+        """Run a descent pass; where it makes the next step's ascent too, note which linear modules run."""
+        if self.config.ascent != "remembered" or self.config.rho == 0:
             return self.runner.descend(step, pending, closure)
         with self.runner.firings.watch(self.runner.watched_linears(step.mask)):
             return self.runner.descend(step, pending, closure)

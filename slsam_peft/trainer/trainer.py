@@ -80,29 +80,32 @@ class SLSAMMixin(_Base):
         if slsam_config is not None and not isinstance(slsam_config, SLSAMConfig):
             raise TypeError(f"slsam_config={slsam_config!r} must be an SLSAMConfig.")
         self.slsam_config = slsam_config or SLSAMConfig()
+        # TRL casts the adapter of a quantized base while it builds the trainer: copies go around that.
         model = kwargs.get("model", args[0] if args else None)
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
         if self._looks_ahead:
             check_ahead(self)
-        self._slsam_batches: Lookahead | None = None
-        self._slsam_goes_on = False
         keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
         warn_if_low_precision(self.model)
+        # Set when training starts, or when a checkpoint is loaded.
         self._slsam: SLSAM | None = None
+        self._slsam_batches: Lookahead | None = None
+        self._slsam_goes_on = False
         self._slsam_restored = False
         self._slsam_unsolved = False
         self._slsam_index = 0
         self._slsam_checkpoint: str | None = None
         self._slsam_trace: TraceFile | None = None
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
+        # Model cards: PEFT's takes its tags from the model, TRL's from the trainer.
         tags = describe(self.slsam_config)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(tags)
-        if hasattr(self, "_tag_names"):  # TRL's own model card, written with checkpoints, takes its tags from here
+        if hasattr(self, "_tag_names"):
             self._tag_names = [*self._tag_names, *tags]
         name_on_cards(self)
         self.add_callback(_TrainingSpan(self))
