@@ -67,7 +67,7 @@ def _help(text: str) -> dict[str, str]:
 class SLSAMConfig:
     r"""Settings of sparse-layer sharpness-aware minimisation (SL-SAM, arXiv 2602.09395).
 
-    One update draws the active set $S$, takes the gradient $g$ over $S$ at $w$ and the gradient $g'$ at
+    One step draws the active set $S$, takes the gradient $g$ over $S$ at $w$ and the gradient $g'$ at
     $w + e$, $e = \rho\, g / (\|g\|_2 + 10^{-12})$, and hands $g'$ to the base optimizer.
 
     | paper | here |
@@ -101,8 +101,8 @@ class SLSAMConfig:
     active_fraction: float | None = field(
         default=None,
         metadata=_help(
-            "Expected share of arms that are active in an update, s in the paper, in (0, 1]. Unset: 0.2 (the paper's "
-            "LLM setting), or derived from cost_budget where that is set. 1 activates every arm in every update."
+            "Expected share of arms that are active in a step, s in the paper, in (0, 1]. Unset: 0.2 (the paper's "
+            "LLM setting), or derived from cost_budget where that is set. 1 activates every arm in every step."
         ),
     )
     granularity: str = field(
@@ -116,32 +116,32 @@ class SLSAMConfig:
         default="scale_free",
         metadata=_help(
             "Rule that learns the inclusion probabilities: 'paper' (arXiv 2602.09395 as it stands), 'scale_free' "
-            "(learns at every gradient scale, keeps a floor), 'uniform' (learns nothing) or, in Python, a callable "
-            "(probabilities, mask, norms, inclusion) -> probabilities."
+            "(learns at every gradient scale, see min_probability), 'uniform' (learns nothing) or, in Python, a "
+            "callable (probabilities, mask, norms, inclusion) -> probabilities."
         ),
     )
     design: str = field(
         default="bernoulli",
         metadata=_help(
             "How arms are drawn from their probabilities: 'bernoulli' (independently, as in the paper), 'fixed_size' "
-            "(constant number), 'window' (contiguous in depth), 'depth' (every arm above a drawn floor) or, in "
+            "(constant number), 'window' (contiguous in depth), 'depth' (every arm above a drawn depth) or, in "
             "Python, a callable (probabilities, generator) -> boolean mask."
         ),
     )
     ascent: str = field(
         default="two_pass",
         metadata=_help(
-            "Where the ascent direction comes from: 'two_pass' (the update's whole batch, exact SAM), 'partial' (a "
-            "part of it, see ascent_fraction), 'remembered' (the last descent gradient of the same arm; one pass), "
-            "'ahead' (as 'partial', but made one update early, by sequences of the next batch in this one's pass: one "
-            "pass of so many sequences more; an epoch's first update has none; active_fraction=1, SFT without "
-            "gradient accumulation)."
+            "Where the ascent direction comes from: 'two_pass' (the step's whole batch, exact SAM), 'partial' (a "
+            "part of it, see ascent_fraction), 'remembered' (stale: the last descent gradient of the same arm; one "
+            "pass), 'ahead' (look-ahead: as 'partial', but made one step early, by sequences of the next batch in "
+            "this one's pass: one pass of so many sequences more; an epoch's first step has none; active_fraction=1, "
+            "SFT without gradient accumulation)."
         ),
     )
     ascent_fraction: float = field(
         default=0.25,
         metadata=_help(
-            "Share of the update's sequences that ascent='partial' and 'ahead' use, in (0, 1]; whole micro-batches "
+            "Share of the step's sequences that ascent='partial' and 'ahead' use, in (0, 1]; whole micro-batches "
             "under gradient accumulation; at least one. Default 0.25: Bahri et al., ACL 2022."
         ),
     )
@@ -155,7 +155,7 @@ class SLSAMConfig:
     cost_budget: float | None = field(
         default=None,
         metadata=_help(
-            "Expected cost of an update in units of a plain LoRA update, for example 1.0. Sets the expected number of "
+            "Expected cost of a step in units of a plain LoRA step, for example 1.0. Sets the expected number of "
             "active arms, so active_fraction must stay unset."
         ),
     )
@@ -169,15 +169,15 @@ class SLSAMConfig:
     bandit_rate: float = field(
         default=0.05,
         metadata=_help(
-            "Learning rate of the 'scale_free' bandit: the log-weight an arm of the largest norm gains per update "
+            "Learning rate of the 'scale_free' bandit: the log-weight an arm of the largest norm gains per step "
             "when it is drawn at the mean probability."
         ),
     )
     hidden_state_cache_limit_mib: float = field(
         default=1024.0,
         metadata=_help(
-            "Most memory, in MiB, for hidden states kept between the two passes of an update. Micro-batches beyond "
-            "it run the blocks below the floor again."
+            "Most memory, in MiB, for hidden states kept between the two passes of a step. Micro-batches beyond "
+            "it run the blocks below the lowest active one again."
         ),
     )
     adapter_dtype: str = field(
@@ -189,7 +189,7 @@ class SLSAMConfig:
     max_skipped_steps: int = field(
         default=10,
         metadata=_help(
-            "Updates in a row that may be skipped for a NaN or infinite loss or gradient before training stops."
+            "Steps in a row that may be skipped for a NaN or infinite loss or gradient before training stops."
         ),
     )
     accept_state_mismatch: bool = field(
@@ -202,7 +202,7 @@ class SLSAMConfig:
     trace: bool = field(
         default=True,
         metadata=_help(
-            "Record each update's probabilities, active arms and cost in slsam_trace.safetensors, in the output "
+            "Record each step's probabilities, active arms and cost in slsam_trace.safetensors, in the output "
             "folder and in checkpoints, for slsam-peft plot. At most 20 MB; read by trainers only."
         ),
     )
@@ -247,7 +247,7 @@ class SLSAMConfig:
             )
         if self.ascent == "ahead" and self.active_fraction != 1:
             raise ValueError(
-                "ascent='ahead' perturbs and trains every arm in every update, and active_fraction="
+                "ascent='ahead' perturbs and trains every arm in every step, and active_fraction="
                 f"{self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) asks for some of them; set "
                 "active_fraction=1, and leave cost_budget unset."
             )

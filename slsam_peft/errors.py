@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class DivergedError(RuntimeError):
-    """Training has stopped: more updates in a row than allowed had a NaN or infinite loss or gradient.
+    """Training has stopped: more steps in a row than allowed had a NaN or infinite loss or gradient.
 
     The message says how many and what was seen last. The command line prints it and exits with code 1.
     """

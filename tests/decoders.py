@@ -95,7 +95,7 @@ def batch(rows=3, length=12, device="cpu"):
 
 
 def passes_of(forward):
-    """Return a closure that runs forward and backward, and a probe that runs the forward alone.
+    """Return a closure that runs forward and backward, and one that runs the forward alone.
 
     Args:
         forward: Takes nothing and returns the loss.
@@ -106,11 +106,11 @@ def passes_of(forward):
         loss.backward()
         return loss
 
-    def probe():
+    def forward_only():
         with torch.no_grad():
             return forward()
 
-    return closure, probe
+    return closure, forward_only
 
 
 def closures(model, inputs):

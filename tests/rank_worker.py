@@ -59,7 +59,7 @@ def config_of(settings):
 
 
 class Seen(TrainerCallback):
-    """Notes what each update drew, what the bandit was fed, and where it left the probabilities."""
+    """Notes what each step drew, what the bandit was fed, and where it left the probabilities."""
 
     def __init__(self):
         self.masks, self.probabilities, self.norms, self.skipped = [], [], [], []
@@ -115,7 +115,7 @@ class Wire(TorchDispatchMode):
 
 
 def long(folder):
-    """Twenty updates of AdamW with dropout."""
+    """Twenty steps of AdamW with dropout."""
     config = config_of({"design": "fixed_size"})
     trainer = train_small(Watched, folder / "out", config, max_steps=STEPS, dropout=0.2)
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
@@ -145,7 +145,7 @@ def wire(folder):
 
 
 def spoiled(value, in_gradient):
-    """The second update's first or second pass goes wrong on rank 1 alone."""
+    """The second step's first or second pass goes wrong on rank 1 alone."""
 
     class Spoiled(Watched):
         passes = 0
@@ -182,7 +182,7 @@ def budget(folder):
 
 
 def resumed(folder):
-    """Four updates in one go, and the last two of them once more from the checkpoint between."""
+    """Four steps in one go, and the last two of them once more from the checkpoint between."""
     settings = {"max_steps": 4, "dropout": 0.2, "save_strategy": "steps", "save_steps": 2}
     whole = train_small(Watched, folder / "whole", config_of({}), **settings)
     checkpoint = folder / "whole" / "checkpoint-2"
@@ -245,7 +245,7 @@ def refused(folder):
 
 
 def dying(folder):
-    """Rank 1 is killed in the descent pass of the third update, while rank 0 goes on to the exchange."""
+    """Rank 1 is killed in the descent pass of the third step, while rank 0 goes on to the exchange."""
 
     class Dying(SLSAMTrainer):
         passes = 0

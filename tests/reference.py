@@ -1,4 +1,4 @@
-"""The two-pass update written plainly: clone, run, move, run, put back. Slow, and easy to check against the paper."""
+"""The two-pass step written plainly: clone, run, move, run, put back. Slow, and easy to check against the paper."""
 
 import torch
 
@@ -45,8 +45,8 @@ def reference_step(arms, mask, rho, closure, trained=None):
     return loss, gradients
 
 
-def assert_step_is_exact(slsam, mask, closure, probe):
-    """Check one update that draws `mask` against the reference: loss, gradients, weights, random state, switches."""
+def assert_step_is_exact(slsam, mask, closure, forward_only):
+    """Check one step that draws `mask` against the reference: loss, gradients, weights, random state, switches."""
     parameters = [p for arm in slsam.arms for p in arm.parameters]
     trained = torch.ones_like(mask) if slsam.config.descent == "all" else mask
     state = torch.get_rng_state()
@@ -54,7 +54,7 @@ def assert_step_is_exact(slsam, mask, closure, probe):
     after = torch.get_rng_state()
     weights = [p.detach().clone() for p in parameters]
     torch.set_rng_state(state)
-    got = slsam.update(closure, forward_only=probe)
+    got = slsam.update(closure, forward_only=forward_only)
     assert torch.equal(slsam.active, mask)
     assert float(got) == float(loss)
     assert torch.equal(torch.get_rng_state(), after)

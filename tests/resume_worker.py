@@ -16,7 +16,7 @@ _TIMES = ("runtime", "per_second", "total_flos", "train_loss", "num_tokens")  # 
 
 
 class Draws(TrainerCallback):
-    """Notes what each update drew and where it left the probabilities."""
+    """Notes what each step drew and where it left the probabilities."""
 
     def __init__(self):
         self.seen = {}

@@ -45,7 +45,7 @@ def llama(dtype=torch.float32):
 
 
 def train(cls, folder, config=None, *, double=False, dropout=0.1, steps=3, **settings):
-    """Train three updates and return the trainer; `settings` are `SFTConfig`'s."""
+    """Train three steps and return the trainer; `settings` are `SFTConfig`'s."""
     arguments = {
         "per_device_train_batch_size": 2,
         "max_steps": steps,

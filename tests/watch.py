@@ -1,4 +1,4 @@
-"""Watches a training: what it must restore, and what each update may move."""
+"""Watches a training: what it must restore, and what each step may move."""
 
 import math
 
@@ -33,7 +33,7 @@ def clones(model, trainable):
 
 
 class Watch(TrainerCallback):
-    """Keeps what training must restore, and the weights around each update.
+    """Keeps what training must restore, and the weights around each step.
 
     Args:
         hooks: Whether hooks must be those of before; off where the trainer around SL-SAM itself changes them.
@@ -65,7 +65,7 @@ class Watch(TrainerCallback):
 
 
 def check(trainer, watch):
-    """Check the last update and what all of them left behind."""
+    """Check the last step and what all of them left behind."""
     slsam = trainer.slsam
     assert trainer.state.global_step == slsam.steps == STEPS
     assert slsam.skipped == 0

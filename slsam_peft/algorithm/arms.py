@@ -97,7 +97,7 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     Args:
         model (`nn.Module`): The model, adapters included. Parameters with `requires_grad=False` belong to no arm.
         granularity (`str` or callable, *optional*, defaults to `"block"`): `"block"`: all adapters of one transformer
-            block, what lies outside the blocks being one arm a module; `"module"`: one adapter module (its factors
+            block, what lies outside the blocks being one arm per module; `"module"`: one adapter module (its factors
             and magnitude together); `"tensor"`: one parameter, in `named_parameters()` order; or a callable from
             parameter name to arm name.
 
@@ -297,7 +297,7 @@ class ArmNorms:
         """Return the squared norms, shape `(arms,)`, float64 where a gradient is float64 and float32 otherwise.
 
         Args:
-            gradients (`Sequence[torch.Tensor | None]`): One a parameter, in arm order; `None` counts as 0.
+            gradients (`Sequence[torch.Tensor | None]`): One per parameter, in arm order; `None` counts as 0.
             device (`torch.device`): Where the result lies; norms taken on other devices are brought there.
         """
         tensors = [g for g in gradients if g is not None]

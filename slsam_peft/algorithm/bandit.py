@@ -15,7 +15,7 @@ from slsam_peft.config import SLSAMConfig
 PAPER_ALPHA = 0.001  # alpha, arXiv 2602.09395
 PAPER_P_MIN = 0.001  # p_min in the paper's cost estimate
 PAPER_CLIP = (1e-8, 1.0)
-SCALE_DECAY = 0.99  # per update: follows gradients that shrink during a training within some hundred updates
+SCALE_DECAY = 0.99  # per step: follows gradients that shrink during a training within some hundred steps
 
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -48,7 +48,7 @@ class Bandit:
 
     `"paper"` is `paper_update`. `"scale_free"` keeps the paper's aim, probabilities in proportion to the norms, which
     minimise $\sum_l a_l^2 / p_l$, and drops its units: with $r_l = a_l / p_l$ and $R$ the largest $r$ seen (decaying
-    by 1 % an update), an active arm's weight is $p_l \exp(\eta\, s\, (r_l / R)^2 / q_l)$, $q_l$ its realised inclusion
+    by 1 % per step), an active arm's weight is $p_l \exp(\eta\, s\, (r_l / R)^2 / q_l)$, $q_l$ its realised inclusion
     probability, and the projection holds every $p_l$ above `min_probability` * s. Multiplying all norms by a
     constant changes nothing.
 
@@ -80,12 +80,12 @@ class Bandit:
         return self._min_share * self.mean
 
     def update(self, mask: torch.Tensor, norms: torch.Tensor, inclusion: torch.Tensor) -> None:
-        """Learn from one update.
+        """Learn from one step.
 
         Args:
             mask (`torch.Tensor`): Arms whose norms were seen, boolean, shape `(L,)`; at least one.
             norms (`torch.Tensor`): Their gradient norms, finite, float64, shape `(L,)`.
-            inclusion (`torch.Tensor`): Realised inclusion probabilities of the design, shape `(L,)`.
+            inclusion (`torch.Tensor`): Inclusion probabilities that the sampling scheme realises, shape `(L,)`.
 
         Raises:
             ValueError: a callable rule returned something other than `L` probabilities in [0, 1].
@@ -124,7 +124,7 @@ class Bandit:
         return p
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return everything later updates depend on."""
+        """Return everything later steps depend on."""
         return {
             "probabilities": self.probabilities.clone(),
             "scale": self._scale.clone(),

@@ -1,8 +1,8 @@
-"""Truncated backpropagation and prefix reuse around a stack of blocks.
+"""Truncated backpropagation and the hidden-state cache around a stack of blocks.
 
-The *floor* is the lowest active block. Below it nothing needs a graph, and the second pass of an update differs from
-the first only from the floor up. So the hidden state that enters the floor is cut from whatever made it, kept, and the
-second pass starts from it. Both are exact.
+Below the lowest active block nothing needs a graph, and the second pass of a step differs from the first only from
+that block up. So the hidden state that enters it is cut from whatever made it and cached, and the second pass starts
+from there. Both are exact.
 
 Blocks are run through forward hooks, which lie outside gradient checkpointing in transformers >= 5.23. A block's
 `forward` is shadowed on the instance only while a pass that skips it runs.
@@ -23,7 +23,7 @@ from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut
 
 @dataclass(eq=False)
 class CachedHiddenState:
-    """What enters the floor block in one forward of the stack.
+    """What enters the lowest active block in one forward of the stack.
 
     Args:
         hidden (`torch.Tensor` or `None`): The hidden state, detached; `None` where it is not kept (over the limit, or
@@ -47,7 +47,7 @@ class CachedHiddenState:
 
 @dataclass(eq=False)
 class _Cursor:
-    """Walks through the prefixes of a pass, one a forward of the stack."""
+    """Walks through the cached hidden states of a pass, one per forward of the stack."""
 
     cached_states: Sequence[CachedHiddenState]
     index: int = 0
@@ -61,7 +61,7 @@ class _Cursor:
 
 
 class Horizon:
-    """Cuts the passes of an update at their floor.
+    """Cuts the passes of a step at their lowest active block.
 
     Args:
         blocks (`Sequence[nn.Module]`): The stack, lowest first. Each block takes the hidden state first and returns it
@@ -71,10 +71,11 @@ class Horizon:
             run after the blocks.
 
     Attributes:
-        reuse (`bool`): Whether second passes may start at the floor. Turned off for stacks that leak anything else.
+        reuse (`bool`): Whether second passes may start at the lowest active block. Turned off for stacks that pass on
+            anything but a hidden state.
         shares (`bool`): Whether blocks were handed a container they could write to (a cache, shared keys and values),
-            or the model kept what a block returned (a long skip, a loss on hidden states). What leaks that way may
-            reach some floors and not others.
+            or the model kept what a block returned (a long skip, a loss on hidden states). What goes that way
+            may reach some blocks and not others.
         kept_bytes (`int`): Memory of the hidden states that are kept now.
         peak_bytes (`int`): The most there ever was.
     """
@@ -90,7 +91,7 @@ class Horizon:
         self.peak_bytes = 0
 
     def release(self) -> None:
-        """Forget that any hidden state is kept; the prefixes themselves belong to the caller."""
+        """Forget that any hidden state is kept; the cached hidden states belong to the caller."""
         self.kept_bytes = 0
 
     @contextmanager
@@ -99,14 +100,13 @@ class Horizon:
 
         Args:
             lowest_active (`int`): Lowest block whose gradient this pass takes, in [0, L]; L: none.
-            lowest_trained (`int`): Lowest block that builds a graph. Equal to `lowest_active`, or below it where
-                the graph of
-                the
-                blocks below is needed later (sparse ascent, dense descent); -1: so do parameters below the stack.
-            keep (`bool`): Whether to keep the hidden states that enter the floor, for `resumed`.
+            lowest_trained (`int`): Lowest block that builds a graph. Equal to `lowest_active`, or below it where the
+                graph of the blocks below is needed later (sparse ascent, dense descent); -1: so do parameters below
+                the stack.
+            keep (`bool`): Whether to cache the hidden states that enter `lowest_active`, for `resumed`.
 
         Yields:
-            `list[Prefix]`: One a forward of the stack, filled as they run.
+            `list[CachedHiddenState]`: One per forward of the stack, filled as they run.
 
         Raises:
             CrossLayerDependencyError: the pass cannot be cut; it must run whole.
@@ -128,16 +128,15 @@ class Horizon:
         """Run a pass that starts at block `lowest_active` from kept hidden states.
 
         Its backward stops at that block where `lowest_trained` equals it; otherwise it goes on through the kept
-        graphs when the
-        context ends. Forwards without a kept hidden state run whole.
+        graphs when the context ends. Forwards without a kept hidden state run whole.
 
         Args:
             lowest_active (`int`): As in `truncated`.
             lowest_trained (`int`): As in `truncated`.
-            cached_states (`Sequence[Prefix]`): What `truncated` yielded for the same closure.
+            cached_states (`Sequence[CachedHiddenState]`): What `truncated` yielded for the same closure.
 
         Raises:
-            RuntimeError: the pass entered the floor block another number of times than the first one.
+            RuntimeError: the pass entered the lowest active block another number of times than the first one.
         """
         cursor = _Cursor(cached_states)
         through = lowest_trained < lowest_active
@@ -185,7 +184,7 @@ class Horizon:
 
     @contextmanager
     def _hooked(self, lowest_active: int, hook: Any) -> Iterator[None]:
-        """Install `hook` where the hidden state enters the floor block: at the output of the block below."""
+        """Install `hook` where the hidden state enters the lowest active block: at the output of the block below."""
         if lowest_active == 0:
             yield
             return
@@ -242,9 +241,8 @@ class Horizon:
                 return None
             above = (*self.blocks[lowest_active:], *self.above)
             check_cut(hidden, above, f"block {lowest_active}", opaque=lowest_trained == lowest_active)
-            if lowest_trained < lowest_active and len(cached_states) == len(
-                starts
-            ):  # what was cut the last time is below the floor again
+            # A second entry without a new start: what was cut the last time comes from below again.
+            if lowest_trained < lowest_active and len(cached_states) == len(starts):
                 raise CrossLayerDependencyError(
                     f"block {lowest_active} is entered again, and the first block has not run in between"
                 )

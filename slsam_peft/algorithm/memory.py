@@ -1,6 +1,6 @@
-"""Gradients remembered for the next update, whose ascent needs no second pass then.
+"""Gradients kept for the next step, whose ascent needs no second pass then.
 
-Descent gradients, as in S2-SAM (NeurIPS 2024), or ascent gradients that ran ahead.
+They are descent gradients, as in S2-SAM (NeurIPS 2024), or look-ahead ascent gradients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class GradientMemory:
         Args:
             gradients (`Mapping[int, torch.Tensor]`): By the position of their parameter.
             scale (`torch.Tensor`, *optional*): Factor on the loss, one element, not read by the host; it is divided
-                out, since gradients of updates with different factors make one e.
+                out, since gradients of steps with different factors make one e.
         """
         self.gradients = self.gradients | _kept(gradients, scale)
 
@@ -35,7 +35,7 @@ class GradientMemory:
         self.gradients = _kept(gradients, scale)
 
     def recall(self, members: Sequence[int]) -> tuple[list[int], list[torch.Tensor], torch.Tensor | None]:
-        """Return which of the given positions are remembered, their gradients, and the joint norm, shape `()`."""
+        """Return which of the given positions have a gradient here, the gradients, and their norm, shape `()`."""
         known = [i for i in members if i in self.gradients]
         if not known:
             return [], [], None
@@ -61,9 +61,7 @@ class GradientMemory:
         positions = {name: i for i, name in enumerate(names)}
         for name, gradient in state.items():
             if name not in positions or gradient.shape != self.parameters[positions[name]].shape:
-                raise ValueError(
-                    f"the remembered gradient of {name!r}, shape {tuple(gradient.shape)}, fits no parameter."
-                )
+                raise ValueError(f"the stale gradient of {name!r}, shape {tuple(gradient.shape)}, fits no parameter.")
         self.gradients = {positions[n]: g.to(self.parameters[positions[n]].device) for n, g in state.items()}
 
 

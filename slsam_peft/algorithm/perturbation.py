@@ -2,7 +2,7 @@ r"""The perturbation $e(w) = \rho\, g / (\|g\|_2 + 10^{-12})$ and how it is put 
 
 A linear module's weight gets an additive branch: $W x$ becomes $W x + e x$, so no weight is modified and autograd
 returns the gradient at $W + e$. Any other parameter is moved in place and put back bit for bit from a copy. Where the
-last sequences of a batch are to see w instead, linear modules take W + e and W: each sequence has its own rows there.
+last sequences of a batch are to see w instead, linear modules take W + e and W: each sequence is on its own there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -123,9 +123,8 @@ def split(
     """
     try:
         for linear, *weights in zip(linears, first, last, strict=True):
-            linear.forward = partial(
-                _split_forward, linear, weights, sequences
-            )  # not a hook: W x itself is not wanted
+            # A hook would come too late: W x itself is not wanted.
+            linear.forward = partial(_split_forward, linear, weights, sequences)
         yield
     finally:
         for linear in linears:
@@ -137,10 +136,9 @@ def _split_forward(
 ) -> torch.Tensor:
     if input.shape[0] != sum(sequences):
         raise ValueError(
-            f"an adapter ran on a tensor of shape {tuple(input.shape)} where "
-            f"sequences={sequences} are {sum(sequences)} sequences. "
-            "Experts do, and models that flatten their batch; sequences cannot be told apart there, so use "
-            "ascent='partial'."
+            f"an adapter ran on a tensor of shape {tuple(input.shape)} where sequences={sequences} are "
+            f"{sum(sequences)} sequences. Experts do, and models that flatten their batch; sequences cannot be told "
+            "apart there, so use ascent='partial'."
         )
     parts = zip(input.split(sequences), weights, strict=True)
     return torch.cat([F.linear(part, weight, linear.bias) for part, weight in parts])

@@ -3,7 +3,7 @@
 import torch
 
 PAPER_LEAST_SUM = 1e-5  # the reference rule's guard against dividing by vanishing weights
-TINY = 1e-300  # without a floor, weights vanish in the end
+TINY = 1e-300  # without a least probability, weights vanish in the end
 PROJECTION_STEPS = 200  # far more than a bracketed Newton iteration takes in float64
 
 

@@ -1,8 +1,8 @@
-"""Sampling designs: given inclusion probabilities and a generator, draw the active set.
+"""Sampling schemes: given inclusion probabilities and a generator, draw the active set.
 
-A design is a callable `(probabilities, generator) -> mask`, all of shape `(L,)`, float64 and boolean, on the CPU. The
+A scheme is a callable `(probabilities, generator) -> mask`, all of shape `(L,)`, float64 and boolean, on the CPU. The
 built-in ones also state the inclusion probabilities they realise, which are not always those they were given: drawing
-again when nothing came up raises them, and a design that is compact in depth cannot realise every vector.
+again when nothing came up raises them, and a scheme that is compact in depth cannot realise every vector.
 """
 
 import math
@@ -24,7 +24,7 @@ LAST_POINT = 1.0 - 2.0**-53
 
 
 class _Stateless:
-    """A design whose draws depend on nothing but its arguments."""
+    """A scheme whose draws depend on nothing but its arguments."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return nothing."""
@@ -35,7 +35,7 @@ class _Stateless:
 
 
 class Bernoulli(_Stateless):
-    """Every arm independently, drawn again if none came up: the paper's design (Poisson sampling)."""
+    """Every arm independently, drawn again if none came up: the paper's scheme (Poisson sampling)."""
 
     def __call__(self, probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw a mask, shape `(L,)`; never empty."""
@@ -71,10 +71,10 @@ class FixedSize(_Stateless):
 
 
 class _OnePoint:
-    """A design that maps one point u of [0, 1) to a mask.
+    """A scheme that maps one point u of [0, 1) to a mask.
 
     u runs through a low-discrepancy sequence, each point followed by its mirror image 1 - u: every draw is uniform,
-    and means over a few updates lie close to their expectation, so that a budget of cost is met within few updates.
+    and means over a few steps lie close to their expectation, so that a budget of cost is met within few steps.
     """
 
     def __init__(self, depths: Sequence[int]) -> None:
@@ -133,19 +133,19 @@ class Window(_OnePoint):
 
 
 class Depth(_OnePoint):
-    r"""Every arm above a drawn floor: an update costs what lies above its floor.
+    r"""Every arm above a drawn depth: a step costs what lies above it.
 
-    The probability $\pi_l$ of an arm is that of the floor lying at or below it, so it cannot fall with depth and is 1
-    at the top. An arm that deserves to be reached carries everything above it along, so the given $p$ are replaced by
-    their running maximum $v$ over depth; a tilt $\tau$ by depth then meets the sum of $p$:
+    The probability $\pi_l$ of an arm is that of the drawn depth lying at or below it, so it cannot fall with depth and
+    is 1 at the top. An arm that deserves to be reached carries everything above it along. So the given $p$ are
+    replaced by their running maximum $v$ over depth; a tilt $\tau$ by depth then meets the sum of $p$:
 
-    $$\pi_l = \max(\text{floor},\; (v_l / v_\text{top}) \cdot (l / L)^\tau)$$
+    $$\pi_l = \max(\text{least},\; (v_l / v_\text{top}) \cdot (l / L)^\tau)$$
 
-    Equal $p$ give floors that are spread over the whole depth. Arms of equal depth go together.
+    Equal $p$ give draws that are spread over the whole depth. Arms of equal depth go together.
 
     Args:
         depths (`Sequence[int]`): Depth of each arm.
-        floor_share (`float`): Least probability, as a share of the mean of $p$; the bandit's own floor.
+        min_share (`float`): Least probability, as a share of the mean of $p$; the bandit's own.
     """
 
     def __init__(self, depths: Sequence[int], min_share: float) -> None:
@@ -161,7 +161,7 @@ class Depth(_OnePoint):
         return self.next_point(generator) < self.inclusion(probabilities)
 
     def inclusion(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Return the probabilities of the floor lying at or below each arm, shape `(L,)`."""
+        """Return the probabilities of the drawn depth lying at or below each arm, shape `(L,)`."""
         if self._last is None or not torch.equal(self._last[0], probabilities):
             self._last = (probabilities.clone(), self._tilted(probabilities)[self.group])
         return self._last[1]
@@ -189,7 +189,7 @@ class Depth(_OnePoint):
 
 
 class _Checked(_Stateless):
-    """A user's callable as a design; its inclusion probabilities are taken to be those it is given."""
+    """A user's callable as a scheme; its inclusion probabilities are taken to be those it is given."""
 
     def __init__(self, draw: SamplingScheme) -> None:
         self.draw = draw
@@ -203,8 +203,8 @@ class _Checked(_Stateless):
             fits = False
         if not fits:
             raise ValueError(
-                f"the design returned {drawn!r}; it must return a boolean mask of shape ({len(probabilities)},) with "
-                "at least one active arm."
+                f"the sampling scheme returned {drawn!r}; it must return a boolean mask of shape "
+                f"({len(probabilities)},) with at least one active arm."
             )
         return mask.to("cpu", torch.bool, copy=True)  # the callable may use its tensor again
 
@@ -213,7 +213,7 @@ class _Checked(_Stateless):
 
 
 def build_scheme(config: SLSAMConfig, depths: Sequence[int | None]):
-    """Return the design `config.design` names.
+    """Return the sampling scheme that `config.design` names.
 
     Args:
         config (`SLSAMConfig`): Read: `design`, `min_probability`.

@@ -41,24 +41,24 @@ class SLSAM:
         config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here.
         fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
             where `config.cost_budget` is set.
-        cost (callable, *optional*): `Step` -> predicted cost in plain updates, or `None`; logged.
+        cost (callable, *optional*): `Step` -> predicted cost in plain steps, or `None`; logged.
 
     Attributes:
-        active (`torch.Tensor`): Arms perturbed in the last update, boolean, shape `(L,)`.
-        metrics (`dict[str, float]`): Numbers of the last update.
-        loss (`float`): Loss of the last update, as `update` returned it; summed over its micro-batches.
+        active (`torch.Tensor`): Arms perturbed in the last step, boolean, shape `(L,)`.
+        metrics (`dict[str, float]`): Numbers of the last step.
+        loss (`float`): Loss of the last step, as `update` returned it; summed over its micro-batches.
         norms (`torch.Tensor`): Gradient norms the bandit saw in it, 0 for arms it did not see, float64, shape `(L,)`.
         drawn (`torch.Tensor`): Probabilities its arms were drawn with, float64, shape `(L,)`.
-        steps (`int`): Updates completed.
-        skipped, skipped_in_a_row (`int`): Updates skipped because a loss or gradient was NaN or infinite.
+        steps (`int`): Steps completed.
+        skipped, skipped_in_a_row (`int`): Steps skipped because a loss or gradient was NaN or infinite.
         reduce (callable or `None`): Averages a list of tensors over ranks, in place: the active arms' gradients, and
-            with the descent gradients the two losses, so that all ranks learn from, or skip, the same update.
+            with the descent gradients the two losses, so that all ranks learn from, or skip, the same step.
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
 
     Raises:
         ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm (except for
-            `bandit="paper"`); a design that needs a depth order on arms without one; `cost_budget` without `fraction`;
-            `ascent="ahead"` with a parameter that is not the weight of a linear module.
+            `bandit="paper"`); a sampling scheme that needs a depth order on arms without one; `cost_budget` without
+            `fraction`; `ascent="ahead"` with a parameter that is not the weight of a linear module.
 
     Example:
 
@@ -86,6 +86,7 @@ class SLSAM:
         fraction: float | None = None,
         cost: Callable[[Step], float] | None = None,
     ) -> None:
+        # The arms must be a partition of the parameters.
         self.config = config = config or SLSAMConfig()
         self.arms = arms
         if not len(arms):
@@ -95,6 +96,7 @@ class SLSAM:
             names = [name for arm in arms for name in arm.parameter_names]
             twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
             raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
+        # The parts: what draws, what learns, what cuts passes, what runs them.
         self.cost = cost
         depths = [arm.depth for arm in arms]
         self._depths = torch.tensor([-1 if d is None else d for d in depths])
@@ -111,6 +113,7 @@ class SLSAM:
             [linear for arm in arms for linear in arm.linears],
             self.horizon,
         )
+        # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
         self.active = torch.zeros(len(arms), dtype=torch.bool)
@@ -119,6 +122,7 @@ class SLSAM:
         self.norms = torch.zeros(len(arms), dtype=torch.float64)
         self.drawn = self.probabilities
         self.steps = self.skipped = self.skipped_in_a_row = 0
+        # What lasts from one step to the next, and what an aborted step goes back to.
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
         self._watch = RadiusWatch(config.rho)
@@ -169,17 +173,17 @@ class SLSAM:
         forward_only: Closure | None = None,
         sequences: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """Make the gradients of one update from one batch.
+        """Make the gradients of one step from one batch.
 
         Args:
             closure (`Closure`): Runs forward and backward on the batch and returns the loss. Called once or twice.
             ascent_closure (`Closure`, *optional*): The same on a part of the batch, for `ascent="partial"`.
             forward_only (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With
-                it the second pass starts at the floor block; it is called once, to check that the model allows that.
+                it the second pass starts at the lowest active block; it is called once, to check that the model allows
+                that.
             sequences (`tuple[int, int]`, *optional*): For `ascent="ahead"`, whose `closure` runs on sequences of this
                 batch and, behind them, some of the next one: how many of each. Their losses are to be added, each
-                scaled as
-                this batch's sequences are without the others; `(n, 0)` where there is no next batch.
+                scaled as this batch's sequences are without the others; `(n, 0)` where there is no next batch.
 
         Returns:
             `torch.Tensor`: The loss at w; at w + e where it is never computed at w on the whole batch (`ascent` other
@@ -187,13 +191,13 @@ class SLSAM:
 
         Raises:
             ValueError: `ascent="partial"` without `ascent_closure`, `ascent="ahead"` without `sequences`.
-            DivergedError: more than `max_skipped_steps` updates in a row had a NaN or infinite loss or gradient; a
+            DivergedError: more than `max_skipped_steps` steps in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
         return self.accumulate(Passes(closure, closure, ascent_closure, forward_only, sequences))
 
     def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
-        """Take in micro-batch `index` of the `count` of an update; the last one completes it.
+        """Take in micro-batch `index` of the `count` of a step; the last one completes it.
 
         The arms are drawn once, with the first micro-batch. Ascent passes run as micro-batches come; once the last of
         them is in, the descent passes of all micro-batches so far run at w + e, and those of later ones as they come.
@@ -201,19 +205,19 @@ class SLSAM:
 
         Args:
             passes (`Passes`): The micro-batch.
-            index (`int`, *optional*, defaults to `0`): Its place in the update.
-            count (`int`, *optional*, defaults to `1`): Micro-batches in the update.
+            index (`int`, *optional*, defaults to `0`): Its place in the step.
+            count (`int`, *optional*, defaults to `1`): Micro-batches in the step.
 
         Returns:
-            `torch.Tensor`: Loss to report for this call; the sum over the calls is the update's loss.
+            `torch.Tensor`: Loss to report for this call; the sum over the calls is the step's loss.
 
         Raises:
-            ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its update.
+            ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its step.
         """
         try:
             step = self._begin(count, passes) if index == 0 else self._current
             if step is None:
-                raise RuntimeError(f"micro-batch {index} of {count} came before the first; start an update with 0.")
+                raise RuntimeError(f"micro-batch {index} of {count} came before the first; start a step with 0.")
             with self.runner.switched(step.trained):
                 loss = self._micro_batch(step, passes, index)
                 if index == count - 1:
@@ -227,26 +231,15 @@ class SLSAM:
         return loss
 
     def _begin(self, count: int, passes: Passes) -> Step:
+        """Draw the arms of a step, after noting everything that an abort must put back."""
         config = self.config
-        if self._current is not None:  # the last update was never completed: it counts as if it had not begun
+        if self._current is not None:  # the last step was never completed: it counts as if it had not begun
             self._abort()
         self._random_before = rng.snapshot(self.runner.accelerators)
         self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
         self.runner.clear()
-        partial = config.ascent == "partial" and config.rho > 0
-        if partial and count == 1 and passes.part is None:
-            raise ValueError(
-                "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or several "
-                "micro-batches, or use ascent='two_pass'."
-            )
-        ahead = config.ascent == "ahead" and config.rho > 0
-        if ahead and (count > 1 or passes.sequences is None or self.reduce is not None):
-            raise ValueError(
-                "ascent='ahead' needs an update of one micro-batch on one rank, and its sequences=(sequences of this "
-                "update, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
-            )
-        if passes.sequences is not None and not ahead:
-            raise ValueError(f"sequences={passes.sequences} belong to ascent='ahead' with rho > 0; leave them out.")
+        self._check_passes(passes, count)
+        # Draw the arms. A mean probability of 1 leaves nothing to draw.
         mask = self.design(self.probabilities, self.generator)
         if self.bandit.mean == 1.0:
             mask = torch.ones_like(mask)
@@ -259,7 +252,8 @@ class SLSAM:
             lowest_trained=int(self._depths[trained].min()),
             count=count,
         )
-        if partial:
+        # How many micro-batches have an ascent pass; without one e is made of stale gradients.
+        if config.ascent == "partial" and config.rho > 0:
             step.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
         elif config.rho > 0 and config.ascent == "two_pass":
             step.ascents = count
@@ -268,17 +262,39 @@ class SLSAM:
         self._current = step
         return step
 
+    def _check_passes(self, passes: Passes, count: int) -> None:
+        """Refuse micro-batches that the ascent cannot be made of."""
+        config = self.config
+        partial = config.ascent == "partial" and config.rho > 0
+        if partial and count == 1 and passes.part is None:
+            raise ValueError(
+                "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or several "
+                "micro-batches, or use ascent='two_pass'."
+            )
+        ahead = config.ascent == "ahead" and config.rho > 0
+        if ahead and (count > 1 or passes.sequences is None or self.reduce is not None):
+            raise ValueError(
+                "ascent='ahead' needs a step of one micro-batch on one rank, and its sequences=(sequences of this "
+                "step, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
+            )
+        if passes.sequences is not None and not ahead:
+            raise ValueError(f"sequences={passes.sequences} belong to ascent='ahead' with rho > 0; leave them out.")
+
     def _micro_batch(self, step: Step, passes: Passes, index: int) -> torch.Tensor:
+        """Run the passes that are due with this micro-batch; return the loss to report for it."""
+        # Behind the ascent's micro-batches e is known, and there is the descent alone.
         exact = self.config.ascent == "two_pass" and step.ascents > 0
         pending = Pending(passes, rng.snapshot(self.runner.accelerators))
         if index >= step.ascents:
             return self._descend(step, pending, passes.logged)
+        # The ascent's micro-batches run at w and wait for e.
         alone = step.count == 1 and self.config.ascent == "partial"
         closure = passes.logged if exact else (alone and passes.part) or passes.unlogged
         loss = self.runner.ascend(step, pending, closure)
         step.pending.append(pending)
         if index < step.ascents - 1:
             return loss if exact else torch.zeros_like(loss)
+        # The last of them completes e: all that wait descend, each with the random state it had in its ascent.
         self._set_shifts(step)
         after = rng.snapshot(self.runner.accelerators)
         losses = [self._descend(step, p, p.passes.unlogged if exact else p.passes.logged) for p in step.pending]
@@ -287,8 +303,8 @@ class SLSAM:
         return loss if exact else torch.stack(losses).sum()
 
     def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
-        remembers = self.config.ascent == "remembered" and self.config.rho > 0
-        if not remembers:
+        """Run a descent pass; where it makes the next step's ascent too, note which linear modules run."""
+        if self.config.ascent != "remembered" or self.config.rho == 0:
             return self.runner.descend(step, pending, closure)
         with self.runner.firings.watch(self.runner.watched_linears(step.mask)):
             return self.runner.descend(step, pending, closure)
@@ -307,7 +323,7 @@ class SLSAM:
         self.runner.clear()
 
     def _recalled(self, mask: torch.Tensor) -> list[Shift]:
-        """e from the remembered gradients of the active arms: the last descent's (S2-SAM), or those that ran ahead."""
+        """Return e from stale gradients of the active arms: the last descent's (S2-SAM), or the look-ahead ones."""
         members, gradients, norm = self.memory.recall(self.runner.members(mask))
         return [] if norm is None else self.runner.shifts(members, gradients, norm, self.config.rho)
 
@@ -411,7 +427,7 @@ class SLSAM:
             self.memory.store({i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}, scale)
 
     def _abort(self) -> None:
-        """Go back to before the update."""
+        """Go back to before the step."""
         self._current = None
         self._release()
         self.runner.clear()
@@ -425,7 +441,7 @@ class SLSAM:
             self.horizon.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything later updates depend on.
+        """Return everything later steps depend on.
 
         Plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"` and `"skipped_in_a_row"`, tensors under every
         other key.

@@ -1,4 +1,4 @@
-"""The course of a run: what each update drew and saw, kept in bounded memory."""
+"""The course of a run: what each step drew and saw, kept in bounded memory."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ _PER_STEP = ("loss", "sharpness", "lowest_active_block", "cost", "grad_norm")
 
 
 class Trace:
-    """Rows of numbers, one an update; where there are too many, every second, fourth, ... update is kept.
+    """Rows of numbers, one per step; where there are too many, every second, fourth, ... step is kept.
 
-    What is counted is exact however much has been thinned out: `activity`, `updates` and `cost_total` take in every
-    update. An update's row is kept if its number, from 1, leaves the rest 1 when divided by `stride`, whenever the
+    What is counted is exact however much has been thinned out: `activity`, `steps` and `cost_total` take in every
+    step. A step's row is kept if its number, from 1, leaves the rest 1 when divided by `stride`, whenever the
     recording began.
 
     Args:
@@ -26,11 +26,11 @@ class Trace:
         limit (`int`, *optional*): Most rows that are kept, at least 2; 4096 where there are few arms.
 
     Attributes:
-        stride (`int`): One update in `stride` has a row; a power of two.
-        updates (`int`): Updates recorded.
+        stride (`int`): One step in `stride` has a row; a power of two.
+        steps (`int`): Steps recorded.
         last (`int`): Number of the last one; 0 before the first.
-        activity (`torch.Tensor`): In how many updates each arm was active, int64, shape `(L,)`.
-        cost_total (`float`): Sum of the predicted costs, in plain LoRA updates; NaN where there is no cost model.
+        activity (`torch.Tensor`): In how many steps each arm was active, int64, shape `(L,)`.
+        cost_total (`float`): Sum of the predicted costs, in plain LoRA steps; NaN where there is no cost model.
     """
 
     def __init__(self, names: Sequence[str], depths: Sequence[int | None], limit: int | None = None) -> None:
@@ -50,7 +50,7 @@ class Trace:
         return self._rows
 
     def record(self, step: int, slsam: Any) -> None:
-        """Take in the update just made. Every number was read by the update itself: no device is waited for.
+        """Take in the step just made. Every number was read by the step itself: no device is waited for.
 
         Args:
             step (`int`): Its number, from 1.
@@ -109,9 +109,8 @@ class Trace:
         """Return copies of the rows kept, oldest first, and of the counts.
 
         `step` int64 and `loss`, `sharpness`, `lowest_active_block`, `cost`, `grad_norm` float32 of shape
-        `(rows,)`, NaN where an
-        update has no such number; `probabilities` and `norms` float32 and `active` bool of shape `(rows, L)`;
-        `activity` int64 of shape `(L,)`; `cost_total` float64 of shape `(1,)`.
+        `(rows,)`, NaN where a step has no such number; `probabilities` and `norms` float32 and `active` bool of shape
+        `(rows, L)`; `activity` int64 of shape `(L,)`; `cost_total` float64 of shape `(1,)`.
         """
         rows = slice(0, self._rows)
         return {

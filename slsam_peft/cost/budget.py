@@ -1,4 +1,4 @@
-"""Expected cost of an update under a sampling design, and the active fraction that meets a budget."""
+"""Expected cost of a step under a sampling scheme, and the active fraction that meets a budget."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,17 +10,18 @@ SOLVE_TOLERANCE = 1e-4  # of the budget
 
 @dataclass(frozen=True)
 class LinearCost:
-    r"""Expected cost of an update with block arms, in units of a plain LoRA update.
+    r"""Expected cost of a step with block arms, in units of a plain LoRA step.
 
-    $$\mathrm{const} + \sum_l \mathrm{reached}_l P(f \le l) + \mathrm{active}_l p_l + \mathrm{floor}_l P(f = l)$$
+    $$\mathrm{const} + \sum_l \mathrm{reached}_l P(f \le l) + \mathrm{active}_l p_l + \mathrm{lowest}_l P(f = l)$$
 
-    Exact for every design, and for a single active set with indicators in place of the probabilities.
+    Exact for every sampling scheme, and for a single active set with indicators in place of the probabilities.
 
     Args:
-        const (`float`): What runs in every update.
-        reached (`tuple[float, ...]`): Added by a block at or above the floor.
+        const (`float`): What runs in every step.
+        reached (`tuple[float, ...]`): Added by a block that is not below the lowest active one.
         active (`tuple[float, ...]`): Added where it is active.
-        floor (`tuple[float, ...]`): Added where it is the floor (negative: a floor block's input needs no gradient).
+        lowest_active (`tuple[float, ...]`): Added where it is the lowest active one (negative: that block's input
+            needs no gradient).
     """
 
     const: float
@@ -29,7 +30,7 @@ class LinearCost:
     lowest_active: tuple[float, ...]
 
     def expected(self, reach: Sequence[float], inclusion: Sequence[float]) -> float:
-        """Expected cost for `reach`, $P(f <= l)$, and `inclusion`, $p_l$, both with one entry a block."""
+        """Expected cost for `reach`, $P(f <= l)$, and `inclusion`, $p_l$, both with one entry per block."""
         at = [later - earlier for later, earlier in zip(reach, [0.0, *reach[:-1]], strict=True)]
         terms = zip(self.reached, reach, self.active, inclusion, self.lowest_active, at, strict=True)
         return self.const + math.fsum(r * q + a * p + s * d for r, q, a, p, s, d in terms)
@@ -49,7 +50,7 @@ def independent_reach(probabilities: Sequence[float]) -> tuple[list[float], list
 
 
 def reach_of(draws: Sequence[Sequence[bool]]) -> tuple[list[float], list[float]]:
-    """Return `(reach, inclusion)`, the frequencies in a sample of active sets of one flag a block."""
+    """Return `(reach, inclusion)`, the frequencies in a sample of active sets of one flag per block."""
     blocks = range(len(draws[0]))
     lowest_blocks = [next(i for i, on in enumerate(draw) if on) for draw in draws]
     reach = [sum(lowest_active <= i for lowest_active in lowest_blocks) / len(draws) for i in blocks]
@@ -62,11 +63,11 @@ def solve_active_fraction(
     """Return the active fraction at which the expected cost meets a budget.
 
     Args:
-        expected (`Callable[[float], float]`): Expected cost in units of a plain LoRA update; must not fall with the
+        expected (`Callable[[float], float]`): Expected cost in units of a plain LoRA step; must not fall with the
             fraction.
         budget (`float`): What it should be.
-        least (`float`, *optional*, defaults to `0.0`): Smallest fraction the design can draw (one arm, or every arm
-            at its floor).
+        least (`float`, *optional*, defaults to `0.0`): Smallest fraction that can be drawn (one arm, or every arm
+            at its least probability).
         most (`float`, *optional*, defaults to `1.0`): Largest fraction.
 
     Raises:
@@ -78,11 +79,11 @@ def solve_active_fraction(
             "use a cheaper ascent (ascent='partial' with a smaller ascent_fraction, or 'remembered'), or "
             "design='depth', whose active sets cost least"
             if budget < low
-            else f"set cost_budget={high:.3g} or active_fraction=1 to train every arm in every update"
+            else f"set cost_budget={high:.3g} or active_fraction=1 to train every arm in every step"
         )
         raise ValueError(
-            f"cost_budget={budget:g} is out of reach: with these settings an update costs between {low:.3f} and "
-            f"{high:.3f} plain LoRA updates on average; {advice}."
+            f"cost_budget={budget:g} is out of reach: with these settings a step costs between {low:.3f} and "
+            f"{high:.3f} plain LoRA steps on average; {advice}."
         )
     for _ in range(SOLVE_STEPS):
         middle = (least + most) / 2

@@ -1,4 +1,4 @@
-"""From settings to cost: what an update is expected to cost, and the active fraction that meets `cost_budget`.
+"""From settings to cost: what a step is expected to cost, and the active fraction that meets `cost_budget`.
 
 Expectations are those of the start, where every arm has the same probability. The bandit keeps the sum of the
 probabilities, so with `design="depth"` and equal blocks the expected cost stays where it is.
@@ -14,12 +14,12 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.budget import independent_reach, reach_of, solve_active_fraction
 from slsam_peft.cost.model import CostModel, Rule, Shapes
 
-DRAWS = 256  # active sets averaged over where a design's floor has no closed form
+DRAWS = 256  # active sets averaged over where the lowest active block has no closed form
 SEED = 0
 
 
 def rule_of(config: SLSAMConfig, cached_micro_batches: int | None = None) -> Rule:
-    """Return how updates run under `config`.
+    """Return how steps run under `config`.
 
     Args:
         config (`SLSAMConfig`): Read: `ascent`, `ascent_fraction`, `descent`, `rho`.
@@ -41,17 +41,17 @@ def active_names(arms: Sequence[Arm], mask: torch.Tensor) -> frozenset[str]:
 
 
 class ExpectedCost:
-    """Expected cost of an update, in units of a plain LoRA update, as a function of the active fraction.
+    """Expected cost of a step, in units of a plain LoRA step, as a function of the active fraction.
 
     Args:
         model (`CostModel`): The model's costs.
         arms (`Sequence[Arm]`): Its arms.
         config (`SLSAMConfig`): Read: `design`, `min_probability` and what `rule_of` reads.
-        shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of the micro-batches of a typical update.
-        rule (`Rule`, *optional*): How an update runs. Defaults to `rule_of(config)`.
+        shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of the micro-batches of a typical step.
+        rule (`Rule`, *optional*): How a step runs. Defaults to `rule_of(config)`.
 
     Raises:
-        ValueError: the design needs a depth order and the arms have none.
+        ValueError: the sampling scheme needs a depth order and the arms have none.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ExpectedCost:
         return 1.0 / len(self.arms)
 
     def inclusion(self, fraction: float) -> torch.Tensor:
-        """Return the inclusion probabilities the design realises at `fraction`, shape `(L,)`."""
+        """Return the inclusion probabilities the sampling scheme realises at `fraction`, shape `(L,)`."""
         return build_scheme(self.config, self._depths).inclusion(self._probabilities(fraction))
 
     def __call__(self, fraction: float) -> float:
@@ -105,8 +105,8 @@ class ExpectedCost:
     def _draws(self, p: torch.Tensor) -> list[tuple[bool, ...]]:
         if bool((p == 1.0).all()):
             return [(True,) * len(p)]
-        design, generator = build_scheme(self.config, self._depths), torch.Generator().manual_seed(SEED)
-        return [tuple(design(p, generator).tolist()) for _ in range(DRAWS)]
+        scheme, generator = build_scheme(self.config, self._depths), torch.Generator().manual_seed(SEED)
+        return [tuple(scheme(p, generator).tolist()) for _ in range(DRAWS)]
 
     def _cost(self, mask: tuple[bool, ...]) -> float:
         return self.model.ratio(active_names(self.arms, torch.tensor(mask)), self.shapes, self.rule)

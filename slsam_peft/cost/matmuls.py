@@ -24,7 +24,7 @@ _ROLES = {"q": ("q_proj", "query"), "k": ("k_proj", "key"), "v": ("v_proj", "val
 
 @dataclass(frozen=True)
 class Matmul:
-    """One linear map of `features = in_features * out_features` multiply-adds a token.
+    """One linear map of `features = in_features * out_features` multiply-adds per token.
 
     Args:
         name (`str`): Name of the module.

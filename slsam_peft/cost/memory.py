@@ -26,7 +26,7 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768  # tile of TRL's fused head
 RUNTIME_BYTES = 0.75 * 2**30  # CUDA context and library workspaces; differs between drivers and GPUs
 BLOCKWISE_BYTES, SMALL = 1 + 4 / 256, 4096  # bitsandbytes' 8-bit states; tensors of fewer entries keep 32 bits
 
-# Number of states a parameter (-1: factored), and whether they are 8-bit (8), 32-bit (32) or of its own dtype (0).
+# Number of states per parameter (-1: factored), and whether they are 8-bit (8), 32-bit (32) or of its own dtype (0).
 OPTIMIZERS: dict[str, tuple[int, int]] = {
     "adafactor": (-1, 32),
     "adagrad": (1, 0),
@@ -54,7 +54,7 @@ class MemorySettings:
         four_bit (`bool`, *optional*, defaults to `False`): Whether frozen linear modules are kept in NF4.
         nested (`bool`, *optional*, defaults to `False`): Whether their absmax is quantised too.
         compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): What autocast computes in.
-        prefix_limit_bytes (`float`, *optional*): Most memory for kept hidden states. Defaults to 1 GiB.
+        hidden_state_cache_limit_bytes (`float`, *optional*): Most memory for kept hidden states. Defaults to 1 GiB.
     """
 
     optimizer: str = "adamw_torch_fused"
@@ -85,18 +85,18 @@ def memory_of(
     """Return bytes by part, the estimated peak under `"total"`.
 
     Of a block's graph and the head's tile only the larger counts towards the total, since they never exist together
-    where blocks are checkpointed. Every arm is taken to be active, which is the most an update needs.
+    where blocks are checkpointed. Every arm is taken to be active, which is the most a step needs.
 
     Args:
         model (`nn.Module`): The model on the meta device, its adapters in the dtype they are trained in.
         cost (`CostModel`): Its costs, for the blocks and whether they are checkpointed.
-        shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of the micro-batches of an update.
-        rule (`Rule`): How an update runs.
+        shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of the micro-batches of a step.
+        rule (`Rule`): How a step runs.
         settings (`MemorySettings`): The rest.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     shapes = rule.run_on(shapes)
-    remembered = rule.ahead or (rule.perturbed and rule.ascent == "remembered")
+    stale = rule.ahead or (rule.perturbed and rule.ascent == "remembered")
     adapters = float(sum(p.numel() * p.element_size() for p in trained))
     largest = max(shapes, key=lambda shape: shape[0] * shape[1])
     block = block_activations(model, cost.decoder.block_names[0], largest, settings.compute_dtype)
@@ -107,7 +107,7 @@ def memory_of(
         "adapters": adapters,
         "gradients": adapters,
         "perturbation": adapters * (rule.perturbed + rule.ahead),  # w + e, and the gradient of the next ascent
-        "remembered": 2.0 * sum(p.numel() for p in trained) if remembered else 0.0,
+        "remembered": 2.0 * sum(p.numel() for p in trained) if stale else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, hidden, rule),
         "block": (block.saved if cost.checkpointing else 0.0) + 2 * block.largest + unpacked,
@@ -227,7 +227,7 @@ def _optimizer_bytes(p: nn.Parameter, name: str) -> float:
 def _kept_graph(cost: CostModel, block: Activations, hidden: list[float], rule: Rule) -> float:
     """Bytes kept between forward and backward: block inputs where blocks are checkpointed, else all they save."""
     per_block = block.hidden if cost.checkpointing else block.saved
-    # A sparse ascent keeps the graph below the floor for the dense descent, of every micro-batch it has seen.
+    # For the dense descent a sparse ascent keeps the graph below its lowest active block, of every micro-batch.
     kept = sum(hidden[: rule.reusable(len(hidden))]) / block.hidden if rule.descent == "all" else 0.0
     return len(cost) * per_block * max(1.0, kept)
 

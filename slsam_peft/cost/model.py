@@ -1,11 +1,11 @@
-r"""What an update costs, in matmul FLOPs, predicted from the model's structure and the active set alone.
+r"""What a step costs, in matmul FLOPs, predicted from the model's structure and the active set alone.
 
 Counted as `torch.utils.flop_counter.FlopCounterMode` counts: a product of $m \times k$ and $k \times n$ is $2mnk$. The
 attention is the eager one, all $T \times T$ scores. The head is TRL's fused one, which keeps no logits: its backward
 pass computes them again before their gradient. Not counted, below 2 % together: rotary products, routers, the norms
 of DoRA.
 
-Every kind of update has one form: with the floor $f$ = index of the lowest active block,
+Every kind of step has one form: with $f$ the index of the lowest active block,
 
 $$\mathrm{cost} = \mathrm{const} + \sum_{l \ge f} \mathrm{term}_l(\text{active?}, l = f),$$
 
@@ -26,7 +26,7 @@ Active = Sequence[bool] | Collection[str]
 
 
 class _Parts(NamedTuple):
-    """What the passes run on: everything, the part of pass 1, and the part of pass 2 that starts at the floor."""
+    """What the passes run on: everything, the part of pass 1, and the part of pass 2 that is cut."""
 
     total: Size
     first: Size
@@ -35,16 +35,16 @@ class _Parts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How an update runs; names and meanings as in `SLSAMConfig`.
+    """How a step runs; names and meanings as in `SLSAMConfig`.
 
     Args:
         ascent (`str`, *optional*, defaults to `"two_pass"`): `"two_pass"`, `"partial"`, `"remembered"` or `"ahead"`.
-        ascent_fraction (`float`, *optional*, defaults to `0.25`): Share of the update's sequences in a partial ascent,
-            and of the next one's in an ascent that runs ahead.
+        ascent_fraction (`float`, *optional*, defaults to `0.25`): Share of the step's sequences in a partial ascent,
+            and of the next one's in a look-ahead ascent.
         descent (`str`, *optional*, defaults to `"active"`): `"active"` or `"all"`.
         perturbed (`bool`, *optional*, defaults to `True`): `False` where `rho` is 0: one pass and no branch.
-        reused (`int`, *optional*): Most micro-batches whose second pass starts at the floor; 0 where prefix reuse is
-            off. Defaults to all of them.
+        reused (`int`, *optional*): Most micro-batches whose second pass starts at the lowest active block; 0 where the
+            hidden-state cache is off. Defaults to all of them.
     """
 
     ascent: str = "two_pass"
@@ -55,7 +55,7 @@ class Rule:
 
     @property
     def ahead(self) -> bool:
-        """Whether sequences of the next update run ahead; w + e is then taken as it is, without a branch."""
+        """Whether sequences of the next step ride along; w + e is then taken as it is, without a branch."""
         return self.perturbed and self.ascent == "ahead"
 
     def ascents(self, count: int) -> int:
@@ -65,13 +65,13 @@ class Rule:
         return count if self.ascent == "two_pass" else ascent_share(self.ascent_fraction, count)
 
     def reusable(self, count: int) -> int:
-        """Return for how many of `count` micro-batches the second pass starts at the floor."""
+        """Return for how many of `count` micro-batches the second pass starts at the lowest active block."""
         if self.ascent == "partial" and count == 1:
             return 0  # the hidden states of a part of the batch fit no other pass
         return self.ascents(count) if self.reused is None else min(self.ascents(count), self.reused)
 
     def run_on(self, shapes: Shapes) -> Shapes:
-        """Return the micro-batches with the sequences of the next update that run ahead in them."""
+        """Return the micro-batches with the sequences of the next step that ride along in them."""
         if not self.ahead:
             return shapes
         return [(batch + ascent_share(self.ascent_fraction, batch), length) for batch, length in shapes]
@@ -95,13 +95,13 @@ def ascent_share(fraction: float, count: int) -> int:
 
 @dataclass(frozen=True)
 class CostModel:
-    """FLOPs of training updates of one model.
+    """FLOPs of training steps of one model.
 
     Args:
         decoder (`Decoder`): Its matmuls.
         checkpointing (`bool`): Whether blocks are checkpointed, that is run again in the backward pass.
         reentrant (`bool`, *optional*, defaults to `False`): Whether checkpointing is the reentrant kind, which runs
-            blocks again to their end and gives the floor block an input that requires a gradient.
+            blocks again to their end and gives the lowest active block an input that requires a gradient.
     """
 
     decoder: Decoder
@@ -134,7 +134,7 @@ class CostModel:
         return len(self.decoder.blocks)
 
     def plain(self, shapes: Shapes) -> float:
-        """FLOPs of a plain LoRA update of `SFTTrainer` on micro-batches of `(batch, length)`.
+        """FLOPs of a plain LoRA step of `SFTTrainer` on micro-batches of `(batch, length)`.
 
         With checkpointing TRL lets the embeddings' output require a gradient, so that backpropagation runs through
         the input of block 0 as well.
@@ -147,24 +147,24 @@ class CostModel:
         return total
 
     def lora_sam(self, shapes: Shapes) -> float:
-        """FLOPs of a SAM update of all adapters: two plain ones."""
+        """FLOPs of a SAM step of all adapters: two plain ones."""
         return 2 * self.plain(shapes)
 
     def step(
         self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
     ) -> float:
-        """FLOPs of an update.
+        """FLOPs of a step.
 
         Args:
             active (`Sequence[bool]` or `Collection[str]`): The active blocks, one flag each, or the names of the
                 active parameters as in `model.named_parameters()`, for arms finer than a block or outside the blocks.
             shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of each micro-batch.
-            rule (`Rule`, *optional*): How the update runs. Defaults to exact two-pass SL-SAM.
+            rule (`Rule`, *optional*): How the step runs. Defaults to exact two-pass SL-SAM.
             branches (`Collection[str]`, *optional*): Names of the parameters perturbed by an additive branch. Defaults
                 to the weights of all active factors.
 
         Raises:
-            ValueError: nothing is active, or the flags are not one a block.
+            ValueError: nothing is active, or the flags are not one per block.
         """
         per_block, below, head = self._split(active)
         parts = rule.parts(shapes)
@@ -179,7 +179,7 @@ class CostModel:
     def ratio(
         self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
     ) -> float:
-        """Cost of an update in units of a plain LoRA update on the same micro-batches; arguments as in `step`."""
+        """Cost of a step in units of a plain LoRA step on the same micro-batches; arguments as in `step`."""
         return self.step(active, shapes, rule, branches) / self.plain(shapes)
 
     def forward_flops(self, names: Collection[str], shapes: Shapes) -> float:
@@ -223,11 +223,11 @@ class CostModel:
         else:
             per_block = [block.trainable if on else NONE for block, on in zip(blocks, active, strict=True)]
         if not (below or head or any(per_block)):
-            raise ValueError("the active set is empty; an update needs at least one trainable parameter.")
+            raise ValueError("the active set is empty; a step needs at least one trainable parameter.")
         return per_block, below, head
 
     def _const(self, parts: _Parts, rule: Rule, head_active: bool) -> float:
-        """Cost of what runs wherever the floor lies: forward passes below it, the head, a dense descent."""
+        """Cost of what runs wherever the cut lies: forward passes below it, the head, a dense descent."""
         cost = self._head(parts.first, head_active) + self._head(parts.total, head_active)
         rest = parts.total.minus(parts.reused)
         for i, block in enumerate(self.decoder.blocks):
@@ -247,7 +247,7 @@ class CostModel:
         rule: Rule,
         branches: frozenset[str] | None = None,
     ) -> float:
-        """Cost that block `index` adds when it lies at or above the floor, `names` being what is active in it."""
+        """Cost that block `index` adds when it is not below the cut, `names` being what is active in it."""
         branched = rule.perturbed and not rule.ahead
         branches = (names if branches is None else branches) if branched else NONE
         dense = rule.descent == "all"
@@ -257,7 +257,7 @@ class CostModel:
         ascent = self._passes(index, trained, at_lowest)
         plain = self._passes(index, trained, at_bottom if dense else at_lowest)
         moved = self._passes(index, trained, at_bottom if dense else at_lowest, branches)
-        # A dense descent runs below the floor too: only the branch comes on top of what `_const` counts.
+        # A dense descent runs below the lowest active block too: only the branch comes on top of what `_const` counts.
         back = moved.back.minus(plain.back) if dense else moved.back
         rest = parts.total.minus(parts.reused)
         return (

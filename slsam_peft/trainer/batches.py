@@ -106,7 +106,7 @@ class Joined(NamedTuple):
 def join(inputs: Mapping[str, Any], coming: Mapping[str, Any] | None, fraction: float) -> Joined:
     """Put the first sequences of the next batch behind those of this one.
 
-    The host reads two numbers of the next batch, which has been on its device for an update.
+    The host reads two numbers of the next batch, which has been on its device since the step before.
 
     Args:
         inputs (`Mapping`): This batch: tensors of shape `(batch, length)`.

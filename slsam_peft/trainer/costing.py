@@ -1,4 +1,4 @@
-"""The price of a trainer's updates in plain LoRA updates: predicted for the log, solved for where it is budgeted."""
+"""The price of a trainer's steps in plain LoRA steps: predicted for the log, solved for where it is budgeted."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from slsam_peft.cost.model import CostModel, Rule
 
 
 class StepCost:
-    """Predicts the cost of each update from its active set and the shapes of its micro-batches.
+    """Predicts the cost of each step from its active set and the shapes of its micro-batches.
 
     Args:
         model (`CostModel`): The model's FLOPs.
@@ -21,8 +21,8 @@ class StepCost:
         config (`SLSAMConfig`): Settings.
 
     Attributes:
-        shapes (`list[tuple[int, int]]`): Micro-batches of the update in progress; the caller fills it.
-        joined (`tuple[int, int]` or `None`): Its only one with the sequences of the next update that run ahead in it.
+        shapes (`list[tuple[int, int]]`): Micro-batches of the step in progress; the caller fills it.
+        joined (`tuple[int, int]` or `None`): Its only one with the sequences of the next step that ride along in it.
     """
 
     def __init__(self, model: CostModel, arms: Arms, config: SLSAMConfig) -> None:
@@ -33,7 +33,7 @@ class StepCost:
         self.joined: tuple[int, int] | None = None
 
     def __call__(self, step: Step) -> float:
-        """Return the cost in plain LoRA updates; the one-off check of prefix reuse is not in it."""
+        """Return the cost in plain LoRA steps; the one-off check of the hidden-state cache is not in it."""
         names, rule = active_names(self.arms, step.mask), rule_of(self.config, step.cached)
         if self.joined is None:
             return self.model.ratio(names, self.shapes, rule)
@@ -49,11 +49,11 @@ def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostMode
         config (`SLSAMConfig`): Read: `cost_budget`, which cannot do without a cost model.
 
     Raises:
-        ValueError: `cost_budget` is set and there is no cost model, or no lowest active block to cut at.
+        ValueError: `cost_budget` is set and there is no cost model, or no block to cut at.
     """
     args: Any = trainer.args
     trained: Any = trainer.model
-    model, reason = None, "only SFTTrainer's updates can be counted."
+    model, reason = None, "only SFTTrainer's steps can be counted."
     if isinstance(trainer, SFTTrainer):
         reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False))
         try:
@@ -75,7 +75,7 @@ def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostMode
     below = [arm.name for arm in arms if arm.depth is None or arm.depth < 0]
     if below:
         raise ValueError(
-            f"cost_budget={config.cost_budget} needs a floor to cut at, and {below[0]!r} lies below the blocks: its "
-            "updates run to the bottom. Do not train embeddings, or leave cost_budget unset and set active_fraction."
+            f"cost_budget={config.cost_budget} needs a block to cut at, and {below[0]!r} lies below the blocks: its "
+            "steps run to the bottom. Do not train embeddings, or leave cost_budget unset and set active_fraction."
         )
     return model

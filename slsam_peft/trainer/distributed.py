@@ -25,7 +25,7 @@ def wait_for_ranks() -> None:
 
 
 def average_over_ranks(gradients: list[torch.Tensor]) -> None:
-    """Replace each gradient by its mean over all ranks, in place; one message a dtype and device.
+    """Replace each gradient by its mean over all ranks, in place; one message per dtype and device.
 
     Args:
         gradients (`list[torch.Tensor]`): The same tensors, in the same order, on every rank. Only active arms' are

@@ -29,7 +29,7 @@ def muted(trainer: Any) -> Iterator[None]:
     """Run a loss without logging it.
 
     TRL's `compute_loss` appends to `_metrics`, adds to `_total_train_tokens` and synchronises with the host three
-    times a call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the
+    times per call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the
     third returns zeros on the host; for `KTOTrainer` it stays, since the loss itself depends on what it gathers.
 
     Args:

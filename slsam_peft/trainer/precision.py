@@ -67,7 +67,7 @@ def warn_if_low_precision(model: nn.Module) -> None:
         logger.warning(
             "the adapter is trained in %s: once the learning rate has decayed, updates round to nothing there. "
             "float32 adapters (adapter_dtype='float32' on a quantised base, PEFT's autocast_adapter_dtype=True "
-            "elsewhere) cost 12 bytes more a parameter and keep them.",
+            "elsewhere) cost 12 bytes more per parameter and keep them.",
             " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)),
         )
 

@@ -1,4 +1,4 @@
-"""What a trainer must not ask for, and what its optimizer must hold: checked before the first update."""
+"""What a trainer must not ask for, and what its optimizer must hold: checked before the first step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def check_trainer(trainer: Any) -> None:
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and an update here "
+            "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and a step here "
             "needs two. Use DDP (torchrun or accelerate launch)."
         )
     if trainer.is_fsdp_enabled or getattr(trainer.args, "fsdp", None):  # on a CPU accelerate ignores what args ask for
@@ -29,18 +29,18 @@ def check_trainer(trainer: Any) -> None:
     if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
         raise ValueError(
             "the model's parameters are sharded (DTensor, by FSDP2 or tensor parallelism), which is not supported: "
-            "their gradients are exchanged inside the backward pass, and an update here needs two. Use DDP, or a "
+            "their gradients are exchanged inside the backward pass, and a step here needs two. Use DDP, or a "
             "quantised base on one device."
         )
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"one process for {trainer.args.n_gpu} GPUs is not supported: torch.nn.DataParallel copies the model in "
-            "every pass, and the copies know neither arms nor perturbation. Start one process a GPU (torchrun or "
+            "every pass, and the copies know neither arms nor perturbation. Start one process per GPU (torchrun or "
             "accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)."
         )
     if trainer.args.torch_compile or any(_is_compiled(module) for module in trainer.model.modules()):
         raise ValueError(
-            "torch.compile is not supported: active arms change in every update, so every update would be compiled "
+            "torch.compile is not supported: active arms change in every step, so every step would be compiled "
             "again. Set torch_compile=False and pass the model as it was before torch.compile."
         )
     if hasattr(trainer, "_generate_and_score_completions"):
@@ -75,7 +75,7 @@ def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
 
 
 def check_ahead(trainer: Any) -> None:
-    """Refuse trainers whose updates are no single pass over padded sequences of text.
+    """Refuse trainers whose steps are no single pass over padded sequences of text.
 
     Raises:
         ValueError: no `SFTTrainer`, several ranks, gradient accumulation, packed or padding-free batches, or a loss
@@ -89,10 +89,10 @@ def check_ahead(trainer: Any) -> None:
     elif args.world_size > 1:
         reason = f"runs in one process, and there are {args.world_size}"
     elif args.gradient_accumulation_steps > 1:
-        reason = f"needs one micro-batch an update, and gradient_accumulation_steps={args.gradient_accumulation_steps}"
+        reason = f"needs one micro-batch per step, and gradient_accumulation_steps={args.gradient_accumulation_steps}"
         instead += ": one of the micro-batches makes the ascent, at the same cost"
     elif args.packing or args.padding_free:
-        reason = "needs a row a sequence, and packing or padding_free puts several into one"
+        reason = "needs one sequence per row of the batch, and packing or padding_free puts several into one"
         instead += " with gradient accumulation"
     elif trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
         reason = "needs TRL's own loss, normalised by num_items_in_batch, and here is another one"

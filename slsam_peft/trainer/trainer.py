@@ -60,8 +60,8 @@ class SLSAMMixin(_Base):
     overrides is `training_step`; `get_batch_samples` looks a batch ahead for `ascent="ahead"`;
     `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state in checkpoints;
     `_load_from_checkpoint` and `_load_best_model` keep the adapter's precision, and the best model's sampler comes
-    with it; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from whole
-    ones and ends with its last update; `_save` writes `slsam.json` beside the adapter, see
+    with it; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from
+    intact checkpoints and ends with its last step; `_save` writes `slsam.json` beside the adapter, see
     `slsam_peft.saving.record`.
 
     Args:
@@ -73,36 +73,39 @@ class SLSAMMixin(_Base):
 
     Raises:
         ValueError: a set-up that is not supported (DeepSpeed, FSDP, torch.compile, GRPO); no trainable parameter; an
-            optimizer that lacks some arms. All before the first update.
+            optimizer that lacks some arms. All before the first step.
     """
 
     def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
         if slsam_config is not None and not isinstance(slsam_config, SLSAMConfig):
             raise TypeError(f"slsam_config={slsam_config!r} must be an SLSAMConfig.")
         self.slsam_config = slsam_config or SLSAMConfig()
+        # TRL casts the adapter of a quantized base while it builds the trainer: copies go around that.
         model = kwargs.get("model", args[0] if args else None)
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
         if self._looks_ahead:
             check_ahead(self)
-        self._slsam_batches: Lookahead | None = None
-        self._slsam_goes_on = False
         keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
         warn_if_low_precision(self.model)
+        # Set when training starts, or when a checkpoint is loaded.
         self._slsam: SLSAM | None = None
+        self._slsam_batches: Lookahead | None = None
+        self._slsam_goes_on = False
         self._slsam_restored = False
         self._slsam_unsolved = False
         self._slsam_index = 0
         self._slsam_checkpoint: str | None = None
         self._slsam_trace: TraceFile | None = None
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
+        # Model cards: PEFT's takes its tags from the model, TRL's from the trainer.
         tags = describe(self.slsam_config)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(tags)
-        if hasattr(self, "_tag_names"):  # TRL's own model card, written with checkpoints, takes its tags from here
+        if hasattr(self, "_tag_names"):
             self._tag_names = [*self._tag_names, *tags]
         name_on_cards(self)
         self.add_callback(_TrainingSpan(self))
@@ -159,12 +162,12 @@ class SLSAMMixin(_Base):
         return self.slsam_config.ascent == "ahead" and self.slsam_config.rho > 0
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
-        """Take an update's batches from the epoch, as the trainer does; with `ascent="ahead"` see the next one."""
+        """Take a step's batches from the epoch, as the trainer does; with `ascent="ahead"` see the next one."""
         if not self._looks_ahead:
             return super().get_batch_samples(epoch_iterator, *args, **kwargs)
         if self._slsam_batches is None:
             self._slsam_batches = Lookahead(epoch_iterator)
-            if not self._slsam_goes_on:  # what is remembered is of a batch that does not come
+            if not self._slsam_goes_on:  # the stale gradients are of a batch that does not come
                 self.slsam.memory.replace({})
             self._slsam_goes_on = False
         return super().get_batch_samples(self._slsam_batches, *args, **kwargs)
@@ -172,12 +175,12 @@ class SLSAMMixin(_Base):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run this micro-batch's passes; with the last one of an update `.grad` holds the descent gradient.
+        """Run this micro-batch's passes; with the last one of a step `.grad` holds the descent gradient.
 
         The only change to the trainer's `training_step` is how often, on what and at which weights it runs. Its
         arguments and result are unchanged; the result is the loss at w, and at w + e for `ascent="partial"` and
         `"remembered"`, which never compute it at w. For `"ahead"` it is the mean over this batch's tokens at w + e and
-        those of the next one's sequences that run ahead, at w.
+        those of the next one's sequences that ride along, at w.
         """
         index, count = self._slsam_index, self.current_gradient_accumulation_steps
         self._slsam_index = (index + 1) % count
@@ -258,7 +261,7 @@ class SLSAMMixin(_Base):
         self._slsam_cost.shapes.append(batch_shape(inputs))
 
     def _log_step(self) -> None:
-        """Hand the update's numbers, read already, to TRL's averages."""
+        """Hand the step's numbers, read already, to TRL's averages."""
         metrics = getattr(self, "_metrics", None)
         if metrics is None:
             return
@@ -272,7 +275,7 @@ class SLSAMMixin(_Base):
             write_record(self, output_dir or self.args.output_dir)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the trainer does; with `resume_from_checkpoint=True` from the newest checkpoint that is whole.
+        """Train as the trainer does; with `resume_from_checkpoint=True` from the newest intact checkpoint.
 
         Raises:
             ValueError: the checkpoint asked for was cut short while it was saved, or `True` and there is none.
@@ -285,7 +288,7 @@ class SLSAMMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The trainer looks for the last update after each one: resumed behind it, it would make one more.
+        # The trainer looks for the last step after each one: resumed behind it, it would make one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -340,7 +343,7 @@ class SLSAMMixin(_Base):
         try:
             load_state(self.slsam, self.state.best_model_checkpoint)
         except StateMismatchError as error:  # all that was trained is there: no reason to end with an error
-            logger.warning("The sampler stays that of the last update: %s", error)
+            logger.warning("The sampler stays that of the last step: %s", error)
 
 
 class SLSAMTrainer(SLSAMMixin, SFTTrainer):

@@ -1,4 +1,4 @@
-"""Micro-batches through SFTTrainer: an update is the plain two-pass on their union, and a bad one skips it whole."""
+"""Micro-batches through SFTTrainer: a step is the plain two-pass on their union, and a bad one skips it whole."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ RATE = 0.05
 
 
 class Recording(SLSAMTrainer):
-    """Keeps every micro-batch, and the active set of every update."""
+    """Keeps every micro-batch, and the active set of every step."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -50,7 +50,7 @@ def summed_loss(model, parts):
 
 @pytest.mark.parametrize("settings", [{}, {"descent": "all", "design": "depth"}, {"granularity": "module"}])
 def test_training_follows_a_plain_reference(settings, tmp_path):
-    """Three micro-batches of two an update, of unequal length, against clone-run-move-run-put-back with plain SGD."""
+    """Three micro-batches of two per step, of unequal length, against clone-run-move-run-put-back with plain SGD."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.5, **settings)
     trainer = train(
         Recording,
@@ -92,7 +92,7 @@ def test_training_follows_a_plain_reference(settings, tmp_path):
 
 
 class Faulty(SLSAMTrainer):
-    """Makes the loss NaN in the given passes, counted from 1; checks what an update leaves behind."""
+    """Makes the loss NaN in the given passes, counted from 1; checks what a step leaves behind."""
 
     bad = ()
     passes = 0
@@ -109,7 +109,7 @@ def faulty(*bad):
 
 OPTIMIZERS = ["adamw_torch", "sgd", "adafactor", "paged_adamw_8bit"]
 
-# An update of two micro-batches is four passes; one forward alone checks prefix reuse, in the first update.
+# A step of two micro-batches is four passes; one forward alone checks the hidden-state cache, in the first step.
 ASCENT, DESCENT = (6, 7), (8, 9)
 
 

@@ -1,4 +1,4 @@
-"""`ascent="ahead"` through SFTTrainer: one pass an update, in which a sequence of the next batch makes its ascent."""
+"""`ascent="ahead"` through SFTTrainer: one pass per step, in which a sequence of the next batch makes its ascent."""
 
 import copy
 import math
@@ -42,8 +42,8 @@ def unpadded(batch, row):
     return batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
 
 
-def test_each_step_is_one_pass_over_its_batch_and_a_row_of_the_next(tmp_path):
-    """Ten rows are four batches of three an epoch, the last of one row; nothing runs ahead into the next epoch."""
+def test_each_step_is_one_pass_over_its_batch_and_a_sequence_of_the_next(tmp_path):
+    """Ten sequences are four batches of at most three per epoch; nothing looks ahead into the next epoch."""
     settings = {"per_device_train_batch_size": 3, "max_steps": -1, "num_train_epochs": 2, "data": texts(10)}
     trainer = build(Recording, tmp_path / "ours", CONFIG, **settings)
     trainer.train()
@@ -69,7 +69,7 @@ def test_each_step_is_one_pass_over_its_batch_and_a_row_of_the_next(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 def test_training_follows_a_plain_reference(reentrant, tmp_path):
-    """Rows of unequal length, plain SGD: e from the row's gradient one update earlier, g' from the batch at w + e."""
+    """Unequal lengths, plain SGD: e from a sequence's gradient one step earlier, g' from the batch at w + e."""
     trainer = train(
         Recording,
         tmp_path,
@@ -126,7 +126,7 @@ def gradient_at(model, parameters, ascent, batch):
 
 @pytest.mark.parametrize("cut", [2, 4], ids=["within an epoch", "between epochs"])
 def test_resumed_training_goes_on_bit_for_bit(cut, tmp_path):
-    """Four updates an epoch, shuffled, with dropout: what ran ahead of the checkpoint is in it."""
+    """Four steps per epoch, shuffled, with dropout: the look-ahead gradients at the checkpoint are in it."""
     settings = {
         "per_device_train_batch_size": 3,
         "max_steps": 7,
@@ -159,7 +159,7 @@ class Faulty(SLSAMTrainer):
         return loss * math.nan if self.calls == self.bad else loss
 
 
-def test_a_bad_pass_is_skipped_and_nothing_of_it_remembered(tmp_path):
+def test_a_bad_pass_is_skipped_and_nothing_of_it_kept(tmp_path):
     trainer = build(Faulty, tmp_path, CONFIG, per_device_train_batch_size=3, max_steps=2, data=texts(12))
     trainer.train()
     assert trainer.slsam.skipped == 1
@@ -178,13 +178,13 @@ def test_a_pass_that_is_interrupted_leaves_the_model_as_it_was(tmp_path):
     trainer = build(Interrupted, tmp_path, CONFIG, per_device_train_batch_size=3, max_steps=4, data=texts(12))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer.slsam.memory.gradients, "what ran ahead of this update is still there"
+    assert trainer.slsam.memory.gradients, "the look-ahead gradients for this step are still there"
     assert not any("forward" in vars(linear) for linear in trainer.slsam.runner.linears)
     assert all(p.grad is None and p.requires_grad for arm in trainer.slsam.arms for p in arm.parameters)
 
 
 REFUSED = {
-    "accumulation": ({"gradient_accumulation_steps": 2}, r"one micro-batch an update.*=2; use ascent='partial': one"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, r"one micro-batch per step.*=2; use ascent='partial': one"),
     "packing": ({"packing": True, "max_length": 32}, r"packing or padding_free .* use ascent='partial' with gradient"),
     "padding-free": ({"padding_free": True, "max_length": None}, "packing or padding_free"),
 }
@@ -234,7 +234,7 @@ def test_batches_of_something_else_are_refused_by_name(change):
 def test_an_epoch_of_one_batch_is_told(tmp_path, caplog):
     trainer = build(SLSAMTrainer, tmp_path, CONFIG, per_device_train_batch_size=4, max_steps=3, data=texts(4))
     trainer.train()
-    assert sum("nothing runs ahead" in record.message for record in caplog.records) == 1
+    assert sum("no sequences come after it" in record.message for record in caplog.records) == 1
     assert trainer._slsam_batches is None, "no batch and no worker process outlives the epoch"
 
 

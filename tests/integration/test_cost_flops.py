@@ -128,7 +128,7 @@ def test_thin_llama_within_one_percent_of_the_bare_counter(build):
 
 
 class _Masks(TrainerCallback):
-    """Keeps the active set of every update."""
+    """Keeps the active set of every step."""
 
     def __init__(self):
         self.seen = []
@@ -172,9 +172,9 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
     known, predicted = set(), 0.0
     for step, mask in enumerate(masks.seen, 1):
         names = active_names(arms, mask)
-        if config.ascent == "ahead" and step == len(masks.seen):  # no batch is left to run ahead of
+        if config.ascent == "ahead" and step == len(masks.seen):  # no batch is left to look ahead to
             rule = Rule(perturbed=False)
-        # Nothing is remembered of an arm before its first update, so it has no branch then.
+        # There is no gradient of an arm before its first step, so it has no branch then.
         predicted += cost.step(names, shapes, rule, known if config.ascent == "remembered" else None)
         known |= names
     lowest_blocks = [min(a.depth for a, on in zip(arms, mask.tolist(), strict=True) if on) for mask in masks.seen]

@@ -77,7 +77,7 @@ CASES = {
 
 
 def trained(folder, settings, micro_batches=1, checkpointing=True):
-    """Train three updates on random tokens; return the trainer and the peak of its live bytes."""
+    """Train three steps on random tokens; return the trainer and the peak of its live bytes."""
     torch.manual_seed(0)
     ids = torch.randint(0, WORDS - 2, (BATCH * micro_batches * 3, LENGTH)).tolist()
     args = SFTConfig(

@@ -20,7 +20,7 @@ CONFIG = SLSAMConfig(rho=0.1, active_fraction=0.5, design="fixed_size")
 
 
 class Half(SLSAMTrainer):
-    """Notes what each update found and left."""
+    """Notes what each step found and left."""
 
     scale = 1.0
     growth_interval = 10**6
@@ -67,7 +67,7 @@ def test_the_scale_does_not_move_the_trajectory(train):
 
 @pytest.mark.parametrize("ascent", ["two_pass", "remembered"])
 def test_changes_of_the_scale_do_not_move_the_trajectory(ascent, train):
-    """It doubles every second update; what is remembered of an arm may be older than the last change."""
+    """It doubles every second step; the stale gradient of an arm may be older than the last change."""
     config = replace(CONFIG, ascent=ascent, rho=1.0)
     constant, growing = train(2.0**10, 8, config), train(2.0**8, 8, config, growth_interval=2)
     assert growing.accelerator.scaler.get_scale() == 2.0**12
@@ -88,13 +88,13 @@ def assert_same_training(low, high):
 
 
 def test_an_overflow_leaves_everything_as_it_was(train):
-    """A scale far too large: updates are skipped and it is halved until gradients are finite."""
+    """A scale far too large: steps are skipped and it is halved until gradients are finite."""
     trainer = train(2.0**22, steps=9)
     skipped = trainer.slsam.skipped
     assert 0 < skipped < 9
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (22 - skipped)
     (weights, probabilities, moments), *_ = trainer.seen[0]
-    first = next(i for i, seen in enumerate(trainer.seen) if seen[3] == i)  # update that was not skipped
+    first = next(i for i, seen in enumerate(trainer.seen) if seen[3] == i)  # step that was not skipped
     assert first >= 2
     (after, learnt, moments_after), *_ = trainer.seen[first]
     assert all(torch.equal(after[n], w) for n, w in weights.items())

@@ -1,4 +1,4 @@
-"""Five thousand updates: nothing grows, nothing is left over, and the last update costs what the fiftieth did."""
+"""Five thousand steps: nothing grows, nothing is left over, and the last step costs what the fiftieth did."""
 
 import gc
 import statistics
@@ -17,7 +17,7 @@ from tests.watch import hooks
 pytestmark = pytest.mark.slow
 
 STEPS, FIRST, WARM, WINDOW = 5_000, 50, 500, 60
-# Of the process over 4,500 updates, below 3 KiB an update. It is flat but for steps of 2 to 4 MiB, the same in each
+# Of the process over 4,500 steps, below 3 KiB per step. It is flat but for steps of 2 to 4 MiB, the same in each
 # run, where a kind of active set comes for the first time: two or three of them after the warm-up.
 GROWTH_BYTES = 12 * 2**20
 
@@ -53,12 +53,12 @@ def test_the_last_step_is_like_the_fiftieth(name, record_property):
     model = decoder("llama", dropout=0.1, checkpointing=False, dtype=torch.float32)
     slsam = SLSAM(arms_of(model, "block"), SLSAMConfig(**SETTINGS[name]))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
-    closure, probe = closures(model, batch())
+    closure, forward_only = closures(model, batch())
     before, process = hooks(model), psutil.Process()
     early, late, seconds = {}, {}, []
 
     def step():
-        slsam.update(closure, forward_only=probe)
+        slsam.update(closure, forward_only=forward_only)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -85,4 +85,4 @@ def test_the_last_step_is_like_the_fiftieth(name, record_property):
     assert hooks(model) == before
     assert float(slsam.probabilities.sum()) == pytest.approx(slsam.bandit.mean * len(slsam.arms), abs=SUM)
     first, last = statistics.median(seconds[WARM:1000]), statistics.median(seconds[-500 - WINDOW : -WINDOW])
-    record_property("milliseconds an update, first and last", (1e3 * first, 1e3 * last))
+    record_property("milliseconds per step, first and last", (1e3 * first, 1e3 * last))

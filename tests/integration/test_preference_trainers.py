@@ -55,7 +55,7 @@ def build(case, folder, config=None, **settings):
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 def test_three_steps(case, checkpointing, tmp_path):
-    """The right arms move, what is logged of the first update is what the trainer logs without SL-SAM, and nothing is
+    """The right arms move, what is logged of the first step is what the trainer logs without SL-SAM, and nothing is
     left behind.
 
     TRL's preference trainers turn checkpointing off and on inside every loss, and each time transformers leaves a hook
@@ -79,7 +79,7 @@ def test_three_steps(case, checkpointing, tmp_path):
     added = ours_first.keys() - first.keys()
     assert "slsam/sharpness" in added
     assert all(name.startswith("slsam/") for name in added)
-    assert "slsam/cost" not in added, "only SFTTrainer's updates have a cost model"
+    assert "slsam/cost" not in added, "only SFTTrainer's steps have a cost model"
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
@@ -99,7 +99,7 @@ def test_both_passes_have_the_same_loss(case, tmp_path):
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 def test_a_cost_budget_is_refused(case, tmp_path):
     trainer = build(case, tmp_path, SLSAMConfig(cost_budget=1.0, design="depth"))
-    with pytest.raises(ValueError, match="needs a cost model, and only SFTTrainer's updates can be counted"):
+    with pytest.raises(ValueError, match="needs a cost model, and only SFTTrainer's steps can be counted"):
         trainer.train()
 
 
@@ -124,7 +124,7 @@ def test_a_partial_ascent_takes_whole_pairs(case, tmp_path):
 
 
 def test_a_part_of_a_batch_is_cut_by_example():
-    """Tensors and lists with an entry a sequence or an example are cut, anything else is passed on."""
+    """Tensors and lists with one entry per sequence or example are cut, anything else is passed on."""
     ids = torch.arange(12).reshape(6, 2)
     inputs = {"input_ids": ids, "ref_chosen_logps": torch.arange(3), "names": list("abc"), "rows": list("uvwxyz")}
     inputs |= {"scale": torch.tensor(2.0), "flag": True, "odd": torch.arange(5)}

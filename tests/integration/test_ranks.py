@@ -97,7 +97,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(name, seen, tmp_path):
 
 
 def test_an_own_loop_equals_one_process_to_rounding(seen):
-    """`SLSAM.update` in float64: the first gradient, and eight updates that carry on its rounding."""
+    """`SLSAM.update` in float64: the first gradient, and eight steps that carry on its rounding."""
     (report, tensors), (other_report, other) = seen("own loop")
     one, expected = own_loop()
     assert report == other_report
@@ -115,7 +115,7 @@ def test_only_gradients_of_active_arms_travel(seen):
     """
     for report, _ in seen("wire"):
         plain, ours = report["plain"], report["ours"]
-        assert plain["allreduce_"] >= 3 * 4 * report["all"], "a plain update sends every gradient"
+        assert plain["allreduce_"] >= 3 * 4 * report["all"], "a plain step sends every gradient"
         assert ours["allreduce_"] == sum(2 * 4 * size + LOSSES for size in report["active"])
         assert max(report["active"]) < report["all"]
         assert ours.keys() == plain.keys()
@@ -126,7 +126,7 @@ def test_only_gradients_of_active_arms_travel(seen):
 def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(name, seen):
     """Also where only the loss of one rank is NaN or infinite and every gradient is finite."""
     ranks = seen(name)
-    for bad in ("3", "4"):  # passes: the ascent and the descent of the second update
+    for bad in ("3", "4"):  # passes: the ascent and the descent of the second step
         assert_ranks_agree(
             [(report[bad], {n: w for n, w in weights.items() if n[0] == bad}) for report, weights in ranks]
         )
@@ -162,7 +162,7 @@ def test_sharded_parameters_are_refused(seen):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_training(tmp_path):
-    """Killed in the middle of an update: the other rank waits for its gradients, and ends with an error."""
+    """Killed in the middle of a step: the other rank waits for its gradients, and ends with an error."""
     began = time.monotonic()
     done = launch(tmp_path, "dying")
     ended = time.time()

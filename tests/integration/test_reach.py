@@ -24,7 +24,7 @@ REACH = {
     "remembered ascent": (SLSAMConfig(ascent="remembered", design="depth", cost_budget=0.65), 0.60, 0.67),
     "sparse ascent, dense descent": (SLSAMConfig(descent="all", design="depth", cost_budget=1.25), 1.2, 1.28),
 }
-PREDICTION = 0.02  # relative: the one-off reuse check and the low floors' rotary products are not predicted
+PREDICTION = 0.02  # relative: the one-off reuse check and the rotary products of the lowest blocks are not predicted
 
 
 def train(cls, **kwargs):

@@ -1,4 +1,4 @@
-"""The price of updates at the shape of Llama-3.1-8B, counted on the meta device: no weights, no values."""
+"""The price of steps at the shape of Llama-3.1-8B, counted on the meta device: no weights, no values."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 BATCH, LENGTH, STEPS = 4, 256, 3
 
-# settings, least and most allowed expected cost in plain LoRA updates
+# settings, least and most allowed expected cost in plain LoRA steps
 MODES = {
     "the paper's sampling": (SLSAMConfig(bandit="paper", active_fraction=0.2), 1.75, 1.85),
     "dense SAM": (SLSAMConfig(active_fraction=1.0), 1.99, 2.05),
@@ -40,7 +40,7 @@ def model():
 
 
 def closures(model, inputs):
-    """Return a closure and a probe whose head, like TRL's fused one, keeps no logits but computes them again."""
+    """Return a closure and a forward-only one. Their head computes logits twice, as the fused one of TRL does."""
     decoder = model.base_model.model
 
     def head_loss(hidden, labels):
@@ -75,7 +75,7 @@ def test_a_plain_step_is_as_predicted(model, plain):
 
 @pytest.mark.parametrize("name", MODES)
 def test_steps_cost_what_is_expected_and_what_is_predicted(name, model, plain, monkeypatch, record_property):
-    """The expectation meets the budget; each update's count meets its prediction, so their mean does as well."""
+    """The expectation meets the budget; each step's count meets its prediction, so their mean does as well."""
     config, least, most = MODES[name]
     monkeypatch.setattr(SLSAM, "_read", lambda self, values: torch.ones(values.shape, dtype=torch.float64))
     costs, arms, shapes = CostModel.from_model(model, checkpointing=True), arms_of(model, "block"), [(BATCH, LENGTH)]
@@ -85,12 +85,12 @@ def test_steps_cost_what_is_expected_and_what_is_predicted(name, model, plain, m
 
     slsam = SLSAM(arms, config, fraction=fraction)
     inputs = batch()
-    closure, probe = closures(model, inputs)
+    closure, forward_only = closures(model, inputs)
     part, _ = closures(model, ascent_part(inputs, config.ascent_fraction)[0])
     known, counted, predicted = set(), [], []
     for _ in range(STEPS):
         with FlopCounterMode(display=False) as counter:
-            slsam.update(closure, part, probe)
+            slsam.update(closure, part, forward_only)
         names = active_names(arms, slsam.active)
         counted.append(counter.get_total_flops())
         predicted.append(costs.step(names, shapes, rule_of(config), known if config.ascent == "remembered" else None))

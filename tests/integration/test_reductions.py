@@ -35,7 +35,7 @@ def test_no_radius_and_all_arms_is_plain_training_bitwise(checkpointing, accumul
     assert ours.slsam.steps == 3
 
 
-def test_no_radius_and_nothing_runs_ahead(tmp_path):
+def test_no_radius_and_no_look_ahead(tmp_path):
     plain = build(SFTTrainer, tmp_path / "plain")
     ours = build(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.0, ascent="ahead", active_fraction=1.0))
     plain.train()
@@ -45,7 +45,7 @@ def test_no_radius_and_nothing_runs_ahead(tmp_path):
 
 
 def test_short_last_groups_and_epochs_are_those_of_plain_training(tmp_path):
-    """Eleven rows are six micro-batches of up to two; an update of four is followed by one of two, in each epoch."""
+    """Eleven sequences are six micro-batches of up to two; a step of four is followed by one of two, in each epoch."""
     settings = {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 2, "data": texts(11)}
     plain = build(SFTTrainer, tmp_path / "plain", **settings)
     ours = build(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.0, active_fraction=1.0), **settings)
@@ -66,7 +66,7 @@ def test_training_without_adapters_is_plain_training(tmp_path):
 
 
 def test_reported_loss_accuracy_entropy_and_tokens_are_those_of_plain_training(tmp_path):
-    """In the first update the weights are equal; the second pass must not count."""
+    """In the first step the weights are equal; the second pass must not count."""
     plain = train(SFTTrainer, tmp_path / "plain", gradient_accumulation_steps=2)
     ours = train(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.1), gradient_accumulation_steps=2)
     for key in ("loss", "mean_token_accuracy", "entropy", "num_tokens"):
@@ -77,7 +77,7 @@ def test_reported_loss_accuracy_entropy_and_tokens_are_those_of_plain_training(t
 
 @pytest.mark.parametrize("settings", [{}, {"descent": "all", "design": "depth"}, {"granularity": "module"}])
 def test_four_micro_batches_of_two_are_one_of_eight(settings, tmp_path):
-    """Through SFTTrainer, with rows of unequal length and the loss normalised by the update's tokens."""
+    """Through SFTTrainer, with sequences of unequal length and the loss normalised by the step's tokens."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.6, **settings)
     split = train(
         SLSAMTrainer, tmp_path / "a", config, double=True, dropout=0.0, gradient_accumulation_steps=4, optim="sgd"
@@ -91,8 +91,8 @@ def test_four_micro_batches_of_two_are_one_of_eight(settings, tmp_path):
     torch.testing.assert_close(split.slsam.probabilities, whole.slsam.probabilities, rtol=FUSED_HEAD, atol=FUSED_HEAD)
 
 
-def test_an_ascent_on_a_row_is_one_on_a_micro_batch(tmp_path):
-    """Paid for by a row or by a micro-batch, it is the same training: its first row makes the ascent."""
+def test_an_ascent_on_a_sequence_is_one_on_a_micro_batch(tmp_path):
+    """Paid for by a sequence or by a micro-batch, it is the same training: its first sequence makes the ascent."""
     config = SLSAMConfig(rho=0.5, ascent="partial", ascent_fraction=0.34, active_fraction=1.0)
     common = {"double": True, "dropout": 0.0, "optim": "sgd"}
     rows = train(SLSAMTrainer, tmp_path / "a", config, per_device_train_batch_size=3, **common)

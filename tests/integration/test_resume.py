@@ -1,4 +1,4 @@
-"""2n updates in one go are n updates, a checkpoint, a new process and n more, bit for bit."""
+"""2n steps in one go are n steps, a checkpoint, a new process and n more, bit for bit."""
 
 import itertools
 import multiprocessing
@@ -57,17 +57,17 @@ def check(case, run, base_folder, folder):
         assert (whole / name).read_bytes() == (parted / name).read_bytes(), name
     moments = [v for n, v in load_file(whole / "end.safetensors").items() if n.endswith((".exp_avg", ".state1"))]
     assert {v.dtype for v in moments} == {torch.uint8 if "8bit" in others[0] else torch.float32}
-    assert any(v.any() for v in moments)  # lora_A has none after one update, since lora_B began with zeros
+    assert any(v.any() for v in moments)  # lora_A has none after one step, since lora_B began with zeros
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: "-".join(case[0]))
 def test_a_new_process_goes_on_bit_for_bit(case, run, base_folder, tmp_path):
-    """With three micro-batches an update, dropout and checkpointing: weights, moments, sampler, draws and logs."""
+    """With three micro-batches per step, dropout and checkpointing: weights, moments, sampler, draws and logs."""
     check(case, run, base_folder, Path(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL, ids=lambda case: "-".join([*case[0], case[1]]))
 def test_every_rule_goes_on_bit_for_bit(case, run, base_folder, tmp_path):
-    """Every ascent, design and bandit; optimizers, bases and kinds of checkpointing in turn."""
+    """Every ascent, sampling scheme and bandit; optimizers, bases and kinds of checkpointing in turn."""
     check(case, run, base_folder, Path(tmp_path))

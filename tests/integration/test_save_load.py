@@ -66,7 +66,7 @@ def test_the_model_card_of_a_checkpoint_names_the_paper(tmp_path):
 
 
 class Draws(TrainerCallback):
-    """Records what each update drew and where it left the probabilities."""
+    """Records what each step drew and where it left the probabilities."""
 
     def __init__(self):
         self.seen = {}
@@ -117,7 +117,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED.keys())
 def test_resuming_is_bitwise_going_on(settings, tmp_path):
-    """With three micro-batches an update and LoRA dropout: weights, optimizer, sampler and logs."""
+    """With three micro-batches per step and LoRA dropout: weights, optimizer, sampler and logs."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.5, **settings)
     common = {"gradient_accumulation_steps": 3, "peft_config": lora(lora_dropout=0.2)}
     assert_goes_on(tmp_path, config, **common)

@@ -46,7 +46,7 @@ def test_neftune(tmp_path):
 
 @pytest.mark.parametrize("config", [CONFIG, SLSAMConfig(ascent="remembered")], ids=["two_pass", "remembered"])
 def test_auto_find_batch_size_ends_like_the_size_it_finds(config, tmp_path):
-    """The first size raises an out-of-memory error in the first update; training starts anew with a smaller one."""
+    """The first size raises an out-of-memory error in the first step; training starts anew with a smaller one."""
     trainer = build(SLSAMTrainer, tmp_path / "a", config, auto_find_batch_size=True, per_device_train_batch_size=4)
     embed = trainer.model.get_input_embeddings()
     sizes = []
@@ -79,7 +79,7 @@ def test_streaming_data_set_trains_like_the_same_rows(tmp_path):
 
 def test_streaming_data_set_with_a_short_last_group(tmp_path, monkeypatch):
     """Ten rows are groups of three and two micro-batches of two. transformers makes no optimizer step for a stream's
-    short group; it is an update of its own here, and its gradient is not mixed into the next one.
+    short group; it is a step of its own here, and its gradient is not mixed into the next one.
     """
     data = texts(10).to_iterable_dataset()
     trainer = build(SLSAMTrainer, tmp_path, CONFIG, data=data, gradient_accumulation_steps=3, max_steps=3)
@@ -99,7 +99,7 @@ def test_streaming_data_set_with_a_short_last_group(tmp_path, monkeypatch):
 
 
 def test_added_chat_tokens_are_arms_at_the_bottom(tmp_path):
-    """TRL then trains rows of the embeddings and the head; an update that draws the embeddings runs to the bottom."""
+    """TRL then trains rows of the embeddings and the head; a step that draws the embeddings runs to the bottom."""
     chatty = make_tokenizer()
     chatty.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
     chatty.chat_template = chatty.chat_template.replace("<user>", "<|turn|>").replace("<eos>", "<|over|>")

@@ -24,7 +24,7 @@ STEPS, CUT = 6, 3
 
 
 class Draws(TrainerCallback):
-    """Records what each update drew, and the probabilities it left."""
+    """Records what each step drew, and the probabilities it left."""
 
     def __init__(self):
         self.masks, self.probabilities, self.trainer = [], [], None
@@ -53,7 +53,7 @@ def assert_same(one, two):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of six updates with a checkpoint after the third."""
+    """A run of six steps with a checkpoint after the third."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder, gradient_accumulation_steps=2, peft_config=lora(lora_dropout=0.2))
     return folder
@@ -94,7 +94,7 @@ class Listener(TrainerCallback):
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_callbacks_receive_every_number_of_the_sampler(every, tmp_path):
-    """Means over the updates since the last log, as the trainer's own numbers are."""
+    """Means over the steps since the last log, as the trainer's own numbers are."""
     listener = Listener()
     run(tmp_path, draws=listener, logging_steps=every, save_strategy="no", peft_config=lora(target_modules=["q_proj"]))
     logs = [logs for logs in listener.logs if logs]
@@ -181,7 +181,7 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
 
 
 def test_writes_are_rare_and_bounded_by_what_they_take(tmp_path, monkeypatch):
-    """200 s of updates of 10 ms: a write every 5 s; where a write takes 100 ms, every 40 s."""
+    """200 s of steps of 10 ms: a write every 5 s; where a write takes 100 ms, every 40 s."""
     trainer = train(SLSAMTrainer, tmp_path, SLSAMConfig(active_fraction=0.5, trace=False))
     for takes, most in ((0.001, 41), (0.1, 6)):
         clock, writes = [0.0], []

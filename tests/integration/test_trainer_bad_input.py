@@ -1,4 +1,4 @@
-"""Set-ups that cannot work are refused before the first update, with the value and what to do."""
+"""Set-ups that cannot work are refused before the first step, with the value and what to do."""
 
 from types import SimpleNamespace
 
@@ -211,12 +211,14 @@ def test_cost_budget_with_trained_embeddings(tmp_path):
         SLSAMConfig(cost_budget=1.0, design="depth"),
         peft_config=lora(target_modules=["q_proj", "embed_tokens"]),
     )
-    with pytest.raises(ValueError, match=r"cost_budget=1\.0 needs a floor .*embed_tokens.* lies below the blocks"):
+    with pytest.raises(
+        ValueError, match=r"cost_budget=1\.0 needs a block to cut at.*embed_tokens.* lies below the blocks"
+    ):
         trainer.train()
 
 
 def test_cost_budget_without_adapters(tmp_path):
-    """The unit is a plain LoRA update; training itself works, and logs no cost."""
+    """The unit is a plain LoRA step; training itself works, and logs no cost."""
     config = SLSAMConfig(cost_budget=1.0, design="depth")
     trainer = build(SLSAMTrainer, tmp_path / "a", config, peft_config=None)
     with pytest.raises(ValueError, match="needs a cost model, and it counts adapters on frozen weights"):
@@ -271,7 +273,7 @@ def test_model_without_blocks_at_granularity_module_trains(tmp_path):
 
 
 @pytest.mark.parametrize("design", ["depth", "window"])
-def test_designs_by_depth_without_blocks(design, tmp_path):
+def test_schemes_by_depth_without_blocks(design, tmp_path):
     config = SLSAMConfig(granularity="module", active_fraction=0.5, design=design)
     trainer = _flat_trainer(tmp_path, config)
     weights = Weights(trainer.model)

@@ -1,4 +1,4 @@
-"""What people train with, each for three updates: the right arms move, everything else stays as it was."""
+"""What people train with, each for three steps: the right arms move, everything else stays as it was."""
 
 import math
 
@@ -14,7 +14,7 @@ CONFIG = SLSAMConfig(rho=0.05, active_fraction=0.4)
 
 
 def run(folder, config=CONFIG, **settings):
-    """Train three updates under watch, check them and return the trainer and the watch."""
+    """Train three steps under watch, check them and return the trainer and the watch."""
     trainer = build(SLSAMTrainer, folder, config, **settings)
     watch = Watch()
     trainer.add_callback(watch)
@@ -176,7 +176,7 @@ def test_evaluation_in_the_middle(tmp_path):
 
 
 def test_evaluation_changes_nothing(tmp_path):
-    """With and without evaluations between its updates a training ends at the same weights."""
+    """With and without evaluations between its steps a training ends at the same weights."""
     evaluated, _ = run(tmp_path / "a", parts={"eval_dataset": texts(6, seed=5)}, eval_strategy="steps", eval_steps=1)
     plain, _ = run(tmp_path / "b")
     for p, q in zip(evaluated.model.parameters(), plain.model.parameters(), strict=True):
@@ -222,7 +222,7 @@ def test_load_best_model_at_end(tmp_path):
 
 
 def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
-    """The model raises in the second pass of the second update; weights, hooks and sampler are those of before it."""
+    """The model raises in the second pass of the second step; weights, hooks and sampler are those of before it."""
     trainer = build(SLSAMTrainer, tmp_path, CONFIG, activation_checkpointing=False)
     watch = Watch()
     trainer.add_callback(watch)

@@ -38,7 +38,7 @@ def relied_on(name: str, breaks: str) -> Callable[[Check], Check]:
 
 
 class Run:
-    """A plain SFT run of two updates of two micro-batches, with a checkpoint after the second, and what happened."""
+    """A plain SFT run of two steps of two micro-batches, with a checkpoint after the second, and what happened."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import TrainerCallback
@@ -207,14 +207,14 @@ def _() -> None:
 # transformers: the training loop
 
 
-@relied_on("transformers: order of an update", "the descent passes would run at the wrong micro-batch, or unclipped")
+@relied_on("transformers: order of a step", "the descent passes would run at the wrong micro-batch, or unclipped")
 def _(run: Run) -> None:
     step = ["training_step", "training_step", "optimizer step"]
     begin = run.first.index("train begins")
     assert run.first[begin + 1 : begin + 7] == step * 2
 
 
-@relied_on("transformers: current_gradient_accumulation_steps", "the last micro-batch of an update would not be known")
+@relied_on("transformers: current_gradient_accumulation_steps", "the last micro-batch of a step would not be known")
 def _(run: Run) -> None:
     assert [count for count, _ in run.counts[:4]] == [2] * 4
 
@@ -249,9 +249,9 @@ def _(run: Run) -> None:
     assert not any(event.startswith("load") for event in run.first)
 
 
-@relied_on("transformers: _run_epoch", "resumed behind its last update, a run would make one more")
+@relied_on("transformers: _run_epoch", "resumed behind its last step, a run would make one more")
 def _(run: Run) -> None:
-    assert run.epochs == [0, 2], "once for the run, once for the resumed one, which has no update left to make"
+    assert run.epochs == [0, 2], "once for the run, once for the resumed one, which has no step left to make"
     assert "training_step" in run.resumed, "the trainer sees to it by itself: the override can go"
 
 
@@ -318,7 +318,9 @@ def checkpointed(reentrant: bool) -> nn.Module:
     return model
 
 
-@relied_on("transformers: hooks of a checkpointed block run once", "prefix reuse would keep and cut in recomputations")
+@relied_on(
+    "transformers: hooks of a checkpointed block run once", "hidden states would be kept and cut in recomputations"
+)
 def _() -> None:
     for reentrant in (False, True):
         model = checkpointed(reentrant)
@@ -357,7 +359,10 @@ def _() -> None:
         assert _is_reentrant(checkpointed(reentrant).model.layers[0]) is reentrant
 
 
-@relied_on("transformers: blocks take the hidden state first", "passes would run whole instead of from the floor")
+@relied_on(
+    "transformers: blocks take the hidden state first",
+    "passes would run whole instead of from the lowest active block",
+)
 def _() -> None:
     model, taken = llama(), []
     model.model.layers[1].register_forward_pre_hook(lambda _, args: taken.append(args[0].shape))
@@ -440,7 +445,7 @@ def _() -> None:
 
 @relied_on(
     "accelerate: backward is looked up on the accelerator",
-    "a probe of prefix reuse would leave gradients behind",
+    "the check of the hidden-state cache would leave gradients behind",
 )
 def _(run: Run) -> None:
     trainer = run.trainer
@@ -453,7 +458,7 @@ def _(run: Run) -> None:
 
 @relied_on(
     "accelerate: device hooks shadow forward in the instance",
-    "prefix reuse would drop an offloaded block's hook",
+    "the hidden-state cache would drop an offloaded block's hook",
 )
 def _() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
@@ -555,7 +560,7 @@ def _() -> None:
     assert checkpoint(layer, x, use_reentrant=True).grad_fn.name() == REENTRANT
 
 
-@relied_on("torch: marks of compiled modules", "compiled models would be compiled again in every update, not refused")
+@relied_on("torch: marks of compiled modules", "compiled models would be compiled again in every step, not refused")
 def _() -> None:
     layer = nn.Linear(2, 2)
     assert layer._compiled_call_impl is None
@@ -564,7 +569,7 @@ def _() -> None:
     assert layer._compiled_call_impl is not None
 
 
-@relied_on("torch: forward in an instance shadows the class's", "blocks below the floor would run again in pass two")
+@relied_on("torch: forward in an instance shadows the class's", "blocks below the cut would run again in pass two")
 def _() -> None:
     layer = nn.Linear(2, 2)
     layer.__dict__["forward"] = lambda x: "ours"

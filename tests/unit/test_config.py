@@ -78,7 +78,7 @@ def test_a_callable_is_stored_by_name_and_never_loaded_from_one():
 
 
 class Everything:
-    """A design with state that cannot be copied."""
+    """A sampling scheme with state that cannot be copied."""
 
     def __init__(self):
         self.source = iter([])

@@ -46,7 +46,7 @@ def cost(model):
     return CostModel.from_model(model, checkpointing=True)
 
 
-# Multiply-adds a token of one block, written out: q and o, k and v, then gate, up and down.
+# Multiply-adds per token of one block, written out: q and o, k and v, then gate, up and down.
 BASE = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
 ADAPTERS = RANK * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + KEYS) + 3 * (WIDTH + INNER))
 INPUTS = WIDTH * (WIDTH + 2 * KEYS) + 3 * RANK * WIDTH  # read the block's input: q, k, v and their A
@@ -79,7 +79,7 @@ def test_two_passes_over_everything(cost):
 
 
 def test_one_pass_above_a_lowest_active(cost):
-    """Below the floor forward only; an inactive block above it passes gradients on but makes none."""
+    """Below the lowest active block forward only; an inactive block above it passes gradients on but makes none."""
     active = [False, False, True, False, True, True]
     forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
     through = forward - 2 * LAST * TOKENS + 2 * (BASE + ADAPTERS) * TOKENS + 8 * WIDTH * PAIRS
@@ -87,7 +87,7 @@ def test_one_pass_above_a_lowest_active(cost):
     assert cost.step(active, SHAPES, Rule(perturbed=False)) == expected
 
 
-def test_prefix_reuse_saves_the_forward_below_the_lowest_active(cost):
+def test_the_hidden_state_cache_saves_the_forward_below_the_lowest_active(cost):
     active = [False] * 4 + [True] * 2
     forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
     whole, reused = (cost.step(active, SHAPES, Rule(reused=kept)) for kept in (0, None))
@@ -139,7 +139,7 @@ def test_linear_form_and_names_agree_with_the_step(cost, active, rule, shapes):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nested_design_is_linear_in_its_probabilities(cost, rule):
+def test_a_nested_scheme_is_linear_in_its_probabilities(cost, rule):
     lowest_blocks = [0.1, 0.0, 0.2, 0.3, 0.15, 0.25]
     reach = list(itertools.accumulate(lowest_blocks))
     exact = sum(
@@ -196,7 +196,7 @@ def test_budget_is_met_in_expectation(model, cost, changes, budget):
     expected = ExpectedCost(cost, arms_of(model), config, SHAPES)
     fraction = expected.solve(budget)
     assert 1 / BLOCKS <= fraction <= 1
-    # averaged over 256 draws, the expectation of a fixed-size design moves in steps
+    # averaged over 256 draws, the expectation of a fixed-size scheme moves in steps
     assert expected(fraction) == pytest.approx(budget, rel=1e-2 if config.design == "fixed_size" else 1e-3)
     assert expected(1.0) == pytest.approx(
         cost.ratio([True] * BLOCKS, SHAPES, Rule(ascent=config.ascent, descent=config.descent)), rel=EXACT_FLOAT64
@@ -206,7 +206,7 @@ def test_budget_is_met_in_expectation(model, cost, changes, budget):
 def test_finer_arms_reach_lower_than_blocks(model, cost):
     config = SLSAMConfig(design="bernoulli")
     block, module = (ExpectedCost(cost, arms_of(model, name), config, SHAPES) for name in ("block", "module"))
-    assert module(0.2) > block(0.2)  # more arms, a lower floor
+    assert module(0.2) > block(0.2)  # more arms, a lower one among them
 
 
 def test_solver_names_what_is_reachable():

@@ -1,4 +1,4 @@
-"""An exception at each point of an update: afterwards all is as before it, and the next update is undisturbed."""
+"""An exception at each point of a step: afterwards all is as before it, and the next step is undisturbed."""
 
 import copy
 import resource
@@ -29,7 +29,7 @@ class Training:
         self.optimizer = torch.optim.AdamW([p for arm in self.slsam.arms for p in arm.parameters], lr=0.01)
         self.block = next(m for n, m in self.model.named_modules() if n.endswith("layers.4"))
         self.calls, self.at_call = 0, {}
-        run, self.probe = closures(self.model, batch())
+        run, self.forward_only = closures(self.model, batch())
 
         def closure():
             self.calls += 1
@@ -45,9 +45,9 @@ class Training:
         self.random = torch.Generator().manual_seed(1).get_state()
 
     def update(self):
-        """One update, of two micro-batches, from where the last one left torch's generator; no optimizer's step."""
+        """One step, of two micro-batches, from where the last one left torch's generator; no optimizer's step."""
         torch.set_rng_state(self.random)
-        passes = Passes(self.closure, self.closure, None, self.probe)
+        passes = Passes(self.closure, self.closure, None, self.forward_only)
         try:
             return torch.stack([self.slsam.accumulate(passes, i, 2) for i in range(2)])
         finally:
@@ -59,7 +59,7 @@ class Training:
 
 
 def tensors(training):
-    """Everything that an update may touch, as tensors and plain values."""
+    """Everything that a step may touch, as tensors and plain values."""
     model, slsam = training.model, training.slsam
     return {
         **{f"weight.{n}": p.detach().clone() for n, p in model.named_parameters()},
@@ -147,7 +147,7 @@ POINTS = {
     "second ascent forward": in_forward(2),
     "ascent backward": in_backward(1),
     "second ascent backward": in_backward(2),
-    "entering the floor": once(horizon, "_split"),
+    "entering the lowest active block": once(horizon, "_split"),
     "ascent norms": once(lambda t: t.slsam._norms, "squared"),
     "between the passes": once(passes, "ascent_offsets"),
     "perturbing": once(perturbation, "_moved"),
@@ -176,7 +176,7 @@ CASES = [("branch", point) for point in POINTS if point != "cache cleared"] + [(
 
 
 def assert_unmoved_by(fault, disturbed, other, monkeypatch):
-    """A fault, after a good update, leaves all as it was; the next loss is equal, dropout included."""
+    """A fault, after a good step, leaves all as it was; the next loss is equal, dropout included."""
     for training in (disturbed, other):
         training.update()
         training.step()
@@ -193,11 +193,11 @@ def assert_unmoved_by(fault, disturbed, other, monkeypatch):
 
 @pytest.mark.parametrize(("adapter", "point"), CASES)
 def test_a_fault_leaves_everything_as_it_was(adapter, point, monkeypatch):
-    """The bits of the update that follows are those of a training that has seen no fault."""
+    """The bits of the step that follows are those of a training that has seen no fault."""
     disturbed, other = Training(adapter), Training(adapter)
     assert_unmoved_by(POINTS[point], disturbed, other, monkeypatch)
     assert disturbed.slsam.metrics["lowest_active_block"] == 2.0, (
-        "the case shows less where nothing lies below the floor"
+        "the case shows less where nothing lies below the lowest active block"
     )
     for p, q in zip(disturbed.model.parameters(), other.model.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
@@ -219,15 +219,15 @@ REMEMBERED = {
 
 
 @pytest.mark.parametrize("point", REMEMBERED)
-def test_a_fault_forgets_nothing_that_is_remembered(point, monkeypatch):
-    """With one pass an update, and which linears ran known from the update before."""
+def test_a_fault_forgets_no_stale_gradient(point, monkeypatch):
+    """With one pass per step, and which linears ran known from the step before."""
     disturbed, other = (Training("branch", ascent="remembered") for _ in range(2))
     assert_unmoved_by(REMEMBERED[point], disturbed, other, monkeypatch)
     assert torch.equal(disturbed.slsam.probabilities, other.slsam.probabilities)
 
 
 def test_an_optimizer_that_raises(monkeypatch):
-    """Its step lies outside: weights and hooks are as before, the sampler has learnt, and the next update works."""
+    """Its step lies outside: weights and hooks are as before, the sampler has learnt, and the next step works."""
     training = Training("branch")
     training.update()
     learnt = training.slsam.probabilities.clone()

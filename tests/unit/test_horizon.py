@@ -1,4 +1,4 @@
-"""Truncated backpropagation, prefix reuse and the sparse ascent are exact: the plain two-pass is the reference."""
+"""Cut passes, the hidden-state cache and the sparse ascent are exact: the plain two-pass is the reference."""
 
 import logging
 from itertools import product
@@ -26,10 +26,10 @@ def masks(count):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_the_plain_two_pass(family, checkpointing):
     model = decoder(family, checkpointing)
-    closure, probe = closures(model, batch())
+    closure, forward_only = closures(model, batch())
     for granularity in ("block", "module"):
         arms = arms_of(model, granularity)
-        for mask, descent, check in product(masks(len(arms)), ("active", "all"), (None, probe)):
+        for mask, descent, check in product(masks(len(arms)), ("active", "all"), (None, forward_only)):
             config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
             slsam = SLSAM(arms, config)
             assert_step_is_exact(slsam, mask, closure, check)
@@ -45,23 +45,23 @@ def test_nothing_below_the_lowest_active_builds_a_graph():
     for block in arms.blocks:
         block.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
     mask = torch.arange(len(arms)) >= 3
-    closure, probe = closures(model, batch())
-    SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask)).update(closure, forward_only=probe)
+    closure, forward_only = closures(model, batch())
+    SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask)).update(closure, forward_only=forward_only)
     ascent, descent = seen[:5], seen[-5:]
     assert ascent == [False, False, False, True, True]
     assert descent[3:] == [True, True]
     assert not any(descent[:3])
 
 
-def test_prefixes_beyond_the_limit_are_computed_again():
+def test_hidden_states_beyond_the_limit_are_computed_again():
     model = decoder("llama")
     arms = arms_of(model)
     mask = torch.arange(len(arms)) >= 3
-    closure, probe = closures(model, batch())
+    closure, forward_only = closures(model, batch())
     slsam = SLSAM(
         arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask, hidden_state_cache_limit_mib=0.0)
     )
-    assert_step_is_exact(slsam, mask, closure, probe)
+    assert_step_is_exact(slsam, mask, closure, forward_only)
     assert slsam.horizon.peak_bytes == 0
 
 
@@ -91,18 +91,18 @@ class LeakyStack(nn.Module):
         return self.head(x).square().mean()
 
 
-def test_a_stack_that_leaks_falls_back_with_one_log_line(caplog):
+def test_a_stack_with_a_cross_layer_dependency_falls_back_with_one_log_line(caplog):
     torch.manual_seed(0)
     model, x = LeakyStack().double(), torch.randn(5, 6, dtype=torch.float64)
     arms = arms_of(model)
     mask = torch.tensor([False, False, True, True, True])
     assert [arm.depth for arm in arms] == [0, 1, 2, 3, 4]
 
-    closure, probe = passes_of(lambda: model(x))
+    closure, forward_only = passes_of(lambda: model(x))
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
     for _ in range(2):
         with caplog.at_level(logging.INFO, logger="slsam_peft"):
-            assert_step_is_exact(slsam, mask, closure, probe)
+            assert_step_is_exact(slsam, mask, closure, forward_only)
     assert not slsam.horizon.reuse
     assert sum("the hidden-state cache is off" in record.message for record in caplog.records) == 1
 
@@ -126,11 +126,11 @@ def test_router_losses_turn_reuse_off():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(MixtralForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
-    closure, probe = closures(model, batch())
+    closure, forward_only = closures(model, batch())
     arms = arms_of(model)
     mask = torch.arange(len(arms)) >= 2
     slsam = SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask))
-    slsam.update(closure, forward_only=probe)
+    slsam.update(closure, forward_only=forward_only)
     assert not slsam.horizon.reuse
 
 
@@ -141,9 +141,9 @@ def test_forwards_outside_a_pass_are_left_alone():
         before = model(**inputs).logits
     arms = arms_of(model)
     mask = torch.arange(len(arms)) >= 3
-    closure, probe = closures(model, inputs)
+    closure, forward_only = closures(model, inputs)
     slsam = SLSAM(arms, SLSAMConfig(active_fraction=0.9, design=lambda p, g: mask))
-    slsam.update(closure, forward_only=probe)
+    slsam.update(closure, forward_only=forward_only)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
     assert all("forward" not in block.__dict__ for block in arms.blocks)
@@ -157,8 +157,8 @@ def test_whole_steps_run_on_the_meta_device(settings, monkeypatch):
     monkeypatch.setattr(SLSAM, "_read", lambda self, values: torch.ones(values.shape, dtype=torch.float64))
     arms = arms_of(model, settings.pop("granularity", "block"))
     slsam = SLSAM(arms, SLSAMConfig(design="depth", active_fraction=0.5, **settings))
-    closure, probe = closures(model, batch(device="meta"))
+    closure, forward_only = closures(model, batch(device="meta"))
     for _ in range(6):
-        slsam.update(closure, forward_only=probe)
+        slsam.update(closure, forward_only=forward_only)
     assert slsam.steps == 6
     assert slsam.skipped == 0

@@ -56,7 +56,7 @@ def test_training_does_not_depend_on_the_scale(ascent):
 
 @pytest.mark.parametrize("ascent", ["two_pass", "remembered"])
 def test_training_does_not_depend_on_changes_of_the_scale(ascent):
-    """What is remembered of an arm may be from an update with another scale than its neighbour's."""
+    """The stale gradient of an arm may be from a step with another scale than its neighbour's."""
     growing = Run(2.0**12, growth_interval=2, ascent=ascent)
     assert_same_training(Run(1.0, ascent=ascent), growing)
     assert growing.scaler.get_scale() == 2.0**16

@@ -38,7 +38,7 @@ def adapted(model, **lora):
 
 
 def above(lowest_active):
-    """Return a design that draws every arm from the one at `floor` up."""
+    """Return a sampling scheme that draws every arm from the one at `lowest_active` up."""
     return lambda p, generator: torch.arange(len(p)) >= lowest_active
 
 
@@ -74,11 +74,11 @@ def test_keys_shared_across_blocks_are_found_at_whichever_lowest_active_they_mat
     lowest_active = [0]
     arms = arms_of(model)
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: above(lowest_active[0])(p, g)))
-    closure, probe = closures(model, batch())
+    closure, forward_only = closures(model, batch())
     reuse = []
     with caplog.at_level(logging.INFO, logger="slsam_peft"):
         for lowest_active[0] in (1, 2, 1, 3, 5, 4, 2):
-            assert_step_is_exact(slsam, above(lowest_active[0])(arms, None), closure, probe)
+            assert_step_is_exact(slsam, above(lowest_active[0])(arms, None), closure, forward_only)
             reuse.append(slsam.horizon.reuse)
     assert slsam.horizon.shares
     assert reuse == [True, True, True, False, False, False, False]
@@ -88,30 +88,30 @@ def test_keys_shared_across_blocks_are_found_at_whichever_lowest_active_they_mat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ordinary_blocks_share_nothing_so_one_check_is_enough(family):
     model = decoder(family)
-    closure, probe = closures(model, batch())
-    probes = []
+    closure, forward_only = closures(model, batch())
+    checks = []
     lowest_blocks = iter(range(1, 5))
     design = lambda p, g: torch.arange(len(p)) >= next(lowest_blocks)  # noqa: E731
     slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=0.9, design=design))
     for _ in range(4):
-        slsam.update(closure, forward_only=lambda: probes.append(1) or probe())
+        slsam.update(closure, forward_only=lambda: checks.append(1) or forward_only())
     assert slsam.horizon.reuse
     assert not slsam.horizon.shares
-    assert len(probes) == 1
+    assert len(checks) == 1
 
 
 def test_a_cache_that_blocks_could_write_to_is_checked_at_each_lowest_active():
     model = decoder("llama")
     inputs = {**batch(), "use_cache": True}
-    closure, probe = closures(model, inputs)
-    probes = []
+    closure, forward_only = closures(model, inputs)
+    checks = []
     lowest_blocks = iter([1, 2, 1, 2, 4])
     design = lambda p, g: torch.arange(len(p)) >= next(lowest_blocks)  # noqa: E731
     slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=0.9, design=design))
     for _ in range(5):
-        slsam.update(closure, forward_only=lambda: probes.append(1) or probe())
+        slsam.update(closure, forward_only=lambda: checks.append(1) or forward_only())
     assert slsam.horizon.shares
-    assert len(probes) == 3
+    assert len(checks) == 3
 
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
@@ -129,8 +129,8 @@ def test_encoder_and_decoder_run_whole_and_exact(granularity, descent):
     config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask, descent=descent)
     slsam = SLSAM(arms, config)
     assert slsam.horizon is None
-    closure, probe = closures(model, batch())
-    assert_step_is_exact(slsam, mask, closure, probe)
+    closure, forward_only = closures(model, batch())
+    assert_step_is_exact(slsam, mask, closure, forward_only)
 
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
@@ -181,24 +181,24 @@ def test_a_second_pass_that_skips_the_way_into_the_lowest_active_is_an_error_not
         loss.backward()
         return loss
 
-    def probe():
+    def forward_only():
         with torch.no_grad():
             return model(x)
 
     arms = arms_of(model)
     mask = torch.arange(4) >= 2
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.5, design=lambda p, g: mask))
-    slsam.update(closure, forward_only=probe)
+    slsam.update(closure, forward_only=forward_only)
     probabilities = slsam.probabilities.clone()
     with pytest.raises(
         RuntimeError, match=r"entered block 2 0 times and the first 1 times.*hidden_state_cache_limit_mib=0"
     ):
-        slsam.update(closure, forward_only=probe)
+        slsam.update(closure, forward_only=forward_only)
     assert torch.equal(slsam.probabilities, probabilities)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
     passes.extend([1] * 2)
-    assert_step_is_exact(slsam, mask, closure, probe)
+    assert_step_is_exact(slsam, mask, closure, forward_only)
 
 
 class Block(nn.Module):
@@ -303,7 +303,7 @@ def test_passes_run_whole_where_a_cut_would_drop_a_gradient(kind, lowest_active,
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_what_a_closure_gathered_before_a_leak_is_not_counted_twice():
+def test_what_a_closure_gathered_before_a_dependency_showed_is_not_added_twice():
     """It accumulates over two forwards by itself, and only the second one is fed from the side."""
     torch.manual_seed(0)
     model, x = FedFromTheSide().double(), torch.randn(5, 6, dtype=torch.float64)
@@ -353,7 +353,7 @@ class LossBelowTheTop(DeepLoss):
 @pytest.mark.parametrize("descent", ["active", "all"])
 @pytest.mark.parametrize("kind", [LongSkip, DeepLoss, LossBelowTheTop])
 def test_hidden_states_that_are_kept_are_found_at_whichever_lowest_active_they_matter(kind, descent):
-    """The first floor's check is passed, since nothing below it is kept."""
+    """The first check is passed, since nothing below that block is kept."""
     torch.manual_seed(0)
     model, x = kind().double(), torch.randn(5, 6, dtype=torch.float64)
     arms, lowest_active = arms_of(model), [0]
@@ -376,7 +376,7 @@ def test_training_without_adapters_is_exact(family, tied):
     cls, config, shape = FAMILIES[family]
     torch.manual_seed(0)
     model = cls(config(**{**shape, "tie_word_embeddings": tied})).double().train()
-    closure, probe = closures(model, batch())
+    closure, forward_only = closures(model, batch())
     for granularity in ("block", "tensor"):
         arms = arms_of(model, granularity)
         positions = torch.arange(len(arms))
@@ -384,5 +384,5 @@ def test_training_without_adapters_is_exact(family, tied):
             for descent in ("active", "all"):
                 config = SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
                 slsam = SLSAM(arms, config)
-                assert_step_is_exact(slsam, mask, closure, probe)
+                assert_step_is_exact(slsam, mask, closure, forward_only)
                 assert slsam.runner.horizon is not None

@@ -1,4 +1,4 @@
-"""Every kind of adapter PEFT offers below the blocks gets the exact update: its parameters are found by structure."""
+"""Every kind of adapter PEFT offers below the blocks gets the exact step: its parameters are found by structure."""
 
 import peft
 import pytest
@@ -44,14 +44,14 @@ def adapted(method):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_the_step_is_exact(method):
     model = adapted(method)
-    closure, probe = closures(model, batch())
+    closure, forward_only = closures(model, batch())
     for granularity in ("block", "module"):
         arms = arms_of(model, granularity)
         positions = torch.arange(len(arms))
         for mask in (positions >= len(arms) // 2, positions % 2 == 1, positions == len(arms) - 1):
             for descent in ("active", "all"):
                 config = SLSAMConfig(rho=0.3, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
-                assert_step_is_exact(SLSAM(arms, config), mask, closure, probe)
+                assert_step_is_exact(SLSAM(arms, config), mask, closure, forward_only)
 
 
 @pytest.mark.parametrize("method", [peft.PrefixTuningConfig, peft.PromptTuningConfig])

@@ -1,4 +1,4 @@
-"""What holds for every input: optimal projections, designs as stated, settings that survive JSON, covering arms."""
+"""What holds for every input: optimal projections, schemes as stated, settings that survive JSON, covering arms."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ slow = settings(max_examples=60, deadline=None)
 
 
 def assert_divergence_is_least(p, w, minimum):
-    """One factor c for all: p = c w inside the bounds, p >= c w at the floor, p <= c w at 1. These conditions are
+    """One factor c for all: p = c w inside the bounds, p >= c w at the least, p <= c w at 1. These conditions are
     those of Karush, Kuhn and Tucker for the least Kullback-Leibler divergence, so no other p of that sum is closer.
     """
     ratio = p / w
@@ -67,7 +67,7 @@ def test_projections_do_not_depend_on_the_unit_of_the_weights(w, fraction, power
 
 @st.composite
 def probabilities(draw, most=12):
-    """Probabilities as a bandit leaves them: a floor of a tenth of their mean, at most 1, at least one arm's worth."""
+    """Probabilities as a bandit leaves them: at least a tenth of their mean, at most 1, at least one arm's worth."""
     w = torch.tensor(draw(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=most)), dtype=torch.float64)
     fraction = draw(st.floats(1 / len(w), 1.0))
     return project_with_min_probability(w, fraction * len(w), 0.1 * fraction)
@@ -110,7 +110,7 @@ def test_bernoulli_states_the_expectation_over_all_non_empty_sets(p):
 @given(st.sampled_from(["window", "depth"]), probabilities())
 @example("window", torch.tensor([0.025, 0.25, 0.025, 0.7], dtype=torch.float64))  # 0.025 + 0.25 - 0.25 > 0.025
 @settings(max_examples=30, deadline=None)
-def test_designs_of_one_point_state_how_long_each_arm_is_active(name, p):
+def test_schemes_of_one_point_state_how_long_each_arm_is_active(name, p):
     """An arm is active on one interval of u: counted on an even grid, its length is right to a point at each end."""
     points = 500
     design, counts = design_of(name, len(p)), torch.zeros_like(p)
@@ -140,7 +140,7 @@ def test_depth_never_falls_with_depth_and_keeps_the_sum_where_it_can(p):
     stated = design_of("depth", len(p)).inclusion(p)
     assert bool((stated.diff() >= 0).all())
     assert float(stated[-1]) == 1.0
-    least = 1.0 + 0.1 * p.mean() * (len(p) - 1)  # the top arm always, every other at its floor
+    least = 1.0 + 0.1 * p.mean() * (len(p) - 1)  # the top arm always, every other at its least
     torch.testing.assert_close(stated.sum(), torch.maximum(p.sum(), least), rtol=1e-5, atol=0)
 
 

@@ -45,7 +45,7 @@ def test_empirical_inclusion_matches_what_is_stated(name):
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "fixed_size", "window"])
-def test_these_designs_realise_the_sum_they_are_given(name):
+def test_these_schemes_realise_the_sum_they_are_given(name):
     p = uneven()
     assert float(design_of(name).inclusion(p).sum()) == pytest.approx(float(p.sum()), rel=0.02)
 
@@ -121,14 +121,14 @@ def test_full_fraction_forces_every_arm(name):
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(4, dtype=torch.bool), torch.ones(3, dtype=torch.bool), torch.ones(4)])
-def test_a_callable_design_is_checked(mask):
+def test_a_callable_scheme_is_checked(mask):
     design = build_scheme(SLSAMConfig(design=lambda p, g: mask), [None] * 4)
     with pytest.raises(ValueError, match=r"boolean mask of shape \(4,\)"):
         design(torch.full((4,), 0.5, dtype=torch.float64), torch.Generator())
 
 
 @pytest.mark.parametrize("name", ["window", "depth"])
-def test_designs_in_depth_need_a_depth(name):
+def test_schemes_in_depth_need_a_depth(name):
     with pytest.raises(ValueError, match="needs arms with a depth"):
         build_scheme(SLSAMConfig(design=name), [0, None])
 

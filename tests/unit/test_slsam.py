@@ -1,4 +1,4 @@
-"""The contract of one update: gradients, weights, and nothing left behind, whatever happens in the closure."""
+"""The contract of one step: gradients, weights, and nothing left behind, whatever happens in the closure."""
 
 import logging
 
@@ -80,7 +80,7 @@ def test_no_radius_means_one_pass_and_the_plain_gradient():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), got, strict=True))
 
 
-def test_remembered_ascent_takes_one_pass_and_perturbs_from_the_second_on():
+def test_a_stale_ascent_takes_one_pass_and_perturbs_from_the_second_on():
     _, slsam, closure, calls = problem(ascent="remembered", rho=0.3, active_fraction=1.0)
     losses = [float(slsam.update(closure)) for _ in range(2)]
     assert len(calls) == 2
@@ -95,7 +95,7 @@ def test_partial_ascent_needs_a_part():
     slsam.update(closure, ascent_closure=closure)
 
 
-def test_the_design_is_called_once_an_step():
+def test_the_sampling_scheme_is_called_once_per_step():
     drawn = []
 
     def design(p, generator):
@@ -201,7 +201,7 @@ def test_state_of_other_arms_is_refused_and_changes_nothing():
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("descent", ["active", "all"])
 def test_micro_batches_add_up_to_one_batch(count, descent):
-    """An update of micro-batches of unequal length is that of their union: same arms, same e, same gradient."""
+    """A step of micro-batches of unequal length is that of their union: same arms, same e, same gradient."""
     model = decoder("llama", dropout=0.0)
     arms = arms_of(model)
     mask = torch.arange(len(arms)) >= 2
@@ -214,11 +214,11 @@ def test_micro_batches_add_up_to_one_batch(count, descent):
             loss.backward()
             return loss
 
-        def probe():
+        def forward_only():
             with torch.no_grad():
                 return model(**inputs, num_items_in_batch=total).loss
 
-        return Passes(run, run, None, probe)
+        return Passes(run, run, None, forward_only)
 
     def whole():
         return sum(part(p).logged() for p in parts)
@@ -283,14 +283,16 @@ def test_a_closure_that_returns_no_loss_is_told_so(returned):
 
 
 @pytest.mark.parametrize("returned", [None, "all", [0, 2], torch.ones(3), torch.zeros(3, dtype=torch.bool)])
-def test_what_a_callable_design_returns_is_checked(returned):
+def test_what_a_callable_sampling_scheme_returns_is_checked(returned):
     model, slsam, closure, calls = problem(active_fraction=0.5, design=lambda p, generator: returned)
-    with pytest.raises(ValueError, match=r"the design returned .*; it must return a boolean mask of shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"the sampling scheme returned .*; it must return a boolean mask of shape \(3,\)"
+    ):
         slsam.update(closure)
     assert not calls
 
 
-def test_a_design_may_use_its_tensor_again():
+def test_a_sampling_scheme_may_use_its_tensor_again():
     mask = torch.tensor([True, False, False])
     _, slsam, closure, _ = problem(active_fraction=0.5, design=lambda p, generator: mask)
     slsam.update(closure)

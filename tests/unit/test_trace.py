@@ -1,4 +1,4 @@
-"""The recorder: what it keeps of each update, what it keeps exact when rows are thinned out, and going on."""
+"""The recorder: what it keeps of each step, what it keeps exact when rows are thinned out, and going on."""
 
 import math
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ ARMS = 5
 
 
 def made(count, costs=True):
-    """What `SLSAM` shows after each of `count` updates, as plain numbers of no meaning."""
+    """What `SLSAM` shows after each of `count` steps, as plain numbers of no meaning."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
         metrics = {

@@ -1,4 +1,4 @@
-"""Whole trainings against the slow reference: floors that change in every update, micro-batches, dropout, momentum."""
+"""Whole trainings against the slow reference: other arms in every step, micro-batches, dropout, momentum."""
 
 import pytest
 import torch
@@ -28,11 +28,11 @@ def passes_of(model, inputs, tokens):
         loss.backward()
         return loss
 
-    def probe():
+    def forward_only():
         with torch.no_grad():
             return model(**inputs, num_items_in_batch=tokens).loss
 
-    return Passes(run, run, None, probe)
+    return Passes(run, run, None, forward_only)
 
 
 def optimizer(model):
@@ -92,7 +92,7 @@ def test_training_follows_the_slow_reference(settings, checkpointing):
     torch.manual_seed(5)
     expected = reference(models[1], config, masks)
     lowest_blocks = {int(mask.nonzero()[0]) for mask in masks}
-    assert len(lowest_blocks) > 2, "the case shows nothing unless floors change"
+    assert len(lowest_blocks) > 2, "the case shows nothing unless the lowest active block changes"
     assert slsam.horizon.reuse
     assert slsam.horizon.peak_bytes > 0
     assert losses == pytest.approx(expected, rel=TRAJECTORY)
@@ -125,7 +125,7 @@ def two_passes(slsam, ascent, descent):
 
 
 def assert_partial_step(slsam, got, losses, expected, share):
-    """Check gradients `got` and `losses` of an update against what `two_passes` returned."""
+    """Check gradients `got` and `losses` of a step against what `two_passes` returned."""
     loss, gradients, norm = expected
     for g, e in zip(got, gradients, strict=True):
         if g is not None:
@@ -183,7 +183,7 @@ def summed_loss(model, ids, tokens):
 
 @pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "checkpointed"])
 def test_ascent_ahead_follows_its_definition(checkpointing):
-    """e_t from the gradient, one update earlier, of a sequence of batch t; one pass, whose other rows make g'."""
+    """e_t from the gradient, one step earlier, of a sequence of batch t; one pass, whose other sequences make g'."""
     config = SLSAMConfig(rho=RHO, active_fraction=1.0, ascent="ahead")
     models = [decoder("llama", checkpointing, dropout=0.0) for _ in range(2)]
     slsam = SLSAM(arms_of(models[0]), config)
@@ -223,12 +223,12 @@ def test_ascent_ahead_follows_its_definition(checkpointing):
             torch.testing.assert_close(g, p.grad, rtol=TRAJECTORY, atol=TRAJECTORY)
         bases[1].step()
         bases[1].zero_grad()
-    assert slsam.memory.gradients == {}, "nothing ran ahead of the last update"
+    assert slsam.memory.gradients == {}, "no sequences come after the last step"
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p, q, rtol=TRAJECTORY, atol=TRAJECTORY)
 
 
-def test_an_overflow_in_what_runs_ahead_voids_the_step_for_a_gradient_scaler():
+def test_an_overflow_in_the_look_ahead_gradient_voids_the_step_for_a_gradient_scaler():
     """The descent gradient is finite: a scaler would step on it and not lower its scale."""
     model = decoder("llama", dropout=0.0)
     slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=1.0, ascent="ahead"))
@@ -249,7 +249,7 @@ def test_an_overflow_in_what_runs_ahead_voids_the_step_for_a_gradient_scaler():
 
 
 @pytest.mark.parametrize("settings", [{}, {"ascent": "partial"}, {"ascent": "ahead", "rho": 0.0}])
-def test_rows_belong_to_an_ascent_that_runs_ahead(settings):
+def test_sequences_belong_to_a_look_ahead_ascent(settings):
     model = decoder("llama", dropout=0.0)
     slsam = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0, **settings))
     ids = batch(3, 9)["input_ids"]
@@ -267,7 +267,7 @@ def test_rows_belong_to_an_ascent_that_runs_ahead(settings):
     assert not any("forward" in vars(linear) for linear in ahead.runner.linears)
 
 
-def test_remembered_ascent_follows_its_definition():
+def test_a_stale_ascent_follows_its_definition():
     """e_t from the last descent gradient of each active arm, in bfloat16; an arm not seen before is not perturbed."""
     config = SLSAMConfig(rho=RHO, active_fraction=0.4, ascent="remembered", design="fixed_size")
     models = [decoder("llama", dropout=0.0) for _ in range(2)]
