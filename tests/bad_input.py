@@ -244,7 +244,7 @@ ADAPTERS: list[tuple[list[str], str]] = [
     (["check"], "required: ADAPTER"),
     (["check", "gone"], "adapter folder gone does not exist (from "),
     (["check", "full"], "full holds no adapter: adapter_config.json is missing. Name the folder"),
-    (["check", "small"], "small holds a whole model, not an adapter"),
+    (["check", "small"], "small holds a full model, not an adapter"),
     (["check", "adapters/settings"], "adapter_config.json cannot be read: "),
     (["check", "adapters/cut"], "adapter_model.safetensors is damaged ("),
     (["check", "adapters/header"], "adapter_model.safetensors is damaged ("),

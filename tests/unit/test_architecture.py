@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from importlinter.cli import lint_imports
 
 import slsam_peft
 
@@ -92,9 +91,11 @@ def imports(module: str) -> tuple[Import, ...]:
     return tuple(found)
 
 
-def test_the_import_contracts_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    status = lint_imports(config_filenames=(str(ROOT / "pyproject.toml"),), no_cache=True, no_logo=True)
-    assert status == 0, capsys.readouterr().out
+def test_the_import_contracts_hold() -> None:
+    """In a process of its own: import-linter sets up logging, which disables every logger that is there."""
+    code = "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("module", LEAVES)
