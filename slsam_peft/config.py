@@ -21,7 +21,7 @@ GRANULARITIES = ("block", "module", "tensor")
 ADAPTER_DTYPES = ("float32", "keep")
 
 RECORD_NAME = "slsam.json"  # beside an adapter; see saving/record.py
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = 2
 
 PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
 
