@@ -128,12 +128,12 @@ def test_a_folder_without_a_record_is_named(tmp_path):
 
 BAD_RECORDS = {
     "no JSON": ("{", "not valid JSON"),
-    "a list": ("[]", "has schema None.*reads schema 1"),
-    "another schema": ('{"schema": 9, "method": {}}', "has schema 9.*reads schema 1; use the version"),
-    "no settings": ('{"schema": 1}', 'has no settings under "method"'),
-    "a typing error": ('{"schema": 1, "method": {"rh": 0.1}}', "'rh' is not known.*Did you mean 'rho'"),
-    "a bad value": ('{"schema": 1, "method": {"rho": -1}}', "rho=-1 is not allowed"),
-    "a callable": ('{"schema": 1, "method": {"design": "os:system"}}', "no code is loaded"),
+    "a list": ("[]", "has schema None.*reads schema 2"),
+    "another schema": ('{"schema": 9, "method": {}}', "has schema 9.*reads schema 2; use the version"),
+    "no settings": ('{"schema": 2}', 'has no settings under "method"'),
+    "a typing error": ('{"schema": 2, "method": {"rh": 0.1}}', "'rh' is not known.*Did you mean 'rho'"),
+    "a bad value": ('{"schema": 2, "method": {"rho": -1}}', "rho=-1 is not allowed"),
+    "a callable": ('{"schema": 2, "method": {"design": "os:system"}}', "no code is loaded"),
 }
 
 
