@@ -95,7 +95,8 @@ class SLSAMConfig:
         default=0.05,
         metadata=_help(
             "Radius of the perturbation (L2 norm over the perturbed arms), rho in the paper. 0 trains without an "
-            "ascent pass. Below about 0.02 a bfloat16 forward drowns it in rounding. Default 0.05: Foret et al. 2021."
+            "ascent pass. Below about 0.02 a bfloat16 forward drowns it in rounding. The default is that of Foret et "
+            "al. 2021."
         ),
     )
     active_fraction: float | None = field(
@@ -142,7 +143,7 @@ class SLSAMConfig:
         default=0.25,
         metadata=_help(
             "Share of the step's sequences that ascent='partial' and 'ahead' use, in (0, 1]; whole micro-batches "
-            "under gradient accumulation; at least one. Default 0.25: Bahri et al., ACL 2022."
+            "under gradient accumulation; at least one. The default is that of Bahri et al., ACL 2022."
         ),
     )
     descent: str = field(

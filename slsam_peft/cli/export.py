@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             with new_folder(args.output, args.force) as folder:
                 copy_adapter(adapter, folder, dtype)
     what = "merged model" if args.merge else "adapter"
-    loader = "AutoModelForCausalLM.from_pretrained" if args.merge else "PeftModel.from_pretrained"
+    loader = "AutoModelForCausalLM.from_pretrained" if args.merge else "AutoPeftModelForCausalLM.from_pretrained"
     console.print(f"The {what} is in {args.output}; {loader} loads it.", soft_wrap=True, markup=False)
     return 0
 

@@ -26,12 +26,15 @@ _MEANT = {
     ("model_name_or_path", "model"): "model_name_or_path model model_name base_model model_id",
     ("dataset_name", "data"): "dataset_name data dataset train_data train_file data_path",
     ("dataset_test_split", "eval_data"): "dataset_test_split eval_data held_out eval_dataset test_data",
-    ("output_dir", "output"): "output_dir output out out_dir output_path save_dir",
+    ("output_dir", "output", "table"): "output_dir output out out_dir output_path save_dir",
     ("load_in_4bit",): "qlora use_4bit 4bit in_4bit",
     ("optim",): "optimizer",
     ("lr_scheduler_type",): "scheduler lr_scheduler",
     ("resume_from_checkpoint",): "resume",
     ("memory",): "gpu_gib vram gpu_memory",
+    ("results", "rows"): "rows results_file",
+    ("use_cpu",): "device",
+    (): "adapter",  # what has one takes it without a flag
 }
 OTHER_NAMES = {name: meant for meant, names in _MEANT.items() for name in names.split()}
 
@@ -44,10 +47,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
         known (`Iterable[str]`): What is allowed, spelled in the same way.
     """
     by_word = {word.lstrip("-"): word for word in known}
-    for other in OTHER_NAMES.get(name.lstrip("-").replace("-", "_").lower(), ()):
-        if other in by_word:
-            return f" Did you mean '{by_word[other]}'?"
-    return hint_at(name, by_word.values())
+    meant = OTHER_NAMES.get(name.lstrip("-").replace("-", "_").lower())
+    if meant is None:
+        return hint_at(name, by_word.values())
+    return next((f" Did you mean '{by_word[other]}'?" for other in meant if other in by_word), "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
     def _hint(self, name: str) -> str:
         for action in self._actions:
-            if not action.option_strings and name == f"--{action.dest}":
+            if not action.option_strings and name in (f"--{action.dest}", "--adapter"):
                 return f" It is given without a flag: {self.prog} {action.metavar or action.dest}."
         return nearest(name, [flag for action in self._actions for flag in action.option_strings])
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.parsing import DTYPES
+from slsam_peft.cli.quiet import silence_libraries
 from slsam_peft.config import ADAPTER_DTYPES, ASCENTS, BANDITS, DESCENTS, DESIGNS, GRANULARITIES, SLSAMConfig
 from slsam_peft.errors import UserError
 
@@ -117,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: an unknown model or optimizer, a setting outside its range, or a budget out of reach.
     """
     _check(args)
+    if not args.debug:
+        silence_libraries()
     try:
         with warnings.catch_warnings():
             # What other libraries warn of on import does not concern a plan.

@@ -14,7 +14,7 @@ _PARTS = {
     "adapters": "adapters",
     "gradients": "their gradients",
     "perturbation": "perturbation",
-    "remembered": "stale gradients (bfloat16)",
+    "remembered": "gradients kept for the next step (bfloat16)",
     "optimizer": "optimizer states",
     "activations": "kept for the backward pass",
     "block": "one block's graph, unpacked weight included",

@@ -57,7 +57,7 @@ def _kind_of_all(path: Path, text_field: str) -> str:
         try:
             found = kind_of(row, text_field)
         except RowError as error:
-            raise UserError(f"{path}, {where}: {error}.") from None
+            raise UserError(f"{path}, {where}: {error.sentence}") from None
         if kind and found != kind:
             raise UserError(
                 f"{path}, {where}: a {found} row, but {first} is a {kind} row; a file holds rows of one kind. "

@@ -127,7 +127,7 @@ def _load(what: str, split: str, text_field: str, **arguments: Any) -> "Dataset 
     try:
         kind_of(first, text_field)
     except RowError as error:
-        raise UserError(f"data set {what!r}, split {split!r}, row 1: {error}.") from None
+        raise UserError(f"data set {what!r}, split {split!r}, row 1: {error.sentence}") from None
     return data
 
 

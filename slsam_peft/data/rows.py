@@ -11,6 +11,11 @@ COLUMNS = ("input_ids", "prompt", "completion", "messages", "conversations")
 class RowError(ValueError):
     """A row is of no kind that supervised fine-tuning takes; the message says why, without a place."""
 
+    @property
+    def sentence(self) -> str:
+        """The message, closed by a full stop unless it ends with a question."""
+        return str(self) if str(self).endswith("?") else f"{self}."
+
 
 def needed_columns(text_field: str = "text") -> str:
     """Return the columns a training row may consist of, as a phrase for errors."""
@@ -61,7 +66,8 @@ def _no_columns(row: Mapping[str, Any], text_field: str) -> str:
 def _prompt_completion(row: Mapping[str, Any]) -> str:
     for name, other in (("prompt", "completion"), ("completion", "prompt")):
         if name not in row:
-            raise RowError(f"'{other}' without '{name}'; a prompt-completion row needs both")
+            hint = next(filter(None, (hint_at(key, [name]) for key in row if key not in COLUMNS)), "")
+            raise RowError(f"'{other}' without '{name}'; a prompt-completion row needs both{hint and '.' + hint}")
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return "prompt-completion"
