@@ -1,7 +1,7 @@
 # python recipes/train_slsam.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --output_dir adapter
 """LoRA with SL-SAM in Python: `SLSAMTrainer` where `SFTTrainer` would be, and one argument more.
 
-`train.jsonl` holds one conversation a line: {"messages": [{"role": "user", "content": "..."}, ...]}.
+`train.jsonl` holds one conversation per line: {"messages": [{"role": "user", "content": "..."}, ...]}.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def hint_at(value: Any, allowed: Iterable[str]) -> str:
     Neither letter case nor the dashes in front of a flag count: "--lr" and "--rho" have two characters in common that
     say nothing.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value in (allowed := tuple(allowed)):
         return ""
     names = {name.lstrip("-").lower(): name for name in allowed}
     near = difflib.get_close_matches(value.lstrip("-").lower(), names, n=1, cutoff=NEAR)

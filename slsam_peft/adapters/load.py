@@ -8,14 +8,13 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.config import RECORD_NAME
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import find_model, is_path, load_config, load_model, load_tokenizer
-from slsam_peft.models.smollm2 import HUB_NAME, SMOLLM2
+from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
 from slsam_peft.saving.record import Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
 
@@ -123,7 +122,7 @@ def _base_of(config: Any, given: str | None) -> str:
             raise UserError(f"--model={name} is not a folder; name one with a model in it, or a hub name.")
         raise UserError(f"the adapter's base model {name} is not here; name its folder or hub name with --model.")
     # An adapter trained on the fetched model is saved with the name that others know it by.
-    return find_model(SMOLLM2 if name == HUB_NAME and not there else name)
+    return str(fetch_smollm2()) if name == HUB_NAME and not there else find_model(name)
 
 
 def base_config(adapter: Adapter) -> Any:
@@ -277,11 +276,6 @@ def raw_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors as they are in its file."""
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Return the number of scalar parameters."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def brief(error: BaseException, limit: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""`slsam-peft bench`: what a step costs by the clock, against plain LoRA and LoRA-SAM on the same machine."""
+"""`slsam-peft bench`: what a step costs by the clock, against plain LoRA and dense SAM on the same machine."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from slsam_peft.cli.quiet import loading
 from slsam_peft.runs.bench_modes import MODES, REFERENCE, select_modes
 
 NAME = "bench"
-HELP = "Time a step by the clock: plain LoRA, LoRA-SAM and SL-SAM's modes in alternation"
+HELP = "Time a step by the clock: plain LoRA, dense SAM and SL-SAM's modes in alternation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

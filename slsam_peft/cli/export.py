@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # How a merge is measured.
     add("--eval_data", metavar="FILE", help="held-out data to take the loss on, for the comparison of merges")
     add("--rows", type=int, default=32, metavar="N", help="rows of --eval_data")
-    add("--max_length", type=int, default=256, metavar="N", help="tokens per row; what is longer is cut")
+    add("--max_length", type=int, default=256, metavar="N", help="tokens per sequence; what is longer is cut")
     add("--max_shard_size", type=_bytes, default="5GB", metavar="SIZE", help="most bytes of a file with weights")
     add(
         "--no_measure",

@@ -72,10 +72,15 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown flag (with the nearest match), a missing or a malformed value.
         """
-        values, unknown = self.parse_known_args([_underscored(word) for word in argv])
+        typed = [_underscored(word) for word in argv]
+        # A flag that is unknown is named before one that is missing: it may be what was meant.
+        known = {flag for action in self._actions for flag in action.option_strings}
+        for word in typed[: typed.index("--") if "--" in typed else None]:
+            if word.startswith("--") and (name := word.partition("=")[0]) not in known:
+                self.error(f"{self.prog} does not know {word!r}.{self._hint(name)}")
+        values, unknown = self.parse_known_args(typed)
         if unknown:
-            name = unknown[0].partition("=")[0]
-            self.error(f"{self.prog} does not know {unknown[0]!r}.{self._hint(name)}")
+            self.error(f"{self.prog} does not know {unknown[0]!r}.{self._hint(unknown[0])}")
         return values
 
     def _hint(self, name: str) -> str:

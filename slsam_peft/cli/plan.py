@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -121,10 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.debug:
         silence_libraries()
     try:
-        with warnings.catch_warnings():
-            # What other libraries warn of on import does not concern a plan.
-            warnings.simplefilter("ignore")
-            plan = make_plan(args)
+        plan = make_plan(args)
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.json:
@@ -161,8 +157,8 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """Return the plan as plain values.
 
     Returns:
-        `dict`: `"model"`, `"arms"`, `"cost"`, `"memory"` (bytes), `"gpu_gib"` (what it must fit; `None` where that is
-            not known), `"fits"` (the same) and `"smallest_card_gib"` (memory of the smallest GPU that holds it).
+        `dict`: `"model"`, `"arms"`, `"cost"`, `"memory"` (bytes), `"memory_gib"` (what it must fit; `None` where that
+            is not known), `"fits"` (the same) and `"smallest_card_gib"` (memory of the smallest GPU that holds it).
 
     Raises:
         ValueError: a setting outside its range, or a budget out of reach.
@@ -205,7 +201,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         "arms": _arm_rows(arms, expected, fraction),
         "cost": _cost_facts(config, expected, fraction),
         "memory": memory,
-        "gpu_gib": room,
+        "memory_gib": room,
         "fits": None if room is None else total <= room,
         "smallest_card_gib": next((size for size in CARDS_GIB if total <= size), None),
     }
@@ -262,7 +258,7 @@ def _cost_facts(config: SLSAMConfig, expected: "ExpectedCost", fraction: float) 
     relative = expected(fraction)
     return {
         "plain_flops": plain,
-        "lora_sam": expected.model.lora_sam(expected.shapes) / plain,
+        "dense_sam": expected.model.dense_sam(expected.shapes) / plain,
         "expected": relative,
         "expected_flops": relative * plain,
         "least": expected(expected.least_fraction),

@@ -14,7 +14,7 @@ _PARTS = {
     "adapters": "adapters",
     "gradients": "their gradients",
     "perturbation": "perturbation",
-    "remembered": "gradients kept for the next step (bfloat16)",
+    "gradient_memory": "gradients kept for the next step (bfloat16)",
     "optimizer": "optimizer states",
     "activations": "kept for the backward pass",
     "block": "one block's graph, unpacked weight included",
@@ -49,7 +49,7 @@ def show(plan: dict[str, Any], *, arms: bool = False) -> None:
 
 
 def _price(cost: dict[str, Any]) -> str:
-    return f"a step is expected to cost {cost['expected']:.2f} plain LoRA steps (LoRA-SAM: {cost['lora_sam']:.2f})."
+    return f"a step is expected to cost {cost['expected']:.2f} plain LoRA steps (dense SAM: {cost['dense_sam']:.2f})."
 
 
 def _need(plan: dict[str, Any]) -> str:
@@ -93,7 +93,7 @@ def _cost(cost: dict[str, Any]) -> Table:
         name += ", all trained"
     for label, ratio in (
         ("plain LoRA", 1.0),
-        ("LoRA-SAM", cost["lora_sam"]),
+        ("dense SAM", cost["dense_sam"]),
         (f"{name} (expected)", cost["expected"]),
     ):
         table.add_row(label, f"{ratio * plain:,.2f}", f"{ratio:.3f}")
@@ -114,7 +114,7 @@ def _memory(memory: dict[str, float]) -> Table:
 
 
 def _verdict(plan: dict[str, Any]) -> str:
-    total, room, card = plan["memory"]["total"] / GIB, plan["gpu_gib"], plan["smallest_card_gib"]
+    total, room, card = plan["memory"]["total"] / GIB, plan["memory_gib"], plan["smallest_card_gib"]
     if room is None:
         if card is None:
             return f"no single GPU that is sold. Try {_ways(plan['model'])}."

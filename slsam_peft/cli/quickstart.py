@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from slsam_peft.data.stdlib_docs import stdlib_docs
-        from slsam_peft.models.load import compute_dtype
+        from slsam_peft.models.load import compute_dtype, find_model
+        from slsam_peft.models.smollm2 import SMOLLM2
         from slsam_peft.runs import quickstart as parts
 
         try:
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error)) from error
     # The model, and what is about to be done with it.
-    name = args.model or _fetch(screen)
+    with screen.working("Looking for the model") as say:
+        name = find_model(args.model or SMOLLM2, say)
     dtype = compute_dtype("auto") if args.dtype is None else getattr(torch, args.dtype)
     with screen.working(f"Loading {Path(name).name} in NF4"):
         model, tokenizer = parts.load_chat_model(name, dtype)
@@ -139,10 +141,8 @@ def _check(args: argparse.Namespace) -> SLSAMConfig:
     if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
         raise UserError(f"--learning_rate={args.learning_rate} is not allowed; it must be a finite number > 0.")
     _check_output(Path(args.output), args.force)
-    if args.model and args.model.startswith((".", "/", "~")):
-        args.model = str(Path(args.model).expanduser())
-        if not Path(args.model).is_dir():
-            raise UserError(f"--model={args.model} is not a folder; name one with a model in it, or a Hub name.")
+    if args.model and args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().is_dir():
+        raise UserError(f"--model={args.model} is not a folder; name one with a model in it, or a Hub name.")
     try:
         return SLSAMConfig(rho=args.rho, active_fraction=args.active_fraction, seed=args.seed)
     except ValueError as error:
@@ -164,13 +164,6 @@ def _check_output(folder: Path, force: bool) -> None:
         raise UserError(
             f"--output={folder} cannot be made: {existing} is not a folder one may write to ({error.strerror})."
         ) from error
-
-
-def _fetch(screen: Any) -> str:
-    from slsam_peft.models.smollm2 import fetch_smollm2
-
-    with screen.working("Looking for SmolLM2-135M-Instruct") as say:
-        return str(fetch_smollm2(say))
 
 
 def _peak_bytes() -> int | None:

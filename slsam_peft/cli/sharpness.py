@@ -34,8 +34,8 @@ NUMBERS = (
 )
 SIZES = (
     ("rows", 16, "rows of each data set"),
-    ("batch_size", 4, "rows at a time"),
-    ("max_length", 256, "tokens per row; what is longer is cut"),
+    ("batch_size", 4, "sequences at a time"),
+    ("max_length", 256, "tokens per sequence; what is longer is cut"),
 )
 
 

@@ -107,7 +107,7 @@ def memory_of(
         "adapters": adapters,
         "gradients": adapters,
         "perturbation": adapters * (rule.perturbed + rule.ahead),  # w + e, and the gradient of the next ascent
-        "remembered": 2.0 * sum(p.numel() for p in trained) if stale else 0.0,
+        "gradient_memory": 2.0 * sum(p.numel() for p in trained) if stale else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, hidden, rule),
         "block": (block.saved if cost.checkpointing else 0.0) + 2 * block.largest + unpacked,

@@ -146,7 +146,7 @@ class CostModel:
             total += passes.forward.on(size) + passes.back.on(size)
         return total
 
-    def lora_sam(self, shapes: Shapes) -> float:
+    def dense_sam(self, shapes: Shapes) -> float:
         """FLOPs of a SAM step of all adapters: two plain ones."""
         return 2 * self.plain(shapes)
 

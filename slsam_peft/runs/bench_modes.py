@@ -24,14 +24,14 @@ class Mode:
 # Reference, the method everybody knows, and what is proposed instead. The radius does not change the cost.
 MODES = {
     "plain LoRA": Mode(),
-    "LoRA-SAM": Mode(SLSAMConfig(active_fraction=1.0)),
+    "dense SAM": Mode(SLSAMConfig(active_fraction=1.0)),
     "paper's sampling": Mode(SLSAMConfig(bandit="paper", design="bernoulli", active_fraction=0.2)),
     "two_pass, depth, budget 1.0": Mode(SLSAMConfig(design="depth", cost_budget=1.0)),
     "partial 1/4, depth, budget 0.75": Mode(SLSAMConfig(ascent="partial", design="depth", cost_budget=0.75)),
-    "remembered, depth, budget 0.65": Mode(SLSAMConfig(ascent="remembered", design="depth", cost_budget=0.65)),
+    "stale gradient, depth, budget 0.65": Mode(SLSAMConfig(ascent="remembered", design="depth", cost_budget=0.65)),
     # The least fraction: one sequence, or one micro-batch.
-    "partial of one, one fewer": Mode(SLSAMConfig(ascent="partial", ascent_fraction=0.01, active_fraction=1.0), 1),
-    "ahead by one, one fewer": Mode(SLSAMConfig(ascent="ahead", ascent_fraction=0.01, active_fraction=1.0), 1),
+    "partial ascent, one fewer": Mode(SLSAMConfig(ascent="partial", ascent_fraction=0.01, active_fraction=1.0), 1),
+    "look-ahead ascent, one fewer": Mode(SLSAMConfig(ascent="ahead", ascent_fraction=0.01, active_fraction=1.0), 1),
 }
 REFERENCE = "plain LoRA"
 

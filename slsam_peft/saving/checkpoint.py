@@ -50,7 +50,7 @@ def load_state(slsam: SLSAM, folder: str | os.PathLike) -> None:
         folder (`str` or `os.PathLike`): The checkpoint folder.
 
     Raises:
-        StateMismatchError: the file is missing or damaged (cut short, or any bit changed), of a newer schema, of
+        StateMismatchError: the file is missing or damaged (cut short, or any bit changed), of another schema, of
             other arms or of other settings.
     """
     path = Path(folder) / FILE_NAME

@@ -29,7 +29,7 @@ def float32_adapters(model: Any) -> Snapshot:
 
 
 def restore_float32(model: nn.Module, before: Snapshot) -> None:
-    """Undo TRL's cast of QLoRA adapters to bfloat16, in which late optimizer updates round to nothing.
+    """Undo TRL's cast of QLoRA adapters to bfloat16, in which late optimizer its steps round to nothing.
 
     A parameter in `before` gets its float32 values back; a new adapter's factors are widened. Models that are not
     quantised are left as they are.
@@ -65,7 +65,7 @@ def warn_if_low_precision(model: nn.Module) -> None:
     dtypes = {p.dtype for p in _adapter_parameters(model) if p.requires_grad and p.dtype in _LOW}
     if dtypes:
         logger.warning(
-            "the adapter is trained in %s: once the learning rate has decayed, updates round to nothing there. "
+            "the adapter is trained in %s: once the learning rate has decayed, its steps round to nothing there. "
             "float32 adapters (adapter_dtype='float32' on a quantised base, PEFT's autocast_adapter_dtype=True "
             "elsewhere) cost 12 bytes more per parameter and keep them.",
             " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)),

@@ -83,23 +83,23 @@ def test_a_mode_with_fewer_parts_needs_two():
 
 def test_a_misspelt_mode_is_answered_with_the_nearest():
     with pytest.raises(
-        UserError, match=r"'LoRA-SAN' is not known\. Did you mean 'LoRA-SAM'\? The modes are:\n  plain LoRA"
+        UserError, match=r"'dense SAN' is not known\. Did you mean 'dense SAM'\? The modes are:\n  plain LoRA"
     ):
-        select_modes(["LoRA-SAN"], 2, 1)
+        select_modes(["dense SAN"], 2, 1)
 
 
 def test_the_command_times_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     llama(num_hidden_layers=2).save_pretrained("model")
     tokenizer().save_pretrained("model")
-    words = "bench --model model --lora_r 4 --batch_size 1 --max_length 16 --steps 1 --rounds 1 --modes LoRA-SAM"
-    assert main([*words.split(), "--output", "a.json", "--plot", "a.svg"]) == 0
+    words = "bench --model model --lora_r 4 --batch_size 1 --max_length 16 --steps 1 --rounds 1 --modes"
+    assert main([*words.split(), "dense SAM", "--output", "a.json", "--plot", "a.svg"]) == 0
     shown = capsys.readouterr().out
     assert all(
-        word in shown for word in ("Cost of a step", "s/step", "plain LoRA", "LoRA-SAM", "Written: a.json, a.svg")
+        word in shown for word in ("Cost of a step", "s/step", "plain LoRA", "dense SAM", "Written: a.json, a.svg")
     )
     written = json.loads((tmp_path / "a.json").read_text())
-    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "LoRA-SAM"]
+    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "dense SAM"]
     assert written["modes"][0]["seconds_per_step"] > 0
 
 

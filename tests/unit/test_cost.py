@@ -75,7 +75,7 @@ def test_two_passes_over_everything(cost):
         2 * 2 * INPUTS + 2 * 3 * RANK * WIDTH
     ) * TOKENS  # both passes; the branches beside q, k and v's A once
     assert cost.step([True] * BLOCKS, SHAPES) == 2 * cost.plain(SHAPES) + BLOCKS * branches - lowest_active
-    assert cost.lora_sam(SHAPES) == 2 * cost.plain(SHAPES)
+    assert cost.dense_sam(SHAPES) == 2 * cost.plain(SHAPES)
 
 
 def test_one_pass_above_a_lowest_active(cost):

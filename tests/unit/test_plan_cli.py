@@ -59,7 +59,7 @@ def test_plan_of_a_local_configuration(capsys, folder):
     made = planned(capsys, "--model", folder, "--batch_size", "4", "--max_length", "64", "--lora_r", "4")
     cost = CostModel.from_model(meta_model(find_config(folder), lora_r=4), True)
     assert made["cost"]["plain_flops"] == cost.plain([(4, 64)])
-    assert made["cost"]["lora_sam"] == 2
+    assert made["cost"]["dense_sam"] == 2
     assert [arm["name"].rpartition(".")[2] for arm in made["arms"]] == ["0", "1", "2", "3"]
     assert sum(arm["parameters"] for arm in made["arms"]) == made["model"]["trainable_parameters"]
     parts = {k: v for k, v in made["memory"].items() if k not in ("total", "block", "logits")}
@@ -84,7 +84,7 @@ def test_flags_change_what_they_should(capsys):
     assert planned(capsys, *base, "--optim", "sgd")["memory"]["optimizer"] == 0
     assert planned(capsys, *base, "--rho", "0")["memory"]["perturbation"] == 0
     assert planned(capsys, *base, "--gradient_checkpointing", "false")["memory"]["activations"] > plain["activations"]
-    assert planned(capsys, *base, "--ascent", "remembered")["memory"]["remembered"] == plain["adapters"] / 2
+    assert planned(capsys, *base, "--ascent", "remembered")["memory"]["gradient_memory"] == plain["adapters"] / 2
     assert (
         plain["adapters"]
         == 2 * planned(capsys, *base, "--load_in_4bit", "--adapter_dtype", "keep")["memory"]["adapters"]
@@ -107,7 +107,7 @@ def test_tables_name_the_parts_and_the_verdict(capsys, folder):
         "28 arms",
         "0.self_attn.q_proj",
         "plain LoRA",
-        "LoRA-SAM",
+        "dense SAM",
         "optimizer states",
         "Fits: yes, a GPU of 24 GiB",
     ):
@@ -126,7 +126,7 @@ def test_the_answer_comes_first_and_arms_only_if_asked_for(capsys, folder, monke
         shown.index(word) for word in ("Cost: a step is expected to cost", "Memory: ", "Fits: GPUs of 4 GiB or")
     ]
     assert answers == sorted(answers)
-    assert answers[-1] < shown.index("LoRA-SAM ")
+    assert answers[-1] < shown.index("dense SAM ")
     assert "inclusion" not in shown
 
 
@@ -144,7 +144,7 @@ def test_a_model_that_fits_no_card_says_so(capsys, monkeypatch):
 def test_the_memory_of_this_machine_is_asked_for(capsys, folder, monkeypatch):
     monkeypatch.setattr(plan, "_own_memory", lambda: 3.5)
     made = planned(capsys, "--model", folder)
-    assert (made["gpu_gib"], made["fits"]) == (3.5, True)
+    assert (made["memory_gib"], made["fits"]) == (3.5, True)
     assert planned(capsys, "--model", folder, "--memory", "0.1")["fits"] is False
 
 
