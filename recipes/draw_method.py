@@ -40,9 +40,9 @@ def draws() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(probabilities[BEFORE:]), torch.stack(masks[BEFORE:])
 
 
-def text(axes: Axes, x: float, y: float, words: str, size: float = 8.5, **options) -> None:
+def text(axes: Axes, x: float, y: float, label: str, size: float = 8.5, **options) -> None:
     """Write something, centred unless told otherwise."""
-    axes.text(x, y, words, fontsize=size, **{"ha": "center", "va": "center", "color": INK, **options})
+    axes.text(x, y, label, fontsize=size, **{"ha": "center", "va": "center", "color": INK, **options})
 
 
 def arrow(axes: Axes, start: Sequence[float], end: Sequence[float], colour: str = INK, bend: float = 0.0) -> None:
@@ -95,7 +95,7 @@ def draw_pass(axes: Axes, x: float, mask: torch.Tensor, second: bool) -> None:
     lowest_active = int(mask.nonzero().min())
     for block in range(BLOCKS):
         below, active = block < lowest_active, bool(mask[block])
-        words = "w + e" if active and second else "g" if active else "no graph" if below else "passed through"
+        label = "w + e" if active and second else "g" if active else "no graph" if below else "passed through"
         dashed = below and second
         shape = FancyBboxPatch(
             (x, block + 0.13),
@@ -110,7 +110,7 @@ def draw_pass(axes: Axes, x: float, mask: torch.Tensor, second: bool) -> None:
         axes.add_patch(shape)
         weight = "bold" if active else "normal"
         colour = SOFT if dashed else INK
-        text(axes, x + WIDTH / 2, block + 0.48, "not run" if dashed else words, 8.5, color=colour, weight=weight)
+        text(axes, x + WIDTH / 2, block + 0.48, "not run" if dashed else label, 8.5, color=colour, weight=weight)
     arrow(axes, (x - 0.2, lowest_active + 0.1 if second else 0.1), (x - 0.2, BLOCKS), FORWARD)
     arrow(axes, (x + WIDTH + 0.2, BLOCKS), (x + WIDTH + 0.2, lowest_active + 0.05), BACKWARD)
 
@@ -163,9 +163,9 @@ def draw_legend(axes: Axes) -> None:
     text(axes, 1.35, y, f"probability p, 0 to {DARKEST}", 8, ha="left")
     axes.add_patch(Rectangle((4.35, y - 0.2), 0.3, 0.4, fc=ACTIVE, ec=INK, lw=0.8))
     text(axes, 4.8, y, "active: perturbed and trained", 8, ha="left")
-    for x, colour, words in ((9.0, FORWARD, "forward"), (10.9, BACKWARD, "backward")):
+    for x, colour, label in ((9.0, FORWARD, "forward"), (10.9, BACKWARD, "backward")):
         axes.plot([x, x + 0.5], [y, y], color=colour, lw=2)
-        text(axes, x + 0.65, y, words, 8, ha="left")
+        text(axes, x + 0.65, y, label, 8, ha="left")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""SL-SAM for LoRA and QLoRA: sparse-layer sharpness-aware minimisation as a plug-in for TRL and PEFT."""
+"""Brings SL-SAM, sparse-layer sharpness-aware minimisation, to LoRA and QLoRA as a plug-in for TRL and PEFT."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

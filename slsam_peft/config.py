@@ -1,4 +1,4 @@
-"""The settings of SL-SAM: one frozen dataclass that checks itself.
+"""Holds the settings of SL-SAM in one frozen dataclass that checks itself.
 
 This module imports neither torch nor any framework, so that a command line can list the settings at once.
 """

@@ -1,4 +1,4 @@
-"""The errors a command line shows without a traceback."""
+"""Defines the errors a command line shows without a traceback."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and the extra of this package that brings them."""
+"""Checks for packages that only some commands need, and names the extra of this package that brings them."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Arms: named parameters grouped into what is switched on or off as one.
+"""Groups named parameters into arms, each of which is switched on or off as one.
 
 Blocks and adapter modules are found by structure, never by their names:
 

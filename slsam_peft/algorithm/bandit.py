@@ -1,4 +1,4 @@
-r"""The bandit: inclusion probabilities and how they learn from the arms that were drawn.
+r"""The bandit keeps inclusion probabilities and learns them from the arms that were drawn.
 
 Everything here is small, float64 and on the CPU. Symbols: $L$ arms, budget $B = s L$ = sum of the probabilities,
 $p$ inclusion probabilities, $a$ norms of the arms' ascent gradients; all vectors have shape `(L,)`.

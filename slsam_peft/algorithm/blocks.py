@@ -1,4 +1,4 @@
-"""Where the transformer blocks of a model are: found by structure, never by name."""
+"""Finds where the transformer blocks of a model are, by structure and never by name."""
 
 from collections.abc import Iterator
 

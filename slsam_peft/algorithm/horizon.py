@@ -1,4 +1,4 @@
-"""Truncated backpropagation and the hidden-state cache around a stack of blocks.
+"""Truncates backpropagation around a stack of blocks, and caches the hidden state that enters it.
 
 Below the lowest active block nothing needs a graph, and the second pass of a step differs from the first only from
 that block up. So the hidden state that enters it is cut from whatever made it and cached, and the second pass starts
@@ -204,12 +204,14 @@ class Horizon:
         if lowest_trained < 0 or (lowest_trained == 0 and _is_reentrant(self.blocks[0])):
             yield
             return
+        # Checkpointing is off in the blocks below while they run: they need no graph.
         checkpointed: list[Any] = [
             b for b in self.blocks[:lowest_trained] if getattr(b, "gradient_checkpointing", False)
         ]
         for block in checkpointed:
             block.gradient_checkpointing = False
 
+        # The stack's input is checked, and cut from its graph, when it enters the first block.
         def check(hidden: torch.Tensor) -> None:
             check_cut(hidden, (*self.blocks, *self.above), "the blocks")
 
@@ -219,6 +221,7 @@ class Horizon:
         try:
             yield
         finally:
+            # The blocks are put back as they were, also after an error.
             handle.remove()
             for block in checkpointed:
                 block.gradient_checkpointing = True

@@ -1,4 +1,4 @@
-"""What a pass may not do when it is cut at a block: feed what lies below the cut on something trained above it.
+"""Refuses a pass that is cut at a block and feeds what lies below the cut on something trained above it.
 
 A cut drops the gradient of whatever enters below it, and a second pass that starts there takes what entered to be the
 same. Two kinds of model break that, and show it only when they run: those that run blocks more than once, on their own

@@ -1,4 +1,4 @@
-"""Gradients kept for the next step, whose ascent needs no second pass then.
+"""Keeps gradients for the next step, whose ascent needs no second pass then.
 
 They are descent gradients, as in S2-SAM (NeurIPS 2024), or look-ahead ascent gradients.
 """

@@ -1,4 +1,4 @@
-"""The two passes of a step over its micro-batches: which arms are on, where passes are cut, what is replayed."""
+"""Runs the two passes of a step over its micro-batches: which arms are on, where passes are cut, what is replayed."""
 
 import logging
 import math

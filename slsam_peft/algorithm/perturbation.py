@@ -1,4 +1,4 @@
-r"""The perturbation $e(w) = \rho\, g / (\|g\|_2 + 10^{-12})$ and how it is put on a model.
+r"""Makes the perturbation $e(w) = \rho\, g / (\|g\|_2 + 10^{-12})$ and puts it on a model.
 
 A linear module's weight gets an additive branch: $W x$ becomes $W x + e x$, so no weight is modified and autograd
 returns the gradient at $W + e$. Any other parameter is moved in place and put back bit for bit from a copy. Where the

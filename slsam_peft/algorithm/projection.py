@@ -1,4 +1,4 @@
-"""Projections of weights onto inclusion probabilities: pure functions, float64 on the CPU, shapes `(L,)`."""
+"""Projects weights onto inclusion probabilities: pure functions, float64 on the CPU, shapes `(L,)`."""
 
 import torch
 

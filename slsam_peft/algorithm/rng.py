@@ -1,4 +1,4 @@
-"""Random state of the devices a model lives on, so that a second pass can replay the first one's dropout."""
+"""Saves and restores the random state of a model's devices, so a second pass can replay the first one's dropout."""
 
 from collections.abc import Iterable
 

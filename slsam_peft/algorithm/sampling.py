@@ -1,4 +1,4 @@
-"""Sampling schemes: given inclusion probabilities and a generator, draw the active set.
+"""Sampling schemes draw the active set, given inclusion probabilities and a generator.
 
 A scheme is a callable `(probabilities, generator) -> mask`, all of shape `(L,)`, float64 and boolean, on the CPU. The
 built-in ones also state the inclusion probabilities they realise, which are not always those they were given: drawing

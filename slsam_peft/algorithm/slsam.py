@@ -1,4 +1,4 @@
-r"""SL-SAM: one step, composed of the bandit, a sampling scheme, the perturbation and the horizon.
+r"""SL-SAM composes one step out of the bandit, a sampling scheme, the perturbation and the horizon.
 
     S_t ~ scheme(p)                          draw the active set
     g   = grad L(w) over S_t                 ascent pass

@@ -1,4 +1,4 @@
-"""The state of `SLSAM` as a flat dictionary: what an aborted step goes back to, and what a checkpoint holds."""
+"""Turns `SLSAM`'s state into a flat dictionary, which an aborted step goes back to and a checkpoint holds."""
 
 from collections.abc import Sequence
 from itertools import zip_longest

@@ -1,4 +1,4 @@
-"""What one step tells: numbers for the log, and a watch on whether the radius survives the arithmetic."""
+"""Tells what one step did, in numbers for the log, and watches whether the radius survives the arithmetic."""
 
 import logging
 import math
@@ -72,6 +72,7 @@ def step_metrics(slsam: Any, step: Step, numbers: StepNumbers) -> dict[str, floa
         step (`Step`): The step.
         numbers (`StepNumbers`): Its numbers, on the host.
     """
+    # Every step has these numbers.
     norm = float(numbers.norms.square().sum().sqrt())
     metrics = {
         "active_fraction": float(step.mask.double().mean()),
@@ -80,12 +81,14 @@ def step_metrics(slsam: Any, step: Step, numbers: StepNumbers) -> dict[str, floa
         "lowest_active_block": float(step.lowest_active),
         "skipped": float(slsam.skipped),
     }
+    # These are there only where the part they tell of is in use.
     if slsam.horizon is not None:
         metrics["hidden_state_cache_mib"] = slsam.horizon.kept_bytes / 2**20
     if slsam.config.ascent in ("remembered", "ahead"):
         metrics["gradient_memory_mib"] = slsam.memory.bytes / 2**20
     if slsam.cost is not None:
         metrics["cost"] = slsam.cost(step)
+    # The rise of the loss is known only where both passes saw the same batch.
     rho = slsam.config.rho
     if slsam.config.ascent == "two_pass" and rho > 0 and numbers.finite:
         rise = float(numbers.descent_loss) - float(numbers.ascent_loss)

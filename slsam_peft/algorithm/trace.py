@@ -1,4 +1,4 @@
-"""The course of a run: what each step drew and saw, kept in bounded memory."""
+"""Records the course of a run, what each step drew and saw, in bounded memory."""
 
 import math
 from collections.abc import Sequence
@@ -56,11 +56,13 @@ class Trace:
             step (`int`): Its number, from 1.
             slsam (`SLSAM`): Read: its `drawn`, `active`, `norms`, `loss` and `metrics`.
         """
+        # The totals count every step.
         self.steps += 1
         self.last = step
         self.activity += slsam.active
         cost = slsam.metrics.get("cost", math.nan)
         self.cost_total += cost
+        # Only every `stride`-th step gets a row, and the stride grows when the rows are full.
         if (step - 1) % self.stride:
             return
         if self._rows == self.limit:
@@ -69,6 +71,7 @@ class Trace:
                 return
         if self._rows == len(self._steps):
             self._grow()
+        # The step's numbers go into its row.
         row = self._rows
         self._steps[row] = step
         self._arms["probabilities"][row] = slsam.drawn

@@ -1,4 +1,4 @@
-"""From a command line and a YAML file to checked settings, through TRL's own parser."""
+"""Turns a command line and a YAML file into checked settings, through TRL's own parser."""
 
 import argparse
 import dataclasses
@@ -71,18 +71,18 @@ def parse(argv: list[str]) -> Settings:
     if not argv:  # answered at once, without TRL
         _check_needed(dict.fromkeys(_NEEDED), {})
     # What is misspelt or missing comes before what TRL and transformers say of the rest.
-    words, config = _take_config(argv)
+    arguments, config = _take_config(argv)
     values, lines = read_config(config) if config else ({}, {})
     parser = build_parser()
     _check_config(parser, config, values, lines)
-    given, unknown = parser.parse_known_args(words)
+    given, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(_unknown(parser, unknown))
     _check_needed({name: getattr(given, name) for name in _NEEDED}, values)
     # TRL's parser reads the file once more, and each class checks its own settings.
-    words += ["--config", config] if config else []
+    arguments += ["--config", config] if config else []
     try:
-        slsam, script, model, training = parser.parse_args_and_config(words)
+        slsam, script, model, training = parser.parse_args_and_config(arguments)
     except (ValueError, TypeError, ImportError) as error:
         if _NO_GPU in str(error):
             raise UserError(_no_gpu()) from error
@@ -116,14 +116,14 @@ def _take_config(argv: list[str]) -> tuple[list[str], str]:
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--config", action="append", default=[])
     try:
-        found, words = reader.parse_known_args(argv)
+        found, arguments = reader.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; it needs the path of a YAML file.") from None
     if len(found.config) > 1:
         raise UserError(
             f"--config is given {len(found.config)} times; give it once, and single values as --field value."
         )
-    return words, found.config[0] if found.config else ""
+    return arguments, found.config[0] if found.config else ""
 
 
 def read_config(path: str) -> tuple[dict[Any, Any], dict[Any, int]]:
@@ -217,15 +217,15 @@ def _problem(action: argparse.Action, value: Any, optional: bool) -> str:
     return f"{value!r} is not allowed; it must be {phrase}"
 
 
-def _unknown(parser: "TrlParser", words: list[str]) -> str:
+def _unknown(parser: "TrlParser", arguments: list[str]) -> str:
     known = [flag for action in parser._actions for flag in action.option_strings]
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     if flags:
         return "\n".join(f"there is no setting {flag}.{nearest(flag, known)}" for flag in flags) + (
             f"\n`{PROG} --help-all` lists all settings."
         )
-    hint = f" A config file is given as --config {words[0]}." if words[0].endswith((".yaml", ".yml")) else ""
-    return f"unexpected argument {words[0]!r}: values follow their --field.{hint}"
+    hint = f" A config file is given as --config {arguments[0]}." if arguments[0].endswith((".yaml", ".yml")) else ""
+    return f"unexpected argument {arguments[0]!r}: values follow their --field.{hint}"
 
 
 def _slsam_config(arguments: Any) -> SLSAMConfig:

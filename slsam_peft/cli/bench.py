@@ -1,4 +1,4 @@
-"""`slsam-peft bench`: what a step costs by the clock, against plain LoRA and dense SAM on the same machine."""
+"""`slsam-peft bench` measures what a step costs by the clock, against plain LoRA and dense SAM on the same machine."""
 
 import argparse
 import json

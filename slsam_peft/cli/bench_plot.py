@@ -1,4 +1,4 @@
-"""The picture of `slsam-peft bench`: measured beside predicted cost."""
+"""Draws the picture of `slsam-peft bench`: measured beside predicted cost."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

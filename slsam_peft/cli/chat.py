@@ -1,4 +1,4 @@
-"""`slsam-peft chat`: answers with and without an adapter, side by side."""
+"""`slsam-peft chat` shows answers with and without an adapter, side by side."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""`slsam-peft check`: whether an adapter is intact, fits its base and computes what it did when it was saved."""
+"""`slsam-peft check` tells whether an adapter is intact, fits its base and computes what it did when it was saved."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`slsam-peft export`: an adapter as a plain PEFT folder, or merged into its base."""
+"""`slsam-peft export` writes an adapter as a plain PEFT folder, or merged into its base."""
 
 import argparse
 import re

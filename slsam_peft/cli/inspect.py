@@ -1,4 +1,4 @@
-"""`slsam-peft inspect`: the arms of an adapter or a model, with sizes and norms."""
+"""`slsam-peft inspect` lists the arms of an adapter or a model, with sizes and norms."""
 
 import argparse
 from typing import TYPE_CHECKING

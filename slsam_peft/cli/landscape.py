@@ -1,4 +1,4 @@
-"""Pictures of a loss around an adapter: along a line, and on a plane."""
+"""Draws pictures of a loss around an adapter: along a line, and on a plane."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""A screen that follows a training by its trace file."""
+"""Shows a screen that follows a training by its trace file."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""The `slsam-peft` command: picks a subcommand, and turns errors into messages and exit codes."""
+"""The `slsam-peft` command picks a subcommand, and turns errors into messages and exit codes."""
 
 import errno
 import os
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: Exit code: 0 done, 1 training has diverged or `check` has found a problem, 2 what was asked for cannot
             be done (message on stderr), 130 interrupted (Ctrl-C, SIGINT), 143 terminated (SIGTERM).
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    position = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
-    debug = "--debug" in words
+    typed = list(sys.argv[1:] if argv is None else argv)
+    position = next((i for i, argument in enumerate(typed) if not argument.startswith("-")), len(typed))
+    debug = "--debug" in typed
     # OpenMP's threads spin while they wait and starve each other where cores are shared with other work: measured 5 to
     # 7 times slower steps on two busy cores, for 4 % of CPU time saved. Read when torch is imported, hence here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         silence_kernels()
     try:
         with _terminable():
-            return _dispatch(words[:position], words[position:])
+            return _dispatch(typed[:position], typed[position:])
     except UserError as error:
         if debug:
             raise

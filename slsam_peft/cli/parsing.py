@@ -1,4 +1,4 @@
-"""An argument parser whose errors are `UserError`s that name the nearest match, and what all subcommands share."""
+"""Holds what all subcommands share, and a parser whose errors are `UserError`s that name the nearest match."""
 
 import argparse
 from collections.abc import Iterable, Sequence

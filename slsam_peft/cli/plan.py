@@ -1,4 +1,4 @@
-"""`slsam-peft plan`: what training will cost and whether it fits, from a model's configuration alone."""
+"""`slsam-peft plan` tells what training will cost and whether it fits, from a model's configuration alone."""
 
 import argparse
 import json

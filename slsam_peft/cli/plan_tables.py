@@ -1,4 +1,4 @@
-"""The plan as tables."""
+"""Shows the plan as tables."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""`slsam-peft plot`: what the sampler did in a training, as a picture or on a screen that follows it."""
+"""`slsam-peft plot` shows what the sampler did in a training, as a picture or on a screen that follows it."""
 
 import argparse
 from pathlib import Path

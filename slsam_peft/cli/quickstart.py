@@ -1,4 +1,4 @@
-"""`slsam-peft quickstart`: fine-tune a small 4-bit LLM with SL-SAM, on data built on the spot."""
+"""`slsam-peft quickstart` fine-tunes a small 4-bit LLM with SL-SAM, on data built on the spot."""
 
 import argparse
 import math

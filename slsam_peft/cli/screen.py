@@ -1,4 +1,4 @@
-"""What the quickstart shows in a terminal."""
+"""Prints what the quickstart shows in a terminal."""
 
 import shlex
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""`slsam-peft sft`: fine-tune a model on a data set, from a YAML file and flags."""
+"""`slsam-peft sft` fine-tunes a model on a data set, from a YAML file and flags."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""`slsam-peft sharpness`: how flat the loss lies around a trained adapter."""
+"""`slsam-peft sharpness` measures how flat the loss lies around a trained adapter."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Pictures of traces: what the sampler did, and what came of it."""
+"""Draws pictures of traces: what the sampler did, and what came of it."""
 
 import io
 from collections.abc import Sequence
@@ -281,8 +281,8 @@ def _draw_curves(axis: Axes, traces: Sequence[TraceData], name: str, title: str,
     return drawn
 
 
-def _say_instead(axis: Axes, words: str) -> None:
-    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color="0.35")
+def _say_instead(axis: Axes, text: str) -> None:
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="0.35")
     axis.set_yticks([])
 
 

@@ -1,4 +1,4 @@
-"""FLOPs of one block: forward, and backward with the checkpoint's second forward, per token and per pair of tokens."""
+"""Counts one block's FLOPs, per token and per pair: forward, and backward with the checkpoint's second forward."""
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Expected cost of a step under a sampling scheme, and the active fraction that meets a budget."""
+"""Computes a step's expected cost under a sampling scheme, and the active fraction that meets a budget."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""From settings to cost: what a step is expected to cost, and the active fraction that meets `cost_budget`.
+"""Computes from settings what a step is expected to cost, and the active fraction that meets `cost_budget`.
 
 Expectations are those of the start, where every arm has the same probability. The bandit keeps the sum of the
 probabilities, so with `design="depth"` and equal blocks the expected cost stays where it is.

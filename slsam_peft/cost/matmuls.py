@@ -1,4 +1,4 @@
-"""The matrix multiplications of a decoder, found in its modules without running it.
+"""Finds the matrix multiplications of a decoder in its modules, without running it.
 
 A block is read as attention followed by a feed-forward part: the linear modules of the attention but its last one read
 the block's input, the last one reads the attention's output; of the other linear modules those that lead back to the
@@ -193,12 +193,14 @@ def _block(name: str, block: nn.Module, config: Any) -> Block:
 
 def _adapted(prefix: str, block: nn.Module, config: Any) -> Iterator[tuple[nn.Module, AdaptedLinear]]:
     """Yield the block's linear modules, adapters folded into the module they adapt."""
+    # The configuration tells how many experts there are, and how many a token visits.
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     visited = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
     seen: set[int] = set()
     for name, module in block.named_modules(prefix=prefix):
         if id(module) in seen:
             continue
+        # A module that adapts another has the other's shape, and must adapt a linear one.
         base = getattr(module, "base_layer", None)
         shape = features_of(base if isinstance(base, nn.Module) else module)
         if isinstance(base, nn.Module) and features_of(_innermost(base)) is None:
@@ -206,6 +208,7 @@ def _adapted(prefix: str, block: nn.Module, config: Any) -> Iterator[tuple[nn.Mo
                 f"the adapter on {name!r} adapts no linear module (mixture-of-experts weights, for example), so its "
                 "cost cannot be predicted; leave cost_budget unset, or let target_modules name linear modules."
             )
+        # What is not linear may hold the experts' weights, all in one tensor.
         if shape is None:
             for key, p in module.named_parameters(prefix=name, recurse=False):
                 if experts and visited and p.ndim == 3 and p.shape[0] == experts:
@@ -213,6 +216,7 @@ def _adapted(prefix: str, block: nn.Module, config: Any) -> Iterator[tuple[nn.Mo
                     matmul = Matmul(key, float(p.shape[1] * p.shape[2] * visited), weight)
                     yield module, AdaptedLinear(matmul, (), p.shape[2], p.shape[1], weight, experts=True)
             continue
+        # A linear module counts once, together with its adapter's factors.
         seen.update(id(m) for m in module.modules())
         factors, inner, inner_name = (), module, name
         if isinstance(base, nn.Module):

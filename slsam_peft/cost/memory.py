@@ -1,4 +1,4 @@
-"""Memory of training on one GPU, by part, from a model on the meta device.
+"""Estimates the memory of training on one GPU, by part, from a model on the meta device.
 
 What a block keeps for its backward pass is read off the block itself, run on fake tensors under autocast. The rest is
 counted. It is an estimate of what is allocated at the peak: fragmentation comes on top.

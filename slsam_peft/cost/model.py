@@ -1,4 +1,4 @@
-r"""What a step costs, in matmul FLOPs, predicted from the model's structure and the active set alone.
+r"""Predicts what a step costs, in matmul FLOPs, from the model's structure and the active set alone.
 
 Counted as `torch.utils.flop_counter.FlopCounterMode` counts: a product of $m \times k$ and $k \times n$ is $2mnk$. The
 attention is the eager one, all $T \times T$ scores. The head is TRL's fused one, which keeps no logits: its backward

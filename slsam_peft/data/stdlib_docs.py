@@ -1,4 +1,4 @@
-"""Instruction pairs from the documentation strings of the Python standard library.
+"""Makes instruction pairs from the documentation strings of the Python standard library.
 
 Everything is read from the running interpreter, so nothing is shipped, and no network is needed. Only the modules
 listed here are imported; none of them does anything on import but define names. The pairs are the same for the same

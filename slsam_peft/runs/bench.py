@@ -1,4 +1,4 @@
-"""The clock: plain LoRA, dense SAM and our modes in alternation, in one process, on one model and the same batches."""
+"""Times plain LoRA, dense SAM and our modes in alternation, in one process, on one model and the same batches."""
 
 import statistics
 import tempfile

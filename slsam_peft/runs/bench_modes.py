@@ -1,4 +1,4 @@
-"""The ways to train that `slsam-peft bench` times. Nothing here imports torch, so that the help can name them."""
+"""Lists the modes that `slsam-peft bench` times. Nothing here imports torch, so that the help can name them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

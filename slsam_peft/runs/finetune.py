@@ -1,4 +1,4 @@
-"""One supervised fine-tuning run from parsed settings: what can fail is checked before the model is loaded."""
+"""Runs one supervised fine-tuning from parsed settings: what can fail is checked before the model is loaded."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""The parts of the quickstart: a chat model in NF4, LoRA trained with SL-SAM, one answer, the adapter on disk."""
+"""Holds the quickstart's parts: a chat model in NF4, LoRA trained with SL-SAM, one answer, the adapter on disk."""
 
 import os
 import shutil

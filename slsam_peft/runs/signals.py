@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: training ends after the step in progress, with a checkpoint where checkpoints are saved."""
+"""Ends training on Ctrl-C or SIGTERM after the step in progress, with a checkpoint where checkpoints are saved."""
 
 import logging
 import signal

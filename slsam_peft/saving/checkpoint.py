@@ -1,4 +1,4 @@
-"""The sampler's state beside the trainer's own files: `slsam.safetensors` in every checkpoint folder."""
+"""Keeps the sampler's state beside the trainer's own files: `slsam.safetensors` in every checkpoint folder."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""safetensors files that show any damage: their metadata holds a SHA-256 over every byte of the file."""
+"""Makes safetensors files show any damage: their metadata holds a SHA-256 over every byte of the file."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""`slsam_files.json` in a checkpoint: the SHA-256 of each file that training goes on from, so that damage shows."""
+"""Records the SHA-256 of each file that training goes on from in `slsam_files.json`, so that damage shows."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The largest and smallest curvature of a loss: Hessian-vector products and the Lanczos method."""
+"""Finds the largest and smallest curvature of a loss by Hessian-vector products and the Lanczos method."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-r"""How flat a loss lies around a point: worst and average rise nearby, curvature, and slices through it.
+r"""Measures how flat a loss lies around a point: worst and average rise nearby, curvature, and slices through it.
 
 Nothing here knows of models or adapters: a `Space` is a list of tensors that can be moved, an `Objective` a mean loss
 over batches.

@@ -1,4 +1,4 @@
-"""Batches as an ascent needs them: a part of one, or sequences of the next one behind those of this one."""
+"""Makes batches as an ascent needs them: a part of one, or sequences of the next one behind those of this one."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

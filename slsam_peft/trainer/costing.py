@@ -1,4 +1,4 @@
-"""The price of a trainer's steps in plain LoRA steps: predicted for the log, solved for where it is budgeted."""
+"""Prices a trainer's steps in plain LoRA steps: predicted for the log, solved for where it is budgeted."""
 
 from typing import Any
 
@@ -51,6 +51,7 @@ def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostMode
     Raises:
         ValueError: `cost_budget` is set and there is no cost model, or no block to cut at.
     """
+    # The model's structure is read, where the trainer's steps can be counted.
     args: Any = trainer.args
     trained: Any = trainer.model
     model, reason = None, "only SFTTrainer's steps can be counted."
@@ -65,6 +66,7 @@ def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostMode
                 None,
                 "it counts adapters on frozen weights; here weight matrices of the blocks are trained.",
             )
+    # Without a budget, a missing cost model is no error.
     if config.cost_budget is None:
         return model
     if model is None:
@@ -72,6 +74,7 @@ def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostMode
             f"cost_budget={config.cost_budget} needs a cost model, and {reason} Leave cost_budget unset and set "
             "active_fraction."
         )
+    # A budget is met by cutting steps short, so no arm may lie below the blocks.
     below = [arm.name for arm in arms if arm.depth is None or arm.depth < 0]
     if below:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What ranks tell one another: averages of active gradients, and what must be decided alike."""
+"""Lets ranks tell one another averages of active gradients, and what must be decided alike."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Passes that leave no trace in a trainer's metrics, and none of their host synchronisations."""
+"""Lets passes leave no trace in a trainer's metrics, and make none of their host synchronisations."""
 
 from collections import defaultdict
 from collections.abc import Iterator

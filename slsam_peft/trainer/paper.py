@@ -1,4 +1,4 @@
-"""How TRL's model cards name the method and cite its paper."""
+"""Makes TRL's model cards name the method and cite its paper."""
 
 import textwrap
 from typing import Any

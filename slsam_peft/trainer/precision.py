@@ -1,4 +1,4 @@
-"""The precision of adapters under TRL, which PEFT and quantized bases change behind one's back."""
+"""Looks after the precision of adapters under TRL, which PEFT and quantized bases change behind one's back."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a trainer must not ask for, and what its optimizer must hold: checked before the first step."""
+"""Checks, before the first step, what a trainer must not ask for and what its optimizer must hold."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""`SLSAMTrainer`: TRL's `SFTTrainer` with one argument more."""
+"""`SLSAMTrainer` is TRL's `SFTTrainer` with one argument more."""
 
 import logging
 from collections.abc import Iterator
@@ -219,7 +219,8 @@ class SLSAMMixin(_Base):
 
         def part() -> torch.Tensor:
             some, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_per_example(self))
-            with muted(self):  # whose loss is then a mean over its own tokens
+            # The part's loss is a mean over its own tokens.
+            with muted(self):
                 return step(model, some, None if num_items is None else num_items * share)
 
         return Passes(logged, unlogged, part, without_backward)

@@ -1,4 +1,4 @@
-"""Paired differences between methods, with intervals and p-values."""
+"""Computes paired differences between methods, with intervals and p-values."""
 
 import math
 import warnings
