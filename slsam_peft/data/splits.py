@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from slsam_peft.data.scoring import Pair
 
 Example = TypeVar("Example")
+Other = TypeVar("Other")
 
 TEST_PERCENT, VALIDATION_PERCENT = 25, 15  # the rest is for training
 
@@ -23,6 +24,10 @@ class Splits(Generic[Example]):
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    def map(self, convert: Callable[[Example], Other]) -> "Splits[Other]":
+        """Return the splits with every example converted."""
+        return Splits(*([convert(example) for example in part] for part in (self.train, self.validation, self.test)))
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def split(
         else:
             pools.train.append((digest, example))
 
+    # An order by hash is a fixed random one, so the first test examples are as good as all of them.
     def take(name: str) -> list[Example]:
         pool = [example for _, example in sorted(getattr(pools, name), key=lambda pair: pair[0])]
         asked = getattr(sizes, name)
