@@ -1,6 +1,8 @@
-"""Checks for packages that only some commands need, and names the extra of this package that brings them."""
+"""Checks for packages that only some commands need, and says where what is fetched is kept."""
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 
 from slsam_peft.errors import UserError
 
@@ -19,3 +21,9 @@ def require(what: str, extra: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UserError(f"{what} needs {' and '.join(missing)}; install the extra: pip install 'slsam-peft[{extra}]'.")
+
+
+def cache_folder() -> Path:
+    """Return this package's cache folder: `$XDG_CACHE_HOME/slsam_peft`, or `~/.cache/slsam_peft`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "slsam_peft"

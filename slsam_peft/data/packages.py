@@ -16,12 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slsam_peft.errors import UserError
-
-
-def cache_folder() -> Path:
-    """Return this package's cache folder: `$XDG_CACHE_HOME/slsam_peft`, or `~/.cache/slsam_peft`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "slsam_peft"
+from slsam_peft.extras import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)

