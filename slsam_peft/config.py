@@ -9,13 +9,15 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+METHODS = ("auto", "sam", "paper", "depth")
 BANDITS = ("paper", "scale_free", "uniform")
 DESIGNS = ("bernoulli", "fixed_size", "window", "depth")
-ASCENTS = ("two_pass", "partial", "remembered", "ahead")
+ASCENTS = ("auto", "two_pass", "partial", "remembered", "ahead")
+RADII = ("length", "loss_rise")
 DESCENTS = ("active", "all")
 GRANULARITIES = ("block", "module", "tensor")
 ADAPTER_DTYPES = ("float32", "keep")
@@ -28,6 +30,64 @@ RECORD_NAME = "slsam.json"  # beside an adapter; see saving/record.py
 RECORD_SCHEMA = 2
 
 PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
+RHO = 0.05  # Foret et al. 2021; the length of the perturbation wherever neither `rho` nor `loss_rise` is set
+LOSS_RISE = 0.3  # nats; between the best on fitted rows (0.5) and on rows still being learnt (0.2)
+ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
+
+# What a method sets where the field itself is unset. `None` is no method: the parts alone were given.
+_PARTS: dict[str | None, dict[str, Any]] = {
+    "auto": {
+        "active_fraction": 0.25,
+        "bandit": "scale_free",
+        "design": "fixed_size",
+        "ascent": "auto",
+        "descent": "all",
+        "loss_rise": LOSS_RISE,
+        "ascent_sequences": 1,
+    },
+    "sam": {
+        "active_fraction": 1.0,
+        "bandit": "uniform",
+        "design": "bernoulli",
+        "ascent": "two_pass",
+        "descent": "all",
+        "rho": RHO,
+    },
+    "paper": {
+        "active_fraction": PAPER_FRACTION,
+        "bandit": "paper",
+        "design": "bernoulli",
+        "ascent": "two_pass",
+        "descent": "active",
+        "rho": RHO,
+    },
+    "depth": {
+        "cost_budget": 1.0,
+        "bandit": "scale_free",
+        "design": "depth",
+        "ascent": "two_pass",
+        "descent": "active",
+        "rho": RHO,
+    },
+    None: {
+        "bandit": "scale_free",
+        "design": "bernoulli",
+        "ascent": "two_pass",
+        "ascent_fraction": ASCENT_FRACTION,
+        "descent": "active",
+        "rho": RHO,
+    },
+}
+
+# Any of these, set without a method, asks for the parts alone.
+_ALONE = ("active_fraction", "bandit", "design", "ascent", "ascent_fraction", "descent", "cost_budget")
+
+# Pairs of fields that say the same thing in two ways.
+_EITHER_OR = (
+    ("rho", "loss_rise", "the radius is a length or a rise of the loss"),
+    ("ascent_sequences", "ascent_fraction", "both say how many sequences make the ascent"),
+    ("cost_budget", "active_fraction", "cost_budget decides how many arms are active"),
+)
 
 
 def choices(allowed: tuple[str, ...], callable_too: bool = False) -> str:
@@ -35,11 +95,21 @@ def choices(allowed: tuple[str, ...], callable_too: bool = False) -> str:
     return ", ".join(f"'{name}'" for name in allowed) + (" or a callable" if callable_too else "")
 
 
-def check_name(what: str, value: Any, allowed: tuple[str, ...], callable_too: bool = False) -> None:
-    """Raise `ValueError` naming the nearest match unless `value` is one of `allowed` (or a callable, if asked)."""
+def check_name(
+    what: str, value: Any, allowed: tuple[str, ...], callable_too: bool = False, method: str | None = None
+) -> None:
+    """Raise `ValueError` naming the nearest match unless `value` is one of `allowed`.
+
+    Args:
+        what (`str`): The setting, for the message.
+        value (`Any`): Its value.
+        allowed (`tuple[str, ...]`): The names there are.
+        callable_too (`bool`, *optional*, defaults to `False`): Whether a callable will do.
+        method (`str`, *optional*): An object with a method of this name will do.
+    """
     if isinstance(value, str) and value in allowed:
         return
-    if callable_too and callable(value):
+    if (callable_too and callable(value)) or (method and callable(getattr(value, method, None))):
         return
     raise ValueError(
         f"{what}={value!r} is not known; allowed: {choices(allowed, callable_too)}.{hint_at(value, allowed)}"
@@ -91,19 +161,65 @@ class SLSAMConfig:
         0.2
     """
 
-    rho: float = field(
-        default=0.05,
+    method: str | None = field(
+        default=None,
         metadata=_help(
-            "Radius of the perturbation (L2 norm over the perturbed arms), rho in the paper. 0 trains without an "
-            "ascent pass. Below about 0.02 a bfloat16 forward drowns it in rounding. The default is that of Foret et "
-            "al. 2021."
+            "A whole configuration, of which every part can be set by its own field: 'auto' (the best known: some "
+            "layers perturbed, all trained, the ascent made by a few sequences), 'sam' (every layer, two passes), "
+            "'paper' (SL-SAM exactly, arXiv 2602.09395), 'depth' (active sets compact in depth, at a cost_budget). "
+            "Unset: 'auto'; but where active_fraction, bandit, design, ascent, ascent_fraction, descent or "
+            "cost_budget is set, those parts alone, the rest being the paper's with the scale_free bandit."
+        ),
+    )
+    rho: float | None = field(
+        default=None,
+        metadata=_help(
+            "Radius of the perturbation as a length (L2 norm over the perturbed arms), rho in the paper. 0 trains "
+            "without an ascent: plain LoRA under every method. Below about 0.02 a bfloat16 forward drowns it in "
+            "rounding. Unset: loss_rise under 'auto', else 0.05 (Foret et al. 2021)."
+        ),
+    )
+    loss_rise: float | None = field(
+        default=None,
+        metadata=_help(
+            "Radius of the perturbation as the rise, in nats, of the ascent sequences' mean loss to first order: "
+            "rho = min(loss_rise / |g|, rho_max) in each step (LE-SAM, arXiv 2605.10183). In place of rho. Unset: 0.3 "
+            "under 'auto' (measured, recipes/compare)."
+        ),
+    )
+    rho_max: float = field(
+        default=2.0,
+        metadata=_help(
+            "Longest perturbation that loss_rise may ask for, where the gradient is small. Measured: 1 to 2."
+        ),
+    )
+    ascent_sequences: int | None = field(
+        default=None,
+        metadata=_help(
+            "How many of a step's N sequences make the ascent, m: a step costs 1 + m/N plain LoRA steps. Unset: 1 "
+            "under 'auto', else by ascent_fraction."
+        ),
+    )
+    cost_budget: float | None = field(
+        default=None,
+        metadata=_help(
+            "Expected cost of a step in units of a plain LoRA step, for example 1.0; for method='depth'. Sets the "
+            "expected number of active arms, so active_fraction must stay unset. Unset: 1.0 under 'depth'."
+        ),
+    )
+    trace: bool = field(
+        default=True,
+        metadata=_help(
+            "Record each step's probabilities, active arms and cost in slsam_trace.safetensors, in the output "
+            "folder and in checkpoints, for slsam-peft plot. At most 20 MB; read by trainers only."
         ),
     )
     active_fraction: float | None = field(
         default=None,
         metadata=_help(
-            "Expected share of arms that are active in a step, s in the paper, in (0, 1]. Unset: 0.2 (the paper's "
-            "LLM setting), or derived from cost_budget where that is set. 1 activates every arm in every step."
+            "Expected share of arms that are active (perturbed) in a step, s in the paper, in (0, 1]; at least one "
+            "arm. 1 activates every arm in every step. Unset: 0.25 under 'auto' (measured), 1 under 'sam', derived "
+            "from cost_budget where there is one, else 0.2 (the paper's LLM setting)."
         ),
     )
     granularity: str = field(
@@ -113,51 +229,62 @@ class SLSAMConfig:
             "(one parameter) or, in Python, a callable from parameter name to arm name."
         ),
     )
-    bandit: str = field(
-        default="scale_free",
+    adapter_dtype: str = field(
+        default="float32",
+        metadata=_help(
+            "Precision of adapters on a quantised base: 'float32', or 'keep' what the trainer chose (TRL: bfloat16)."
+        ),
+    )
+    seed: int = field(default=0, metadata=_help("Seed of the sampler's own random generator."))
+    bandit: str | None = field(
+        default=None,
         metadata=_help(
             "Rule that learns the inclusion probabilities: 'paper' (arXiv 2602.09395 as it stands), 'scale_free' "
             "(learns at every gradient scale, see min_probability), 'uniform' (learns nothing) or, in Python, a "
-            "callable (probabilities, mask, norms, inclusion) -> probabilities."
+            "callable (probabilities, mask, norms, inclusion) -> probabilities. Unset: 'paper' under 'paper', else "
+            "'scale_free'."
         ),
     )
-    design: str = field(
-        default="bernoulli",
+    design: str | None = field(
+        default=None,
         metadata=_help(
             "How arms are drawn from their probabilities: 'bernoulli' (independently, as in the paper), 'fixed_size' "
             "(constant number), 'window' (contiguous in depth), 'depth' (every arm above a drawn depth) or, in "
-            "Python, a callable (probabilities, generator) -> boolean mask."
+            "Python, a callable (probabilities, generator) -> boolean mask. Unset: 'fixed_size' under 'auto', 'depth' "
+            "under 'depth', else 'bernoulli'."
         ),
     )
-    ascent: str = field(
-        default="two_pass",
-        metadata=_help(
-            "Where the ascent direction comes from: 'two_pass' (the step's whole batch, exact SAM), 'partial' (a "
-            "part of it, see ascent_fraction), 'remembered' (stale: the last descent gradient of the same arm; one "
-            "pass), 'ahead' (look-ahead: as 'partial', but made one step early, by sequences of the next batch in "
-            "this one's pass: one pass of so many sequences more; an epoch's first step has none; active_fraction=1, "
-            "SFT without gradient accumulation)."
-        ),
-    )
-    ascent_fraction: float = field(
-        default=0.25,
-        metadata=_help(
-            "Share of the step's sequences that ascent='partial' and 'ahead' use, in (0, 1]; whole micro-batches "
-            "under gradient accumulation; at least one. The default is that of Bahri et al., ACL 2022."
-        ),
-    )
-    descent: str = field(
-        default="active",
-        metadata=_help(
-            "Which arms are trained: 'active' (only the drawn ones, as in the paper) or 'all' (the drawn arms are "
-            "perturbed, every arm is trained)."
-        ),
-    )
-    cost_budget: float | None = field(
+    ascent: str | None = field(
         default=None,
         metadata=_help(
-            "Expected cost of a step in units of a plain LoRA step, for example 1.0. Sets the expected number of "
-            "active arms, so active_fraction must stay unset."
+            "Where the ascent direction comes from: 'two_pass' (the step's whole batch, exact SAM), 'partial' (some "
+            "sequences of it, in a small pass of their own), 'ahead' (look-ahead: sequences of the next batch ride "
+            "along in this one's pass; an epoch's first step is 'partial'), 'auto' ('ahead' where sequences are "
+            "provably separate, else 'partial'), 'remembered' (stale: the last descent gradient of the same arm; one "
+            "pass) or, in Python, an object, see slsam_peft.algorithm.ascents. Unset: 'auto' under 'auto', else "
+            "'two_pass'."
+        ),
+    )
+    ascent_fraction: float | None = field(
+        default=None,
+        metadata=_help(
+            "Share of the step's sequences that make a 'partial' or 'ahead' ascent, in (0, 1]; whole micro-batches "
+            "under gradient accumulation; at least one. In place of ascent_sequences. Unset: 0.25 (Bahri et al., ACL "
+            "2022) where no method is named."
+        ),
+    )
+    radius: str | None = field(
+        default=None,
+        metadata=_help(
+            "How the perturbation is made of the ascent gradient: 'length' (rho), 'loss_rise' or, in Python, an "
+            "object, see slsam_peft.algorithm.radius. Unset: whichever of the two is set."
+        ),
+    )
+    descent: str | None = field(
+        default=None,
+        metadata=_help(
+            "Which arms are trained: 'active' (only the drawn ones, as in the paper) or 'all' (the drawn arms are "
+            "perturbed, every arm is trained). Unset: 'all' under 'auto' and 'sam', else 'active'."
         ),
     )
     min_probability: float = field(
@@ -181,12 +308,6 @@ class SLSAMConfig:
             "it run the blocks below the lowest active one again."
         ),
     )
-    adapter_dtype: str = field(
-        default="float32",
-        metadata=_help(
-            "Precision of adapters on a quantised base: 'float32', or 'keep' what the trainer chose (TRL: bfloat16)."
-        ),
-    )
     max_skipped_steps: int = field(
         default=10,
         metadata=_help(
@@ -200,68 +321,135 @@ class SLSAMConfig:
             "starts afresh."
         ),
     )
-    trace: bool = field(
-        default=True,
-        metadata=_help(
-            "Record each step's probabilities, active arms and cost in slsam_trace.safetensors, in the output "
-            "folder and in checkpoints, for slsam-peft plot. At most 20 MB; read by trainers only."
-        ),
-    )
-    seed: int = field(default=0, metadata=_help("Seed of the sampler's own random generator."))
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        check_name("granularity", self.granularity, GRANULARITIES, callable_too=True)
-        check_name("bandit", self.bandit, BANDITS, callable_too=True)
-        check_name("design", self.design, DESIGNS, callable_too=True)
-        check_name("ascent", self.ascent, ASCENTS)
-        check_name("descent", self.descent, DESCENTS)
-        check_name("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        self._check_combinations()
+        self._check_names()
+        self._check_pairs()
+        self.resolved._check_combinations()
 
     def _check_numbers(self) -> None:
-        _require_number("rho", self.rho, "a finite number >= 0", lambda x: x >= 0)
-        if self.active_fraction is not None:
-            _require_number("active_fraction", self.active_fraction, "in (0, 1]", lambda x: 0 < x <= 1)
+        finite = "a finite number"
+        _require_number("rho", self.rho, f"{finite} >= 0", lambda x: x >= 0)
+        _require_number("loss_rise", self.loss_rise, f"{finite} > 0, in nats", lambda x: x > 0)
+        _require_number("rho_max", self.rho_max, f"{finite} > 0", lambda x: x > 0)
+        _require_number("active_fraction", self.active_fraction, "in (0, 1]", lambda x: 0 < x <= 1)
         _require_number("ascent_fraction", self.ascent_fraction, "in (0, 1]", lambda x: 0 < x <= 1)
-        if self.cost_budget is not None:
-            _require_number("cost_budget", self.cost_budget, "a finite number > 0", lambda x: x > 0)
+        _require_number("cost_budget", self.cost_budget, f"{finite} > 0", lambda x: x > 0)
         _require_number("min_probability", self.min_probability, "in [0, 1)", lambda x: 0 <= x < 1)
-        _require_number("bandit_rate", self.bandit_rate, "a finite number > 0", lambda x: x > 0)
-        _require_number(
-            "hidden_state_cache_limit_mib", self.hidden_state_cache_limit_mib, "a finite number >= 0", lambda x: x >= 0
-        )
-        for name in ("max_skipped_steps", "seed"):
+        _require_number("bandit_rate", self.bandit_rate, f"{finite} > 0", lambda x: x > 0)
+        limit = self.hidden_state_cache_limit_mib
+        _require_number("hidden_state_cache_limit_mib", limit, f"{finite} >= 0", lambda x: x >= 0)
+        for name, least in (("max_skipped_steps", 0), ("seed", 0), ("ascent_sequences", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} is not allowed; it must be an integer >= 0.")
+            if value is None and name == "ascent_sequences":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} is not allowed; it must be an integer >= {least}.")
+
+    def _check_names(self) -> None:
+        check_name("granularity", self.granularity, GRANULARITIES, callable_too=True)
+        check_name("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
+        if self.method is not None:
+            check_name("method", self.method, METHODS)
+        if self.bandit is not None:
+            check_name("bandit", self.bandit, BANDITS, callable_too=True)
+        if self.design is not None:
+            check_name("design", self.design, DESIGNS, callable_too=True)
+        if self.ascent is not None:
+            check_name("ascent", self.ascent, ASCENTS, method="take")
+        if self.radius is not None:
+            check_name("radius", self.radius, RADII, method="offsets")
+        if self.descent is not None:
+            check_name("descent", self.descent, DESCENTS)
+
+    def _check_pairs(self) -> None:
+        """Refuse what contradicts itself as it was set, before anything is filled in."""
+        for first, second, why in _EITHER_OR:
+            a, b = getattr(self, first), getattr(self, second)
+            if a is not None and b is not None:
+                raise ValueError(f"{first}={a!r} and {second}={b!r} are both set; {why}, so leave one of them unset.")
+        if self.cost_budget is not None and self.method not in (None, "depth"):
+            raise ValueError(
+                f"cost_budget={self.cost_budget} and method={self.method!r}: only method='depth' has a budget; use it, "
+                "or leave cost_budget unset."
+            )
+        wrong = {"length": self.loss_rise, "loss_rise": self.rho}
+        if isinstance(self.radius, str) and wrong[self.radius] is not None:
+            other = "loss_rise" if self.radius == "length" else "rho"
+            raise ValueError(
+                f"radius={self.radius!r} and {other}={wrong[self.radius]!r} contradict one another; leave one unset."
+            )
+        if self.radius is not None and not isinstance(self.radius, str) and (self.loss_rise or self.rho):
+            raise ValueError(
+                f"radius is an object, which knows its own size, and rho={self.rho} or loss_rise={self.loss_rise} is "
+                "set beside it; leave both unset."
+            )
 
     def _check_combinations(self) -> None:
-        if self.cost_budget is not None and self.active_fraction is not None:
-            raise ValueError(
-                f"cost_budget={self.cost_budget} and active_fraction={self.active_fraction} are both set; cost_budget "
-                "decides how many arms are active, so leave active_fraction unset."
-            )
+        """Refuse parts that do not work together; on resolved settings."""
+        how = f" (method={self.method!r})" if self.method is not None else ""
         if self.descent == "all" and self.ascent == "remembered":
             raise ValueError(
-                "descent='all' needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass'."
+                f"descent='all'{how} needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass', or "
+                "descent='active'."
             )
-        if self.ascent == "ahead" and self.active_fraction != 1:
+        if self.ascent == "ahead" and self.descent == "active" and self.active_fraction != 1:
             raise ValueError(
-                "ascent='ahead' perturbs and trains every arm in every step, and active_fraction="
-                f"{self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) asks for some of them; set "
-                "active_fraction=1, and leave cost_budget unset."
+                f"ascent='ahead' trains every arm in every step, and descent='active'{how} with active_fraction="
+                f"{self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) only some of them; set "
+                "descent='all', or active_fraction=1 and leave cost_budget unset."
             )
+        if self.ascent in ("two_pass", "remembered") and self.ascent_sequences is not None:
+            raise ValueError(
+                f"ascent_sequences={self.ascent_sequences} and ascent={self.ascent!r}{how}: this ascent is no part of "
+                "a batch; use ascent='partial' or method='auto', or leave ascent_sequences unset."
+            )
+
+    @cached_property
+    def resolved(self) -> "SLSAMConfig":
+        """The settings with every part filled in, from `method` where it is unset; resolving twice changes nothing."""
+        alone = any(getattr(self, name) is not None for name in _ALONE)
+        method = "auto" if self.method is None and not alone else self.method
+        values = dict(_PARTS[method])
+        # What is set in one of two ways leaves the other way unset.
+        for first, second, _ in _EITHER_OR:
+            if getattr(self, first) is not None or getattr(self, second) is not None:
+                values.pop(first, None), values.pop(second, None)
+        if self.radius is not None:
+            values.pop("rho", None), values.pop("loss_rise", None)
+            values |= {"length": {"rho": RHO}, "loss_rise": {"loss_rise": LOSS_RISE}}.get(str(self.radius), {})
+        ascent = self.ascent or values["ascent"]
+        if ascent in ("two_pass", "remembered"):
+            values.pop("ascent_sequences", None)
+        elif self.ascent_fraction is None and "ascent_fraction" not in values:
+            values.setdefault("ascent_sequences", 1)
+        # Without a radius every method is plain LoRA: nothing is perturbed, and everything is trained.
+        if self.rho == 0 and method is not None:
+            values |= {"descent": "all"} | ({} if self.cost_budget is not None else {"active_fraction": 1.0})
+            values.pop("cost_budget", None)
+        values |= {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        radius = "loss_rise" if values.get("loss_rise") is not None else "length"
+        resolved = _unchecked({"radius": radius, **values, "method": method})
+        vars(resolved)["resolved"] = resolved
+        return resolved
 
     @property
     def fraction(self) -> float:
-        """`active_fraction`, or the paper's 0.2 where it is unset."""
-        return PAPER_FRACTION if self.active_fraction is None else self.active_fraction
+        """The share of active arms, resolved; the paper's 0.2 where nothing says it."""
+        fraction = self.resolved.active_fraction
+        return PAPER_FRACTION if fraction is None else fraction
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether there is an ascent at all: not where `rho` is 0."""
+        return self.rho != 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values; callables become their qualified name, `"module:qualname"`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: _qualified_name(value) if callable(value) else value for name, value in values.items()}
+        """Return the resolved settings as plain values; callables and objects become `"module:qualname"`."""
+        values = {f.name: getattr(self.resolved, f.name) for f in fields(self)}
+        plain = (str, int, float, type(None))
+        return {name: value if isinstance(value, plain) else _qualified_name(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SLSAMConfig":
@@ -275,7 +463,7 @@ class SLSAMConfig:
         for key in values:
             if key not in known:
                 check_name("SLSAMConfig field", key, tuple(sorted(known)))
-        for key in ("granularity", "bandit", "design"):
+        for key in ("granularity", "bandit", "design", "ascent", "radius"):
             value = values.get(key)
             if isinstance(value, str) and ":" in value:
                 raise ValueError(
@@ -332,14 +520,24 @@ def _recorded_settings(file: Path) -> dict[str, Any]:
     return {name: value for name, value in method.items() if name != "name"}
 
 
+def _unchecked(values: Mapping[str, Any]) -> SLSAMConfig:
+    """Return settings that are not checked again."""
+    made = object.__new__(SLSAMConfig)
+    for f in fields(SLSAMConfig):
+        object.__setattr__(made, f.name, values.get(f.name, f.default))
+    return made
+
+
 def _qualified_name(value: Any) -> str:
-    """Name a function, the function of a partial, or the class of any other callable."""
+    """Name a function, the function of a partial, or the class of any other callable or object."""
     value = value.func if isinstance(value, partial) else value
     value = value if hasattr(value, "__qualname__") else type(value)
     return f"{value.__module__}:{value.__qualname__}"
 
 
 def _require_number(name: str, value: Any, allowed: str, test: Callable[[float], bool]) -> None:
+    if value is None:
+        return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not test(value):
         raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}.")

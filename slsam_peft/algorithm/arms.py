@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from slsam_peft.algorithm.blocks import block_stacks
+from slsam_peft.algorithm.swap import Site, Sites, sites_of
 from slsam_peft.config import GRANULARITIES, check_name
 
 Granularity = str | Callable[[str], str]
@@ -30,8 +30,8 @@ class Arm:
         name (`str`): Name of the block, module or parameter it stands for.
         parameter_names (`tuple[str, ...]`): Names as in `model.named_parameters()`.
         parameters (`tuple[nn.Parameter, ...]`): The parameters, in the same order.
-        linears (`tuple[nn.Module | None, ...]`): For each parameter the linear module that uses it as its weight and
-            can be perturbed by an additive branch, or `None` where it must be perturbed in place.
+        sites (`tuple[tuple[Site, ...], ...]`): For each parameter the places where modules read it; empty where there
+            are none, and it is perturbed in place.
         depth (`int` or `None`): Index of the lowest transformer block it reaches; -1 below the stack, the number of
             blocks above it, `None` in a model without blocks.
     """
@@ -39,7 +39,7 @@ class Arm:
     name: str
     parameter_names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
-    linears: tuple[nn.Module | None, ...]
+    sites: tuple[tuple[Site, ...], ...]
     depth: int | None = None
 
     @property
@@ -126,8 +126,8 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     groups: dict[str, list[_Place]] = {}
     for place in places:
         groups.setdefault(_arm_name(place, granularity), []).append(place)
-    in_place = _perturbed_in_place(places)
-    arms = [_arm(name, members, in_place) for name, members in groups.items()]
+    sites = sites_of(model, [place.parameter for place in places])
+    arms = [_arm(name, members, sites) for name, members in groups.items()]
     if granularity in ("block", "module") and stacks:
         arms.sort(key=lambda arm: -1 if arm.depth is None else arm.depth)  # stable
     if len(stacks) != 1:
@@ -150,34 +150,14 @@ def _arm_name(place: _Place, granularity: Granularity) -> str:
     return place.module_name
 
 
-def _arm(name: str, members: list[_Place], in_place: set[str]) -> Arm:
+def _arm(name: str, members: list[_Place], sites: Sites) -> Arm:
     depths = [m.depth for m in members if m.depth is not None]
     return Arm(
         name=name,
         parameter_names=tuple(m.name for m in members),
         parameters=tuple(m.parameter for m in members),
-        linears=tuple(None if m.name in in_place else m.owner for m in members),
+        sites=tuple(tuple(sites[m.parameter]) for m in members),
         depth=min(depths) if depths else None,
-    )
-
-
-def _perturbed_in_place(places: list[_Place]) -> set[str]:
-    """Names of parameters that no additive branch can carry.
-
-    That is everything but the weight of a plain linear module, and such weights too where they share an adapter
-    module with anything else: there the module combines its parameters itself (DoRA normalises by the factors).
-    """
-    mixed = {p.module_name for p in places if not _is_linear_weight(p)}
-    return {p.name for p in places if p.module_name in mixed}
-
-
-def _is_linear_weight(place: _Place) -> bool:
-    return (
-        isinstance(place.owner, nn.Linear)
-        and type(place.owner).forward is nn.Linear.forward
-        and place.attribute == "weight"
-        and not place.shared
-        and not parametrize.is_parametrized(place.owner)
     )
 
 

@@ -34,14 +34,13 @@ class GradientMemory:
         """Keep gradients, as `store` does, and forget all others."""
         self.gradients = _kept(gradients, scale)
 
-    def recall(self, members: Sequence[int]) -> tuple[list[int], list[torch.Tensor], torch.Tensor | None]:
-        """Return which of the given positions have a gradient here, the gradients, and their norm, shape `()`."""
+    def recall(self, members: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Return the gradients of those of the given positions that have one here, in their parameters' dtype."""
         known = [i for i in members if i in self.gradients]
-        if not known:
-            return [], [], None
-        gradients = [self.gradients[i].to(self.parameters[i].dtype) for i in known]
-        norms = torch._foreach_norm(gradients)
-        return known, gradients, torch.stack([n.to(norms[0].device) for n in norms]).norm()
+        gradients = [torch.empty_like(self.parameters[i], requires_grad=False) for i in known]
+        if known:
+            torch._foreach_copy_(gradients, [self.gradients[i] for i in known])
+        return dict(zip(known, gradients, strict=True))
 
     @property
     def bytes(self) -> int:
@@ -71,4 +70,10 @@ def _kept(gradients: Mapping[int, torch.Tensor], scale: torch.Tensor | None) -> 
         gradients = {
             i: g.to(torch.promote_types(g.dtype, torch.float32)) / scale.to(g.device) for i, g in gradients.items()
         }
-    return {i: g.to(torch.bfloat16, copy=True) for i, g in gradients.items()}
+    kept = {
+        i: torch.empty_like(g, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+        for i, g in gradients.items()
+    }
+    if kept:
+        torch._foreach_copy_(list(kept.values()), list(gradients.values()))
+    return kept

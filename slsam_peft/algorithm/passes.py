@@ -1,11 +1,11 @@
-"""Runs the two passes of a step over its micro-batches: which arms are on, where passes are cut, what is replayed."""
+"""Runs the passes of a step over its micro-batches: what is on, where passes are cut, at which weights, what is replayed."""
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,13 +13,53 @@ from torch import nn
 from slsam_peft.algorithm import rng
 from slsam_peft.algorithm.horizon import CachedHiddenState, Horizon
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError
-from slsam_peft.algorithm.perturbation import Firings, Shift, ascent_offsets, perturbed, split
+from slsam_peft.algorithm.perturbation import Perturbation
+from slsam_peft.algorithm.sampler import Draw
+from slsam_peft.algorithm.stack import NotSeparableError, Pair, Stack
+from slsam_peft.algorithm.swap import Sites
 
 logger = logging.getLogger(__name__)
 
 Closure = Callable[[], torch.Tensor]
 
 REUSE_RTOL = 1e-5  # loss with and without the cache; the same kernels give the same bits, others float32 rounding
+SEPARATE_RTOL = 1e-5  # loss of own tokens beside riding ones at two weights: the same kernels on the same numbers
+
+
+class Cut(NamedTuple):
+    """Some sequences of a micro-batch, to be run alone.
+
+    Args:
+        run (`Closure`): Runs forward and backward on them and returns the loss, without side effects.
+        items (`torch.Tensor` or `float`): What the trainer would divide by if its loss were their mean, see
+            `Passes.divisor`.
+        forward_only (`Closure`, *optional*): The forward alone.
+        seen_in (callable, *optional*): Returns their loss, as `run` would, in the last pass over the whole
+            micro-batch; `None` where it is not known.
+    """
+
+    run: Closure
+    items: torch.Tensor | float = 1.0
+    forward_only: Closure | None = None
+    seen_in: Callable[[], torch.Tensor | None] | None = None
+
+
+class Riding(NamedTuple):
+    """A micro-batch with sequences of the next step behind its own.
+
+    Args:
+        logged, unlogged (`Closure`): As in `Passes`, over all of it; the losses of both are added, each scaled as this
+            step's are without the others.
+        both_losses (`Closure`): Runs the forward alone and returns the losses of own and of riding tokens, shape `(2,)`.
+        own (`torch.Tensor`): Which tokens these are, boolean, shape `(batch, length)`.
+        items (`torch.Tensor` or `float`): `Cut.items` of the riding sequences.
+    """
+
+    logged: Closure
+    unlogged: Closure
+    both_losses: Closure
+    own: torch.Tensor
+    items: torch.Tensor | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,18 +69,24 @@ class Passes:
     Args:
         logged (`Closure`): The whole micro-batch; metrics and logs count it.
         unlogged (`Closure`): The same without side effects.
-        part (`Closure`, *optional*): The sequences that `ascent="partial"` takes from a lone micro-batch; unlogged.
         forward_only (`Closure`, *optional*): The whole micro-batch, forward only; unlogged. The hidden-state cache is
             checked with it once; without one, second passes run whole.
-        sequences (`tuple[int, int]`, *optional*): For `ascent="ahead"`: how many sequences of the micro-batch are of
-            this step, and how many, behind them, of the next one.
+        sequences (`int`, *optional*): How many sequences it has; `None` where that is not known.
+        cut (callable, *optional*): Number of sequences -> `Cut`, the first so many; `None` where it cannot be cut.
+        items (`torch.Tensor` or `float`, *optional*): As in `Cut`, for the whole micro-batch.
+        divisor (`torch.Tensor` or `float`, *optional*): What the losses are divided by: a sum over so many items of
+            the whole step. Defaults to the number of micro-batches, each of which counts as one item then.
+        riding (`Riding`, *optional*): The micro-batch with sequences of the next step; `None` where none ride along.
     """
 
     logged: Closure
     unlogged: Closure
-    part: Closure | None = None
     forward_only: Closure | None = None
-    sequences: tuple[int, int] | None = None
+    sequences: int | None = None
+    cut: Callable[[int], Cut] | None = None
+    items: torch.Tensor | float = 1.0
+    divisor: torch.Tensor | float | None = None
+    riding: Riding | None = None
 
 
 @dataclass(eq=False)
@@ -49,6 +95,8 @@ class Pending:
 
     passes: Passes
     state: rng.State
+    whole: bool = False  # its ascent pass ran on all of it
+    cut: Cut | None = None  # what its ascent pass ran on, where that was a part
     cached_states: list[CachedHiddenState] = field(default_factory=list)
 
 
@@ -56,28 +104,42 @@ class Pending:
 class Step:
     """The step in progress: what is on, what has been computed."""
 
-    mask: torch.Tensor  # (L,) boolean, perturbed arms
+    draw: Draw  # the perturbed arms
     trained: torch.Tensor  # (L,) boolean, arms that get a descent gradient
-    inclusion: torch.Tensor  # (L,) realised inclusion probabilities of the perturbed arms
     lowest_active: int  # lowest depth of a perturbed arm; -1: below the blocks, or unknown
     lowest_trained: int  # lowest depth of a trained arm
     count: int  # micro-batches
-    ascents: int = 0  # of which the first so many have an ascent pass
+    next_mask: torch.Tensor | None = None  # (L,) boolean, arms that the next step perturbs, where it is drawn already
+    taken: int = 0  # sequences whose ascent passes have run
+    ascents: int = 0  # micro-batches with an ascent pass
     cached: int = 0  # of which so many start their second pass at the lowest active block
+    items: torch.Tensor | float = 0.0  # of the ascent passes, see `Cut`
+    divisor: torch.Tensor | float = 1.0  # see `Passes`
     pending: list[Pending] = field(default_factory=list)
-    shifts: list[Shift] = field(default_factory=list)
-    ascent_squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient
-    shifted: list[torch.Tensor] = field(default_factory=list)  # w + e per parameter, where sequences are told apart
-    next_ascent: dict[int, torch.Tensor] = field(default_factory=dict)  # the next step's ascent gradient, by position
-    ascent_loss: torch.Tensor | None = None
-    descent_loss: torch.Tensor | None = None
+    perturbation: Perturbation | None = None
+    rode: Pending | None = None  # the micro-batch in whose pass sequences of the next step rode along
+    ascent_squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient of the sequences' mean loss
+    rho: torch.Tensor | None = None  # length of e
+    riding: dict[int, torch.Tensor] = field(default_factory=dict)  # the next step's ascent gradient, by position
+    ascent_loss: torch.Tensor | None = None  # at w, in the loss's own scale
+    seen_loss: torch.Tensor | None = None  # of the ascent's sequences at w + e, in the loss's own scale
+    descent_loss: torch.Tensor | None = None  # at w + e, of the step's own sequences
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Perturbed arms, shape `(L,)`."""
+        return self.draw.mask
 
     def losses(self) -> torch.Tensor:
-        """Return the loss at w + e and the loss at w, shape `(2,)`; one stands in where the other was not computed."""
+        """Return the loss at w + e, the loss at w and that of the ascent's sequences at w + e, shape `(3,)`.
+
+        One of the first two stands in where the other was not computed; so does the first for the third.
+        """
         descent = torch.zeros(()) if self.descent_loss is None else self.descent_loss
         ascent = descent if self.ascent_loss is None else self.ascent_loss
-        both = torch.stack([descent.reshape(()), ascent.reshape(()).to(descent.device)])
-        return both.to(torch.promote_types(both.dtype, torch.float32))
+        seen = descent if self.seen_loss is None else self.seen_loss
+        losses = torch.stack([loss.reshape(()).to(descent.device) for loss in (descent, ascent, seen)])
+        return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
 def _loss(returned: Any) -> torch.Tensor:
@@ -87,6 +149,10 @@ def _loss(returned: Any) -> torch.Tensor:
         what = f"shape {tuple(returned.shape)}" if isinstance(returned, torch.Tensor) else type(returned).__name__
         raise TypeError(f"the closure returned {what}; it must return its loss, a tensor of one element or a number.")
     return returned.detach()
+
+
+def _added(total: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor:
+    return loss if total is None else total + loss
 
 
 def _ignore_requires_grad_(parameter: nn.Parameter) -> None:
@@ -109,45 +175,68 @@ class PassRunner:
     Args:
         parameters (`Sequence[nn.Parameter]`): Every arm's parameters.
         owner (`torch.Tensor`): Arm index of each, shape `(P,)`.
-        linears (`Sequence[nn.Module | None]`): For each its linear module, or `None`.
+        sites (`Sites`): For each where modules read it; those without a place are moved in place.
         horizon (`Horizon` or `None`): Cuts the passes; `None` runs them whole.
+        pairs (`Sequence[Pair]`, *optional*, defaults to `()`): The low-rank pairs that hold all parameters, where
+            sequences of the next step may ride along.
+
+    Attributes:
+        in_place (`set[nn.Parameter]`): Parameters that are moved in place, since a pass read them past their modules.
     """
 
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
         owner: torch.Tensor,
-        linears: Sequence[nn.Module | None],
+        sites: Sites,
         horizon: Horizon | None,
+        pairs: Sequence[Pair] = (),
     ) -> None:
         self.parameters = parameters
         self.owner = owner
-        self.linears = linears
+        self.sites = sites
         self.horizon = horizon
-        self.firings = Firings()
+        self.pairs = tuple(pairs)
+        self.in_place = {p for p in parameters if not sites.get(p)}
         self.accelerators = rng.accelerators_of(parameters)
+        self._read: set[nn.Parameter] = set()  # seen to be read by their modules
         self._checked_blocks: set[int] = set()
+        self._separate = False
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
         return arms[self.owner].nonzero().flatten().tolist()
 
+    def thawed(self) -> torch.Tensor:
+        """Return which arms have a parameter that requires a gradient, boolean, shape `(L,)`.
+
+        Callbacks and users freeze parameters in the middle of training; those are left alone.
+        """
+        on = torch.tensor([p.requires_grad for p in self.parameters])
+        arms = torch.zeros(int(self.owner.max()) + 1, dtype=torch.bool)
+        arms[self.owner[on]] = True
+        return arms
+
     @contextmanager
     def switched(self, trained: torch.Tensor) -> Iterator[None]:
-        """Switch the arms that are not trained off inside the context.
+        """Switch the arms that are not trained off inside the context, and what was off already stays off.
 
         They stay off whatever the loss does: a loss that switches adapters (DPO's reference pass) has PEFT turn every
         factor on again, and a checkpointed block would then be recomputed with another graph than it was run with.
         """
-        off = [self.parameters[i] for i in self.members(~trained)]
+        idle = [self.parameters[i] for i in self.members(~trained)]
+        off = [p for p in idle if p.requires_grad]
+        frozen = [p for p in self.parameters if not p.requires_grad]
         try:
             for parameter in off:
                 parameter.requires_grad_(False)
+            for parameter in (*off, *frozen):
                 _ignore_requires_grad_(parameter)
             yield
         finally:
-            for parameter in off:
+            for parameter in (*off, *frozen):
                 _heed_requires_grad_(parameter)
+            for parameter in off:
                 parameter.requires_grad_(True)
 
     def clear(self, arms: torch.Tensor | None = None) -> None:
@@ -161,33 +250,9 @@ class PassRunner:
         if found is not None:
             found.fill_(math.nan)
 
-    def shifts(
-        self, members: Sequence[int], gradients: Sequence[torch.Tensor], norm: torch.Tensor, rho: float
-    ) -> list[Shift]:
-        """Return e for the parameters at the given positions: a branch where its linear module ran, else in place.
-
-        Args:
-            members (`Sequence[int]`): The positions.
-            gradients (`Sequence[torch.Tensor]`): Their ascent gradients.
-            norm (`torch.Tensor`): As in `ascent_offsets`.
-            rho (`float`): Radius.
-        """
-        ran = [linear if (linear := self.linears[i]) in self.firings.fired else None for i in members]
-        offsets = ascent_offsets(gradients, norm, rho)
-        return [Shift(self.parameters[i], e, linear) for i, e, linear in zip(members, offsets, ran, strict=True)]
-
-    def watched_linears(self, mask: torch.Tensor) -> list[nn.Module]:
-        """Return the linear modules of the arms in a mask that an additive branch could carry."""
-        return [linear for i in self.members(mask) if (linear := self.linears[i]) is not None]
-
-    def fired(self) -> torch.Tensor:
-        """Return which parameters' linear modules ran as modules when last watched, boolean, shape `(P,)`."""
-        return torch.tensor([linear in self.firings.fired for linear in self.linears])
-
-    def set_fired(self, fired: torch.Tensor) -> None:
-        """Restore what `fired` returned."""
-        on = fired.tolist()
-        self.firings.fired = {m for m, f in zip(self.linears, on, strict=True) if f and m is not None}
+    def perturbation(self, members: Sequence[int], offsets: Sequence[torch.Tensor]) -> Perturbation:
+        """Return the perturbation of the parameters at the given positions."""
+        return Perturbation([self.parameters[i] for i in members], offsets, self.sites, self.in_place)
 
     def ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
@@ -197,13 +262,37 @@ class PassRunner:
             self._stop_cutting(error, step, pending)
             return self._ascend(step, pending, closure)
 
-    def descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
-        """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss."""
+    def descend(self, step: Step, pending: Pending, *, logged: bool) -> torch.Tensor:
+        """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss.
+
+        Args:
+            step (`Step`): The step.
+            pending (`Pending`): The micro-batch; where sequences of the next step ride along, they run at w.
+            logged (`bool`): Whether metrics and logs count this pass.
+        """
+        passes = pending.passes
+        if passes.riding is not None and self.pairs:
+            try:
+                loss = self._ride(step, pending, passes.riding, logged)
+            except NotSeparableError as error:
+                self._stop_riding(error, pending)
+            else:
+                step.descent_loss = _added(step.descent_loss, loss)
+                return loss
+        closure = passes.logged if logged else passes.unlogged
         try:
-            return self._descend(step, pending, closure)
+            loss = self._descend(step, pending, closure)
         except CrossLayerDependencyError as error:
             self._stop_cutting(error, step, pending)
-            return self._descend(step, pending, closure)
+            loss = self._descend(step, pending, closure)
+        # A cut's sequences are in the pass that has just run: how their loss has risen costs nothing.
+        if pending.whole:
+            step.seen_loss = _added(step.seen_loss, loss)
+        elif pending.cut is not None and pending.cut.seen_in is not None:
+            seen = pending.cut.seen_in()
+            step.seen_loss = step.seen_loss if seen is None else _added(step.seen_loss, seen)
+        step.descent_loss = _added(step.descent_loss, loss)
+        return loss
 
     def _stop_cutting(self, error: CrossLayerDependencyError, step: Step, pending: Pending) -> None:
         """Let this pass, which has lost nothing yet, and all later ones run whole."""
@@ -213,16 +302,27 @@ class PassRunner:
         rng.restore(pending.state)
         logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", error)
 
+    def _stop_riding(self, error: NotSeparableError, pending: Pending) -> None:
+        """Let this step, of which nothing is left, and all later ones make their ascents in passes of their own."""
+        self.pairs = ()
+        self.clear()
+        rng.restore(pending.state)
+        logger.warning(
+            "no sequence rides along in the pass of another batch: %s. The ascent is made in a small pass of its own, "
+            "at the same count.",
+            error,
+        )
+
     def _ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         # Keep what enters the lowest active block if the descent pass may start from it.
         horizon = self._horizon(step)
         keep = (
             horizon is not None
+            and pending.whole  # the sequences of a part fit no other pass
             and (pending.passes.forward_only is not None or self._is_checked(horizon, step.lowest_active))
-            and closure is not pending.passes.part  # whose sequences fit no other pass
         )
         context = horizon.truncated(step.lowest_active, step.lowest_trained, keep=keep) if horizon else nullcontext([])
-        with self.firings.watch(self.watched_linears(step.mask)), context as cached_states:
+        with context as cached_states:
             loss = _loss(closure())
         self.clear(~step.mask)
         # The first time, check that it does give the same loss.
@@ -230,53 +330,101 @@ class PassRunner:
             pending.cached_states = cached_states
             self._check_reuse(horizon, step, pending, loss)
             step.cached += any(cached.hidden is not None for cached in pending.cached_states)
-        step.ascent_loss = loss if step.ascent_loss is None else step.ascent_loss + loss
+        step.ascent_loss = _added(step.ascent_loss, loss)
         return loss
 
     def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Run a descent pass, a second time where a parameter turns out to be read past its module."""
         if step.ascents:
             rng.restore(pending.state)
-        # Start from the cache where there is one, and stop where nothing below is trained.
+        perturbation = step.perturbation
+        if perturbation is None:
+            return self._run(step, pending, closure)
+        # Until each parameter was seen to be read through the swap, earlier micro-batches' gradients are set aside.
+        unseen = [p for p in perturbation.offsets if p not in self.in_place and p not in self._read]
+        earlier = [(p, p.grad) for p in self.parameters if p.grad is not None] if unseen else []
+        if unseen:
+            self.clear()
+        with perturbation.applied():
+            loss = self._run(step, pending, closure)
+        if unseen:
+            bypassed = perturbation.swap.bypassed()
+            self._read |= perturbation.swap.read
+            if bypassed:
+                loss = self._again_in_place(step, pending, bypassed)
+            for parameter, gradient in earlier:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        pending.cached_states.clear()
+        return loss
+
+    def _again_in_place(self, step: Step, pending: Pending, bypassed: Sequence[nn.Parameter]) -> torch.Tensor:
+        """Move parameters in place that are not read by their modules, and run the pass again."""
+        assert step.perturbation is not None
+        together = {site.parameter for p in bypassed for site in self.sites[p]}
+        self.in_place |= {*bypassed, *(together & set(self.parameters))}
+        self.clear()
+        rng.restore(pending.state)
+        with step.perturbation.applied():
+            return self._run(step, pending, pending.passes.unlogged)
+
+    def _run(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Run a descent pass at the weights as they are, from the cache where there is one."""
         horizon = self._horizon(step)
         if horizon is None:
             context = nullcontext()
         elif pending.cached_states:
             context = horizon.resumed(step.lowest_active, step.lowest_trained, pending.cached_states)
-        else:
+        else:  # it stops where nothing below is trained
             context = horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
-        # Run at w + e; sequences of the next step, where some ride along, run at w.
-        if pending.passes.sequences is None:
-            with perturbed(step.shifts), context:
-                loss = _loss(closure())
-        else:
-            with context:
-                loss = self._run_split(step, pending.passes.sequences, closure)
-        pending.cached_states.clear()
+        with context:
+            loss = _loss(closure())
         self.clear(~step.trained)
-        step.descent_loss = loss if step.descent_loss is None else step.descent_loss + loss
         return loss
 
-    def _run_split(self, step: Step, sequences: tuple[int, int], closure: Closure) -> torch.Tensor:
-        """Run a pass at w + e on the sequences of this step and, for the next one's ascent, at w on the others."""
-        if not step.shifted:
-            offsets = {shift.parameter: shift.offset for shift in step.shifts}
-            with torch.no_grad():
-                step.shifted = [p + offsets.pop(p) if p in offsets else p for p in self.parameters]
-            step.shifts.clear()  # e is not needed beside w + e
-        # Each part of the batch has weights of its own, so that its gradient is told from the other's.
-        first, last = ([w.detach().requires_grad_() for w in weights] for weights in (step.shifted, self.parameters))
-        with split([linear for linear in self.linears if linear is not None], first, last, sequences):
-            loss = _loss(closure())
-        for i, (parameter, *parts) in enumerate(zip(self.parameters, first, last, strict=True)):
-            if parameter.grad is not None:
-                raise ValueError(
-                    f"an adapter weight of shape {tuple(parameter.shape)} was used outside its module, where "
-                    "sequences cannot be told apart: ascent='ahead' does not work here, use ascent='partial'."
-                )
-            parameter.grad, next_ascent = (part.grad for part in parts)
-            if sequences[1] and next_ascent is not None:
-                step.next_ascent[i] = next_ascent
+    def _ride(self, step: Step, pending: Pending, riding: Riding, logged: bool) -> torch.Tensor:
+        """Run a pass at w + e on own tokens and, for the next step's ascent, at w on those that ride along."""
+        if step.ascents:
+            rng.restore(pending.state)
+        offsets = {} if step.perturbation is None else step.perturbation.offsets
+        if not self._separate:
+            self._check_separate(riding, offsets)
+        stack = Stack(self.pairs, offsets, riding.own)
+        with stack.applied():
+            loss = _loss(riding.logged() if logged else riding.unlogged())
+        if stack.bypassed():
+            raise NotSeparableError("an adapter's weight was used outside its module")
+        self.clear(~step.trained)
+        step.rode = pending
+        wanted = range(len(self.parameters)) if step.next_mask is None else self.members(step.next_mask)
+        found = {i: stack.riding[p] for i in wanted if (p := self.parameters[i]) in stack.riding}
+        # What the trainer divides by is this step's; the ascent wants the mean loss of the sequences themselves.
+        factor = step.divisor / riding.items
+        step.riding = dict(zip(found, torch._foreach_mul(list(found.values()), factor), strict=True)) if found else {}
         return loss
+
+    def _check_separate(self, riding: Riding, offsets: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Check once that neither own nor riding tokens notice at which weights the others run.
+
+        Raises:
+            NotSeparableError: they do: something in the model looks across sequences, or lays tokens out otherwise.
+        """
+        after = rng.snapshot(self.accelerators)
+        losses = []
+        for disturbed in (None, Stack.RIDING, Stack.OWN):
+            stack = Stack(self.pairs, offsets, riding.own)
+            if disturbed is not None:
+                stack.disturb(disturbed)
+            rng.restore(after)
+            with stack.applied():
+                losses.append(riding.both_losses().detach())
+        rng.restore(after)
+        seen = torch.stack([losses[1][0], losses[2][1]])
+        if not seen.is_meta and not torch.allclose(seen, losses[0], rtol=SEPARATE_RTOL, atol=0.0, equal_nan=True):
+            raise NotSeparableError(
+                "the loss of some tokens of a batch depends on the weights that the others run at "
+                f"({seen.tolist()} instead of {losses[0].tolist()})"
+            )
+        self._separate = True
 
     def _horizon(self, step: Step) -> Horizon | None:
         return self.horizon if step.lowest_active >= 0 else None

@@ -1,32 +1,39 @@
-r"""SL-SAM composes one step out of the bandit, a sampling scheme, the perturbation and the horizon.
+r"""SL-SAM composes one step out of the sampler, the ascent, the radius and the passes.
 
-    S_t ~ scheme(p)                          draw the active set
-    g   = grad L(w) over S_t                 ascent pass
-    e   = rho * g / (|g| + 1e-12)
-    g'  = grad L(w + e) over S_t             descent pass; w is put back bit for bit
+    S_t ~ sampler                            draw the perturbed arms
+    g   = grad L(w) over S_t                 ascent
+    e   = radius(g)                          rho * g / |g|
+    g'  = grad L(w + e)                      descent pass, over S_t or over every arm
     the base optimizer steps on g'
-    p   = bandit(p, S_t, |g_l|)              for the next step
+    the sampler learns from the norms
 
-(arXiv 2602.09395). An inactive arm has no gradient, so the optimizer neither moves nor decays it.
+(arXiv 2602.09395). An arm that is not trained has no gradient, so the optimizer neither moves nor decays it.
 """
 
+import logging
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from slsam_peft.algorithm import rng, state
 from slsam_peft.algorithm.arms import Arm, ArmNorms
-from slsam_peft.algorithm.bandit import Bandit
+from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.memory import GradientMemory
-from slsam_peft.algorithm.passes import Closure, Passes, PassRunner, Pending, Step
-from slsam_peft.algorithm.perturbation import Shift
-from slsam_peft.algorithm.sampling import build_scheme
+from slsam_peft.algorithm.passes import Closure, Cut, Passes, PassRunner, Pending, Step
+from slsam_peft.algorithm.radius import build_radius
+from slsam_peft.algorithm.sampler import Draw, Sampler
+from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
+
+REDRAWS = 1000  # of arms that are not all frozen
+
+logger = logging.getLogger(__name__)
 
 
 class SLSAM:
@@ -42,8 +49,11 @@ class SLSAM:
         fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
             where `config.cost_budget` is set.
         cost (callable, *optional*): `Step` -> predicted cost in plain steps, or `None`; logged.
+        pairs (`Sequence[Pair]`, *optional*, defaults to `()`): The low-rank pairs of the model. Where they hold every
+            arm's parameters, sequences of the next step may ride along in a pass.
 
     Attributes:
+        config (`SLSAMConfig`): The resolved settings.
         active (`torch.Tensor`): Arms perturbed in the last step, boolean, shape `(L,)`.
         metrics (`dict[str, float]`): Numbers of the last step.
         loss (`float`): Loss of the last step, as `update` returned it; summed over its micro-batches.
@@ -56,9 +66,9 @@ class SLSAM:
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
 
     Raises:
-        ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm (except for
-            `bandit="paper"`); a sampling scheme that needs a depth order on arms without one; `cost_budget` without
-            `fraction`; `ascent="ahead"` with a parameter that is not the weight of a linear module.
+        ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm without a
+            method (except for `bandit="paper"`); a sampling scheme that needs a depth order on arms without one;
+            `cost_budget` without `fraction`; `ascent="ahead"` where `pairs` do not hold all parameters.
 
     Example:
 
@@ -85,9 +95,10 @@ class SLSAM:
         *,
         fraction: float | None = None,
         cost: Callable[[Step], float] | None = None,
+        pairs: Sequence[Pair] = (),
     ) -> None:
         # The arms must be a partition of the parameters.
-        self.config = config = config or SLSAMConfig()
+        self.config = config = (config or SLSAMConfig()).resolved
         self.arms = arms
         if not len(arms):
             raise ValueError("there are no arms; arms_of(model) needs a model with trainable parameters.")
@@ -96,22 +107,29 @@ class SLSAM:
             names = [name for arm in arms for name in arm.parameter_names]
             twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
             raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
-        # The parts: what draws, what learns, what cuts passes, what runs them.
+        # The parts: what draws and learns, what makes e, what cuts passes, what runs them.
         self.cost = cost
         depths = [arm.depth for arm in arms]
         self._depths = torch.tensor([-1 if d is None else d for d in depths])
-        self.bandit = Bandit(len(arms), len(arms) * self._fraction(fraction), config)
-        self.design = build_scheme(config, depths)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self._check_ahead()
+        self.sampler = Sampler(depths, len(arms) * self._fraction(fraction), config)
+        rideable = bool(pairs) and {w for pair in pairs for w in pair.weights} == set(parameters)
+        if config.ascent == "ahead" and config.is_perturbed and not rideable:
+            raise ValueError(
+                "ascent='ahead' runs sequences at w and at w + e in one pass, which only pairs of LoRA factors can "
+                "that hold everything that is trained; use ascent='auto' or 'partial', or train LoRA factors only."
+            )
+        name: Any = config.ascent if config.is_perturbed else None
+        self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
+        self.radius = build_radius(config)
         blocks = getattr(arms, "blocks", ())
         limit, above = config.hidden_state_cache_limit_mib * 2**20, getattr(arms, "above", ())
         self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
         self.runner = PassRunner(
             parameters,
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
-            [linear for arm in arms for linear in arm.linears],
+            {p: sites for arm in arms for p, sites in zip(arm.parameters, arm.sites, strict=True)},
             self.horizon,
+            pairs if rideable and self.ascent.rides else (),
         )
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
@@ -125,11 +143,17 @@ class SLSAM:
         # What lasts from one step to the next, and what an aborted step goes back to.
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
-        self._watch = RadiusWatch(config.rho)
+        self._watch = RadiusWatch()
+        self._said_whole = False
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
-        self._fired_before: set[torch.nn.Module] = set()
         self._random_before: rng.State = {}
+        if config.method is None:
+            logger.info(
+                "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
+                "active_fraction=%s.",
+                *(config.bandit, config.design, config.ascent, config.descent, config.fraction),
+            )
 
     def _fraction(self, solved: float | None) -> float:
         config, count = self.config, len(self.arms)
@@ -140,8 +164,8 @@ class SLSAM:
                 f"cost_budget={config.cost_budget} needs a cost model of the whole model; use SLSAMTrainer, or solve "
                 "for the fraction (slsam_peft.cost.model) and pass SLSAM(..., fraction=...)."
             )
-        if config.active_fraction is None:
-            return max(config.fraction, 1.0 / count)
+        if config.active_fraction is None or config.method is not None:
+            return config.fraction if config.bandit == "paper" else max(config.fraction, 1.0 / count)
         if config.active_fraction * count < 1 - 1e-9 and config.bandit != "paper":
             raise ValueError(
                 f"active_fraction={config.active_fraction} of {count} arms is less than one arm; use at least "
@@ -149,52 +173,39 @@ class SLSAM:
             )
         return config.active_fraction
 
-    def _check_ahead(self) -> None:
-        if self.config.ascent != "ahead" or self.config.rho == 0:
-            return
-        for arm in self.arms:
-            for name, linear in zip(arm.parameter_names, arm.linears, strict=True):
-                if linear is None or "forward" in vars(linear):  # accelerate's hooks, for one, replace it
-                    raise ValueError(
-                        "ascent='ahead' runs sequences at w and at w + e in one pass, which only linear modules can, "
-                        f"and {name} is no weight of one, or its forward has been replaced (as accelerate's hooks "
-                        "do); use ascent='partial', or train LoRA factors only."
-                    )
-
     @property
     def probabilities(self) -> torch.Tensor:
         """Inclusion probabilities for the next draw, float64 on the CPU, shape `(L,)`."""
-        return self.bandit.probabilities
+        return self.sampler.probabilities
 
     def update(
         self,
         closure: Closure,
         ascent_closure: Closure | None = None,
         forward_only: Closure | None = None,
-        sequences: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Make the gradients of one step from one batch.
 
         Args:
             closure (`Closure`): Runs forward and backward on the batch and returns the loss. Called once or twice.
-            ascent_closure (`Closure`, *optional*): The same on a part of the batch, for `ascent="partial"`.
+            ascent_closure (`Closure`, *optional*): The same on a part of the batch, for ascents that are made by one
+                (`ascent="partial"`, and `"auto"`, which takes the whole batch without it). Its loss is to be the mean
+                over that part.
             forward_only (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With
                 it the second pass starts at the lowest active block; it is called once, to check that the model allows
                 that.
-            sequences (`tuple[int, int]`, *optional*): For `ascent="ahead"`, whose `closure` runs on sequences of this
-                batch and, behind them, some of the next one: how many of each. Their losses are to be added, each
-                scaled as this batch's sequences are without the others; `(n, 0)` where there is no next batch.
 
         Returns:
             `torch.Tensor`: The loss at w; at w + e where it is never computed at w on the whole batch (`ascent` other
             than `"two_pass"`).
 
         Raises:
-            ValueError: `ascent="partial"` without `ascent_closure`, `ascent="ahead"` without `sequences`.
+            ValueError: `ascent="partial"` without `ascent_closure`.
             DivergedError: more than `max_skipped_steps` steps in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
-        return self.accumulate(Passes(closure, closure, ascent_closure, forward_only, sequences))
+        cut = None if ascent_closure is None else lambda wanted: Cut(ascent_closure)
+        return self.accumulate(Passes(closure, closure, forward_only, cut=cut))
 
     def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
         """Take in micro-batch `index` of the `count` of a step; the last one completes it.
@@ -232,115 +243,159 @@ class SLSAM:
 
     def _begin(self, count: int, passes: Passes) -> Step:
         """Draw the arms of a step, after noting everything that an abort must put back."""
-        config = self.config
         if self._current is not None:  # the last step was never completed: it counts as if it had not begun
             self._abort()
         self._random_before = rng.snapshot(self.runner.accelerators)
-        self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
+        self._before = state.sampler(self)
         self.runner.clear()
         self._check_passes(passes, count)
-        # Draw the arms. A mean probability of 1 leaves nothing to draw.
-        mask = self.design(self.probabilities, self.generator)
-        if self.bandit.mean == 1.0:
-            mask = torch.ones_like(mask)
-        trained = torch.ones_like(mask) if config.descent == "all" else mask
+        # Draw the arms; frozen ones are left alone.
+        thawed = self.runner.thawed()
+        draw = self._draw(thawed)
+        trained = thawed if self.config.descent == "all" else draw.mask
         step = Step(
-            mask=mask,
+            draw=draw,
             trained=trained,
-            inclusion=self.design.inclusion(self.probabilities),
-            lowest_active=int(self._depths[mask].min()),
+            lowest_active=int(self._depths[draw.mask].min()),
             lowest_trained=int(self._depths[trained].min()),
             count=count,
+            divisor=count if passes.divisor is None else passes.divisor,
         )
-        # How many micro-batches have an ascent pass; without one e is made of stale gradients.
-        if config.ascent == "partial" and config.rho > 0:
-            step.ascents = 1 if count == 1 else max(1, round(config.ascent_fraction * count))
-        elif config.rho > 0 and config.ascent == "two_pass":
-            step.ascents = count
-        elif config.rho > 0:
-            step.shifts = self._recalled(mask)
+        # Where sequences of the next step ride along, its arms must be known.
+        if passes.riding is not None and self.runner.pairs:
+            step.next_mask = self.sampler.draw_ahead().mask
+        if self.ascent.stale and self.config.is_perturbed:
+            self._recall(step)
         self._current = step
         return step
 
+    def _draw(self, thawed: torch.Tensor) -> Draw:
+        """Draw arms of which at least one is not frozen."""
+        if not thawed.any():
+            raise ValueError(
+                "every adapter parameter is frozen (requires_grad=False), so that there is nothing to train."
+            )
+        for _ in range(REDRAWS):
+            draw = self.sampler.draw()
+            if bool((draw.mask & thawed).any()):
+                return draw._replace(mask=draw.mask & thawed)
+        return draw._replace(mask=thawed)
+
     def _check_passes(self, passes: Passes, count: int) -> None:
         """Refuse micro-batches that the ascent cannot be made of."""
-        config = self.config
-        partial = config.ascent == "partial" and config.rho > 0
-        if partial and count == 1 and passes.part is None:
-            raise ValueError(
-                "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or several "
-                "micro-batches, or use ascent='two_pass'."
-            )
-        ahead = config.ascent == "ahead" and config.rho > 0
-        if ahead and (count > 1 or passes.sequences is None or self.reduce is not None):
-            raise ValueError(
-                "ascent='ahead' needs a step of one micro-batch on one rank, and its sequences=(sequences of this "
-                "step, of the next); with several use ascent='partial', where one micro-batch makes the ascent."
-            )
-        if passes.sequences is not None and not ahead:
-            raise ValueError(f"sequences={passes.sequences} belong to ascent='ahead' with rho > 0; leave them out.")
+        if self.config.ascent == "partial" and self.config.is_perturbed and count == 1:
+            if passes.cut is None and passes.sequences is None:
+                raise ValueError(
+                    "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or "
+                    "several micro-batches, or use ascent='two_pass'."
+                )
 
     def _micro_batch(self, step: Step, passes: Passes, index: int) -> torch.Tensor:
         """Run the passes that are due with this micro-batch; return the loss to report for it."""
-        # Behind the ascent's micro-batches e is known, and there is the descent alone.
-        exact = self.config.ascent == "two_pass" and step.ascents > 0
+        exact = self.ascent.exact
         pending = Pending(passes, rng.snapshot(self.runner.accelerators))
-        if index >= step.ascents:
-            return self._descend(step, pending, passes.logged)
+        take = 0 if step.perturbation is not None else self._take(step, passes, index)
+        # Once e is known, and where there is none, there is the descent alone.
+        if not take:
+            return self._descend(step, pending, logged=True)
         # The ascent's micro-batches run at w and wait for e.
-        alone = step.count == 1 and self.config.ascent == "partial"
-        closure = passes.logged if exact else (alone and passes.part) or passes.unlogged
+        closure = self._ascent_pass(step, pending, take)
         loss = self.runner.ascend(step, pending, closure)
         step.pending.append(pending)
-        if index < step.ascents - 1:
+        step.taken, step.ascents = step.taken + take, step.ascents + 1
+        if index + 1 < step.count and self._take(step, passes, index + 1):
             return loss if exact else torch.zeros_like(loss)
         # The last of them completes e: all that wait descend, each with the random state it had in its ascent.
-        self._set_shifts(step)
+        self._set_perturbation(step)
         after = rng.snapshot(self.runner.accelerators)
-        losses = [self._descend(step, p, p.passes.unlogged if exact else p.passes.logged) for p in step.pending]
-        rng.restore(after)
+        losses = [self._descend(step, p, logged=not exact) for p in step.pending]
+        if all(p.whole for p in step.pending):  # a part has used fewer random numbers than its micro-batch
+            rng.restore(after)
         step.pending.clear()
         return loss if exact else torch.stack(losses).sum()
 
-    def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
-        """Run a descent pass; where it makes the next step's ascent too, note which linear modules run."""
-        if self.config.ascent != "remembered" or self.config.rho == 0:
-            return self.runner.descend(step, pending, closure)
-        with self.runner.firings.watch(self.runner.watched_linears(step.mask)):
-            return self.runner.descend(step, pending, closure)
+    def _take(self, step: Step, passes: Passes, index: int) -> int:
+        return self.ascent.take(index, step.count, passes.sequences, step.taken)
 
-    def _set_shifts(self, step: Step) -> None:
+    def _ascent_pass(self, step: Step, pending: Pending, take: int) -> Closure:
+        """Return the ascent pass over so many sequences of a micro-batch: a part of it, or all."""
+        passes = pending.passes
+        known = passes.sequences is not None
+        if not self.ascent.exact and passes.cut is not None and (take < (passes.sequences or 0) or not known):
+            pending.cut = passes.cut(take)
+            step.items = step.items + pending.cut.items
+            return pending.cut.run
+        pending.whole = True
+        step.items = step.items + passes.items
+        if self.ascent.exact:
+            return passes.logged
+        if step.count == 1 and not self._said_whole:
+            self._said_whole = True
+            logger.warning(
+                "the ascent is made by the whole batch, which costs a second pass (2.0 plain steps): %s.",
+                "it has a single sequence; with gradient accumulation one micro-batch of several makes it"
+                if passes.sequences == 1
+                else "it is not known how to take a part of it",
+            )
+        return passes.unlogged
+
+    def _descend(self, step: Step, pending: Pending, *, logged: bool) -> torch.Tensor:
+        return self.runner.descend(step, pending, logged=logged)
+
+    def _set_perturbation(self, step: Step) -> None:
         """Turn the ascent gradients in `.grad` into e and clear them."""
-        gradients = self._reduced(step.mask)
+        gradients = self._reduced(step)
+        found = {i: g for i, g in enumerate(gradients) if g is not None}
         squared = self._norms.squared(gradients, self._device(gradients))
-        # Where some micro-batches have no ascent pass, the loss was scaled for more of them than it summed over.
-        partial = step.ascents < step.count
-        step.ascent_squared = squared * (step.count / step.ascents) ** 2 if partial else squared
-        found = [(i, g) for i, g in enumerate(gradients) if g is not None]
+        unit = self._unit(step, squared)
+        step.ascent_squared = squared * unit.square()
         if found:
-            members, ascent = zip(*found, strict=True)
-            step.shifts = self.runner.shifts(members, ascent, squared.sum().sqrt(), self.config.rho)
+            self._perturb(step, found, squared.sum().sqrt(), unit)
         self.runner.clear()
 
-    def _recalled(self, mask: torch.Tensor) -> list[Shift]:
-        """Return e from stale gradients of the active arms: the last descent's (S2-SAM), or the look-ahead ones."""
-        members, gradients, norm = self.memory.recall(self.runner.members(mask))
-        return [] if norm is None else self.runner.shifts(members, gradients, norm, self.config.rho)
+    def _unit(self, step: Step, like: torch.Tensor) -> torch.Tensor:
+        """Return what ascent gradients are multiplied by to be those of the ascent sequences' mean loss, shape `()`."""
+        unit = like.new_ones(())
+        if not self.ascent.exact:  # whose sequences are all of those that the loss is divided by
+            unit = unit * (step.divisor / step.items)
+        scale = self.loss_scale() if self.loss_scale is not None else None
+        return unit if scale is None else unit / scale.reshape(()).to(like.device)
 
-    def _reduced(self, mask: torch.Tensor, losses: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+    def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
+        weights = [self.runner.parameters[i].detach() for i in gradients]
+        offsets, step.rho = self.radius.offsets(list(gradients.values()), weights, norm, unit)
+        step.perturbation = self.runner.perturbation(list(gradients), offsets)
+
+    def _recall(self, step: Step) -> None:
+        """Make e of the gradients that an earlier step kept for the drawn arms: its descent's, or look-ahead ones."""
+        members = [i for i in self.runner.members(step.mask) if self.runner.parameters[i].requires_grad]
+        gradients = self.memory.recall(members)
+        if not gradients:
+            return
+        known = [gradients.get(i) for i in range(len(self.runner.parameters))]
+        squared = self._norms.squared(known, self._device(known))
+        step.ascent_squared = squared
+        self._perturb(step, gradients, squared.sum().sqrt(), squared.new_ones(()))
+
+    def _reduced(self, step: Step, losses: torch.Tensor | None = None) -> list[torch.Tensor | None]:
         """Return each parameter's gradient, averaged over ranks; `None` where there is none.
 
-        `losses` travel with them: what a decision rests on must be the same on every rank.
+        What a decision rests on must be the same on every rank: the losses travel with the descent gradients, the
+        number of items with those of the ascent.
         """
         gradients = [p.grad for p in self.runner.parameters]
-        if self.reduce is not None:
-            sent = [] if losses is None else [losses]
-            for i in self.runner.members(mask):  # the same tensors on every rank
-                gradient = gradients[i]
-                gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
-                gradients[i] = gradient
-                sent.append(gradient)
-            self.reduce(sent)
+        if self.reduce is None:
+            return gradients
+        sent = [] if losses is None else [losses, *step.riding.values()]
+        if losses is None and isinstance(step.items, torch.Tensor):
+            step.items = step.items.double()
+            sent.append(step.items)
+        for i in self.runner.members(step.mask if losses is None else step.trained):  # the same tensors on every rank
+            gradient = gradients[i]
+            gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
+            gradients[i] = gradient
+            sent.append(gradient)
+        self.reduce(sent)
         return gradients
 
     def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
@@ -348,29 +403,23 @@ class SLSAM:
 
     def _finish(self, step: Step) -> None:
         """Read the step's numbers once, then learn from them, or skip the step if one is not finite."""
-        # Across ranks the losses travel with the descent gradients, so that all ranks decide alike.
-        losses = step.losses()
-        gradients = self._reduced(step.trained, losses)
-        if self.reduce is not None:
-            for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
-                parameter.grad = gradient
-        # One copy to the host brings every number.
         scale = self.loss_scale() if self.loss_scale is not None else None
-        numbers = self._numbers(step, gradients, losses, scale)
-        self.norms, self.drawn = numbers.norms, self.probabilities
-        self.loss = float(numbers.ascent_loss if self.config.ascent == "two_pass" else numbers.descent_loss)
-        # The bandit learns from the arms whose gradient was seen, unless the step is void.
-        seen = step.mask if step.ascent_squared is not None else step.trained & step.mask
+        numbers = self._numbers(step, scale)
+        if not numbers.finite and step.rode is not None:
+            numbers = self._without_riding(step, scale)
+        self.loss = float(numbers.ascent_loss if self.ascent.exact else numbers.descent_loss)
+        # The sampler learns from the arms whose gradient was seen, unless the step is void.
+        seen, self.norms = self._seen(step, numbers)
+        self.drawn = step.draw.probabilities
         if not numbers.finite:
             self._skip(numbers)
         elif bool(self.norms[seen].any()):
-            self.bandit.update(seen, self.norms, step.inclusion)
+            self.sampler.learn(step.draw, seen, self.norms)
         # The metrics count a skipped step among those skipped in a row; only a good one ends the row.
         self.metrics = step_metrics(self, step, numbers)
         if numbers.finite:
             self.skipped_in_a_row = 0
-        if "ascent_gain" in self.metrics:
-            self._watch.see(self.metrics["ascent_gain"])
+        self._watch.see(self.metrics)
         # The step is complete: what belongs to it alone goes, what the next one needs stays.
         self._remember(step, numbers.finite, scale)
         self.active = step.mask
@@ -379,24 +428,54 @@ class SLSAM:
         self._before = {}
         self._release()
 
-    def _numbers(
-        self, step: Step, gradients: list[torch.Tensor | None], losses: torch.Tensor, scale: torch.Tensor | None
-    ) -> StepNumbers:
+    def _seen(self, step: Step, numbers: StepNumbers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which arms' norms the sampler learns from, and the norms; both of shape `(L,)`.
+
+        Where every arm is trained, its descent gradient is seen in every step; the paper's rule keeps to the ascent.
+        """
+        if self.config.descent == "all" and self.config.bandit != "paper":
+            return step.trained, numbers.descent_norms
+        if step.ascent_squared is not None and not self.ascent.stale:
+            return step.mask, numbers.ascent_norms
+        return step.mask & step.trained, numbers.descent_norms * step.mask
+
+    def _numbers(self, step: Step, scale: torch.Tensor | None) -> StepNumbers:
         """Gather the step's numbers on the device and return them on the host."""
+        losses = step.losses()
+        gradients = self._reduced(step, losses)
+        for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
+            if gradient is not None:  # a fused optimizer takes wrong steps on others, without an error
+                parameter.grad = gradient.contiguous()
         squared = self._norms.squared(gradients, self._device(gradients))
+        nothing = squared.new_full((), math.nan)
+        unit = (nothing if step.seen_loss is None else self._unit(step, squared)).to(losses.device)
         gathered = StepNumbers(
             ascent_squared=squared if step.ascent_squared is None else step.ascent_squared,
-            next_ascent_norm=_joint_norm(step.next_ascent.values(), squared.device),
-            descent_squared=squared.sum(),
+            descent_squared=squared,
+            riding_norm=_joint_norm(step.riding.values(), squared.device),
+            rho=nothing if step.rho is None else step.rho,
+            seen_loss=losses[2] * unit,
+            part_loss=losses[1] * unit,
             descent_loss=losses[0],
             ascent_loss=losses[1],
             loss_scale=torch.ones((), device=squared.device) if scale is None else scale,
         )
-        return StepNumbers.unpacked(self._read(gathered.packed()))
+        return StepNumbers.unpacked(self._read(gathered.packed()), len(self.arms))
 
     def _read(self, values: torch.Tensor) -> torch.Tensor:
         """Copy the step's numbers to the host: the one synchronisation of a step."""
         return values.to("cpu", torch.float64)
+
+    def _without_riding(self, step: Step, scale: torch.Tensor | None) -> StepNumbers:
+        """Do the descent again without the sequences that rode along: a NaN of theirs reaches everything."""
+        pending = step.rode
+        assert pending is not None
+        self.runner.clear()
+        step.rode, step.riding, step.descent_loss = None, {}, None
+        rng.restore(pending.state)
+        alone = Pending(_alone(pending.passes), pending.state)
+        self.runner.descend(step, alone, logged=False)
+        return self._numbers(step, scale)
 
     def _skip(self, numbers: StepNumbers) -> None:
         """Make the step void, and end the training where too many in a row were.
@@ -406,25 +485,23 @@ class SLSAM:
         """
         self.skipped += 1
         self.skipped_in_a_row += 1
+        norm = float(numbers.descent_squared.sum().sqrt())
         if self.loss_scale is None or self.loss_scale() is None:
             self.runner.clear()  # no gradient: the optimizer changes nothing
-        elif math.isfinite(float(numbers.descent_squared)):  # a gradient scaler must see for itself that it is void
+        elif math.isfinite(norm):  # a gradient scaler must see for itself that it is void
             self.runner.void()
         if self.skipped_in_a_row > self.config.max_skipped_steps:
             raise DivergedError(
                 f"{self.skipped_in_a_row} steps in a row had a NaN or infinite loss or gradient (last: loss "
                 f"{float(numbers.ascent_loss):g}, at w + e {float(numbers.descent_loss):g}, descent gradient norm "
-                f"{float(numbers.descent_squared.sqrt()):g}); lower the learning rate or rho, or raise "
-                "max_skipped_steps."
+                f"{norm:g}); lower the learning rate or rho, or raise max_skipped_steps."
             )
 
     def _remember(self, step: Step, finite: bool, scale: torch.Tensor | None) -> None:
         """Keep the gradients that the next step's ascent is made of."""
-        if self.config.ascent == "ahead":  # of that step's own sequences, or of none
-            self.memory.replace(step.next_ascent if finite else {}, scale)
-        elif finite and self.config.ascent == "remembered":
-            trained = self.runner.members(step.trained)
-            self.memory.store({i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}, scale)
+        trained = self.runner.members(step.trained) if finite else []
+        descent = {i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}
+        self.ascent.keep(self.memory, descent, step.riding if finite else {}, scale)
 
     def _abort(self) -> None:
         """Go back to before the step."""
@@ -433,7 +510,6 @@ class SLSAM:
         self.runner.clear()
         if self._before:
             state.restore_sampler(self, self._before)
-            self.runner.firings.fired = self._fired_before
             self._before = {}
 
     def _release(self) -> None:
@@ -462,6 +538,11 @@ class SLSAM:
         except BaseException:
             state.restore(self, before)
             raise
+
+
+def _alone(passes: Passes) -> Passes:
+    """Return a micro-batch's passes without what rides along."""
+    return replace(passes, riding=None)
 
 
 def _joint_norm(gradients: Collection[torch.Tensor], device: torch.device) -> torch.Tensor:

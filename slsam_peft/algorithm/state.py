@@ -7,9 +7,8 @@ from typing import Any, Protocol
 import torch
 
 from slsam_peft.algorithm.arms import Arm
-from slsam_peft.algorithm.bandit import Bandit
 from slsam_peft.algorithm.memory import GradientMemory
-from slsam_peft.algorithm.passes import PassRunner
+from slsam_peft.algorithm.sampler import Sampler
 from slsam_peft.config import SLSAMConfig
 
 State = dict[str, Any]
@@ -20,10 +19,7 @@ class Stateful(Protocol):
 
     config: SLSAMConfig
     arms: Sequence[Arm]
-    bandit: Bandit
-    design: Any  # a sampling scheme with a state
-    generator: torch.Generator
-    runner: PassRunner
+    sampler: Sampler
     memory: GradientMemory
     active: torch.Tensor
     steps: int
@@ -32,19 +28,13 @@ class Stateful(Protocol):
 
 
 def sampler(owner: Stateful) -> State:
-    """Return what a draw and an update of the bandit change."""
-    return {
-        "generator": owner.generator.get_state(),
-        **{f"design.{key}": value for key, value in owner.design.state_dict().items()},
-        **{f"bandit.{key}": value for key, value in owner.bandit.state_dict().items()},
-    }
+    """Return what a draw and what is learnt from it change."""
+    return dict(owner.sampler.state_dict())
 
 
 def restore_sampler(owner: Stateful, saved: State) -> None:
     """Put back what `sampler` returned."""
-    owner.bandit.load_state_dict(_below(saved, "bandit."))
-    owner.generator.set_state(saved["generator"])
-    owner.design.load_state_dict(_below(saved, "design."))
+    owner.sampler.load_state_dict(saved)
 
 
 def collect(owner: Stateful) -> State:
@@ -56,16 +46,14 @@ def collect(owner: Stateful) -> State:
         "skipped": owner.skipped,
         "skipped_in_a_row": owner.skipped_in_a_row,
         "active": owner.active.clone(),
-        "fired": owner.runner.fired(),
-        **sampler(owner),
+        **{f"sampler.{key}": value for key, value in sampler(owner).items()},
         **{f"remembered.{k}": v for k, v in owner.memory.state_dict(_names(owner.arms)).items()},
     }
 
 
 def restore(owner: Stateful, saved: State) -> None:
     """Put back what `collect` returned."""
-    restore_sampler(owner, saved)
-    owner.runner.set_fired(saved["fired"].bool())
+    restore_sampler(owner, _below(saved, "sampler."))
     owner.memory.load_state_dict(_below(saved, "remembered."), _names(owner.arms))
     owner.active = saved["active"].bool().clone()
     owner.steps, owner.skipped = int(saved["steps"]), int(saved["skipped"])

@@ -58,7 +58,7 @@ def cost_of_block(
     block: Block,
     active: frozenset[str],
     input_grad: bool,
-    perturbed: frozenset[str] = NONE,
+    stacked: bool = False,
     checkpointing: bool = True,
     early_stop: bool = True,
 ) -> BlockCost:
@@ -68,12 +68,14 @@ def cost_of_block(
         block (`Block`): The block.
         active (`frozenset[str]`): Names of its parameters that require a gradient.
         input_grad (`bool`): Whether its input requires one.
-        perturbed (`frozenset[str]`, *optional*): Names of factors' weights with an additive branch.
+        stacked (`bool`, *optional*, defaults to `False`): Whether factors hold two weights side by side, for tokens at
+            w + e and at w.
         checkpointing (`bool`, *optional*, defaults to `True`): Whether its forward runs again in the backward pass.
         early_stop (`bool`, *optional*, defaults to `True`): Whether that second forward stops once every tensor the
             backward pass needs is there, as torch's non-reentrant checkpoint does.
     """
-    forward = sum(_forward(linear, perturbed) for linear in block.linears)
+    width = 2 if stacked else 1
+    forward = sum(_forward(linear, width) for linear in block.linears)
     pair = 4 * block.attention
     at_input = input_grad or bool(block.other_trainable & active)
     back, grads, roles = 0.0, at_input, set()
@@ -82,7 +84,7 @@ def cost_of_block(
         if linear.stage != stage:
             stage = linear.stage
             stage_grad = at_input if block.parallel and stage == FEED_FORWARD_INPUT else grads
-        back += _backward(linear, stage_grad, active, perturbed)
+        back += _backward(linear, stage_grad, active, width)
         if stage_grad or linear.trainable & active:
             grads = True
             if stage == BLOCK_INPUT:
@@ -91,23 +93,22 @@ def cost_of_block(
         return BlockCost(Work(forward, pair), Work())
     backward = Work(back, _attention_backward(roles) * block.attention)
     if checkpointing:
-        backward = backward.plus(Work(forward - (_after_last_saved(block) if early_stop else 0.0), pair))
+        backward = backward.plus(Work(forward - (_after_last_saved(block, width) if early_stop else 0.0), pair))
     return BlockCost(Work(forward, pair), backward)
 
 
-def _forward(linear: AdaptedLinear, perturbed: frozenset[str]) -> float:
-    branch = sum(2 * factor.features for factor in linear.factors if factor.trainable & perturbed)
-    return 2 * linear.base.features + sum(2 * factor.features for factor in linear.factors) + branch
+def _forward(linear: AdaptedLinear, width: int) -> float:
+    return 2 * linear.base.features + width * sum(2 * factor.features for factor in linear.factors)
 
 
-def _backward(linear: AdaptedLinear, input_grad: bool, active: frozenset[str], perturbed: frozenset[str]) -> float:
+def _backward(linear: AdaptedLinear, input_grad: bool, active: frozenset[str], width: int) -> float:
     """FLOPs of a linear module's backward pass: input gradients where something below needs them, weight gradients."""
     cost = 2 * linear.base.features * (input_grad + bool(linear.base.trainable & active))
     reached = input_grad
     for factor in linear.factors:
         needs = input_grad if factor.reads_input else reached
         trained = bool(factor.trainable & active)
-        cost += 2 * factor.features * (needs + trained + (needs and bool(factor.trainable & perturbed)))
+        cost += 2 * width * factor.features * (needs + trained)
         reached = needs or trained
     return cost
 
@@ -121,12 +122,9 @@ def _attention_backward(roles: Collection[str]) -> float:
     return 2.0 * (value + (query or key) + query + key)
 
 
-def _after_last_saved(block: Block) -> float:
-    """FLOPs that a checkpoint's second forward leaves out: the last matmul, whose operands are saved before it runs.
-
-    Where the last factor has an additive branch, that branch is the last matmul, of the same size.
-    """
+def _after_last_saved(block: Block, width: int) -> float:
+    """FLOPs that a checkpoint's second forward leaves out: the last matmul, whose operands are saved before it runs."""
     if block.tail or not block.linears:
         return 0.0
     last = block.linears[-1]
-    return 2 * (last.factors[-1] if last.factors else last.base).features
+    return 2 * width * last.factors[-1].features if last.factors else 2 * last.base.features

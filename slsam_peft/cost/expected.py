@@ -5,10 +5,12 @@ probabilities, so with `design="depth"` and equal blocks the expected cost stays
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from slsam_peft.algorithm.arms import Arm
+from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.budget import independent_reach, reach_of, solve_active_fraction
@@ -18,21 +20,17 @@ DRAWS = 256  # active sets averaged over where the lowest active block has no cl
 SEED = 0
 
 
-def rule_of(config: SLSAMConfig, cached_micro_batches: int | None = None) -> Rule:
+def rule_of(config: SLSAMConfig, rides: bool = True) -> Rule:
     """Return how steps run under `config`.
 
     Args:
-        config (`SLSAMConfig`): Read: `ascent`, `ascent_fraction`, `descent`, `rho`.
-        cached_micro_batches (`int`, *optional*): Micro-batches whose hidden states fit
-            `hidden_state_cache_limit_mib`; 0 where hidden-state reuse is off. Defaults to all.
+        config (`SLSAMConfig`): Read: `ascent`, `ascent_sequences`, `ascent_fraction`, `descent`, `rho`.
+        rides (`bool`, *optional*, defaults to `True`): Whether `ascent="auto"` lets sequences ride along.
     """
-    return Rule(
-        ascent=config.ascent,
-        ascent_fraction=config.ascent_fraction,
-        descent=config.descent,
-        perturbed=config.rho > 0,
-        reused=cached_micro_batches,
-    )
+    config = config.resolved
+    name: Any = config.ascent if config.is_perturbed else None
+    ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides)
+    return Rule(ascent=ascent, descent=config.descent or "active")
 
 
 def active_names(arms: Sequence[Arm], mask: torch.Tensor) -> frozenset[str]:
@@ -57,7 +55,7 @@ class ExpectedCost:
     def __init__(
         self, model: CostModel, arms: Sequence[Arm], config: SLSAMConfig, shapes: Shapes, rule: Rule | None = None
     ) -> None:
-        self.model, self.arms, self.config, self.shapes = model, arms, config, list(shapes)
+        self.model, self.arms, self.config, self.shapes = model, arms, config.resolved, list(shapes)
         self.rule = rule or rule_of(config)
         self._depths = [arm.depth for arm in arms]
         blocks = [block.trainable for block in model.decoder.blocks]

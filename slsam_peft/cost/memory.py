@@ -95,23 +95,26 @@ def memory_of(
         settings (`MemorySettings`): The rest.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    stacked, reused = rule.stacked(shapes), rule.reused_shapes(shapes)
+    perturbed = rule.ascent.stale or bool(rule.ascent_shapes(shapes))
     shapes = rule.run_on(shapes)
-    stale = rule.ahead or (rule.perturbed and rule.ascent == "remembered")
     adapters = float(sum(p.numel() * p.element_size() for p in trained))
     largest = max(shapes, key=lambda shape: shape[0] * shape[1])
     block = block_activations(model, cost.decoder.block_names[0], largest, settings.compute_dtype)
-    hidden = [block.hidden * b * t / (largest[0] * largest[1]) for b, t in shapes]
+    kept = [block.hidden * b * t / (largest[0] * largest[1]) for b, t in reused]
     weights, unpacked = _frozen_bytes(model, settings)
     parts = {
         "weights": weights,
         "adapters": adapters,
         "gradients": adapters,
-        "perturbation": adapters * (rule.perturbed + rule.ahead),  # w + e, and the gradient of the next ascent
-        "gradient_memory": 2.0 * sum(p.numel() for p in trained) if stale else 0.0,
+        "perturbation": adapters
+        * 2
+        * (perturbed + stacked),  # e and w + e; both halves and the next ascent's gradient
+        "gradient_memory": 2.0 * sum(p.numel() for p in trained) if rule.ascent.stale else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
-        "activations": _kept_graph(cost, block, hidden, rule),
+        "activations": _kept_graph(cost, block, kept, rule),
         "block": (block.saved if cost.checkpointing else 0.0) + 2 * block.largest + unpacked,
-        "hidden_state_cache": _hidden_state_cache_bytes(hidden, rule, settings.hidden_state_cache_limit_bytes),
+        "hidden_state_cache": _hidden_state_cache_bytes(kept, settings.hidden_state_cache_limit_bytes),
         "logits": _head_bytes(model, largest, settings.compute_dtype),
         "runtime": RUNTIME_BYTES,
     }
@@ -224,18 +227,18 @@ def _optimizer_bytes(p: nn.Parameter, name: str) -> float:
     return float(states * p.numel() * (4 if bits == 32 else p.element_size()))
 
 
-def _kept_graph(cost: CostModel, block: Activations, hidden: list[float], rule: Rule) -> float:
+def _kept_graph(cost: CostModel, block: Activations, reused: list[float], rule: Rule) -> float:
     """Bytes kept between forward and backward: block inputs where blocks are checkpointed, else all they save."""
     per_block = block.hidden if cost.checkpointing else block.saved
     # For the dense descent a sparse ascent keeps the graph below its lowest active block, of every micro-batch.
-    kept = sum(hidden[: rule.reusable(len(hidden))]) / block.hidden if rule.descent == "all" else 0.0
+    kept = sum(reused) / block.hidden if rule.descent == "all" else 0.0
     return len(cost) * per_block * max(1.0, kept)
 
 
-def _hidden_state_cache_bytes(hidden: list[float], rule: Rule, limit: float) -> float:
+def _hidden_state_cache_bytes(reused: list[float], limit: float) -> float:
     """Bytes of the hidden states kept between the passes, up to the limit."""
     kept = 0.0
-    for size in hidden[: rule.reusable(len(hidden))]:
+    for size in reused:
         if kept + size > limit:
             break
         kept += size

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from slsam_peft.algorithm.ascents import Ascent, TwoPass
 from slsam_peft.cost.block import NONE, BlockCost, Shapes, Size, cost_of_block
 from slsam_peft.cost.budget import LinearCost
 from slsam_peft.cost.matmuls import Decoder, decoder_of
@@ -35,62 +36,60 @@ class _Parts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How a step runs; names and meanings as in `SLSAMConfig`.
+    """How a step runs.
 
     Args:
-        ascent (`str`, *optional*, defaults to `"two_pass"`): `"two_pass"`, `"partial"`, `"remembered"` or `"ahead"`.
-        ascent_fraction (`float`, *optional*, defaults to `0.25`): Share of the step's sequences in a partial ascent,
-            and of the next one's in a look-ahead ascent.
-        descent (`str`, *optional*, defaults to `"active"`): `"active"` or `"all"`.
-        perturbed (`bool`, *optional*, defaults to `True`): `False` where `rho` is 0: one pass and no branch.
+        ascent (`Ascent`, *optional*): Which sequences make the ascent; the algorithm's own object. Defaults to all.
+        descent (`str`, *optional*, defaults to `"active"`): `"active"` or `"all"`, as in `SLSAMConfig`.
         reused (`int`, *optional*): Most micro-batches whose second pass starts at the lowest active block; 0 where the
             hidden-state cache is off. Defaults to all of them.
+        recalled (`bool`, *optional*): Whether e is made of what an earlier step kept, so that this one has no ascent
+            pass. Defaults to whether the ascent's are so in the long run.
+        joined (`tuple[int, int]`, *optional*): `(batch, length)` of a lone micro-batch with the sequences that ride
+            along in it. Defaults to the ascent's number of them, of the same length.
     """
 
-    ascent: str = "two_pass"
-    ascent_fraction: float = 0.25
+    ascent: Ascent = field(default_factory=TwoPass)
     descent: str = "active"
-    perturbed: bool = True
     reused: int | None = None
+    recalled: bool | None = None
+    joined: tuple[int, int] | None = None
 
-    @property
-    def ahead(self) -> bool:
-        """Whether sequences of the next step ride along; w + e is then taken as it is, without a branch."""
-        return self.perturbed and self.ascent == "ahead"
-
-    def ascents(self, count: int) -> int:
-        """Return how many of `count` micro-batches have an ascent pass."""
-        if not self.perturbed or self.ascent in ("remembered", "ahead"):
-            return 0
-        return count if self.ascent == "two_pass" else ascent_share(self.ascent_fraction, count)
-
-    def reusable(self, count: int) -> int:
-        """Return for how many of `count` micro-batches the second pass starts at the lowest active block."""
-        if self.ascent == "partial" and count == 1:
-            return 0  # the hidden states of a part of the batch fit no other pass
-        return self.ascents(count) if self.reused is None else min(self.ascents(count), self.reused)
+    def stacked(self, shapes: Shapes) -> bool:
+        """Return whether sequences of the next step ride along; factors hold two weights then."""
+        return len(shapes) == 1 and (self.joined is not None or self.ascent.rides)
 
     def run_on(self, shapes: Shapes) -> Shapes:
         """Return the micro-batches with the sequences of the next step that ride along in them."""
-        if not self.ahead:
+        if not self.stacked(shapes):
             return shapes
-        return [(batch + ascent_share(self.ascent_fraction, batch), length) for batch, length in shapes]
+        batch, length = shapes[0]
+        return [self.joined or (batch + self.ascent.riding(batch), length)]
+
+    def ascent_shapes(self, shapes: Shapes) -> Shapes:
+        """Return what the ascent passes run on: for each micro-batch that has one, its sequences and their length."""
+        recalled = self.ascent.rides and len(shapes) == 1 if self.recalled is None else self.recalled
+        first: list[tuple[int, int]] = []
+        for i, (batch, length) in enumerate([] if recalled else shapes):
+            taken = self.ascent.take(i, len(shapes), batch, sum(n for n, _ in first))
+            if taken:
+                first.append((taken, length))
+        return first
 
     def parts(self, shapes: Shapes) -> _Parts:
         """Split micro-batches of `(batch, length)` over the passes."""
-        shapes = self.run_on(shapes)
-        first = list(shapes[: self.ascents(len(shapes))])
-        if first and self.ascent == "partial" and len(shapes) == 1:
-            first = [(ascent_share(self.ascent_fraction, shapes[0][0]), shapes[0][1])]
-        return _Parts(Size.of(shapes), Size.of(first), Size.of(shapes[: self.reusable(len(shapes))]))
+        first, reused = self.ascent_shapes(shapes), self.reused_shapes(shapes)
+        return _Parts(Size.of(self.run_on(shapes)), Size.of(first), Size.of(reused))
+
+    def reused_shapes(self, shapes: Shapes) -> Shapes:
+        """Return the micro-batches whose second pass starts at the lowest active block."""
+        # The hidden states of a part of a micro-batch fit no other pass.
+        first = self.ascent_shapes(shapes)
+        whole = [shape for shape, ran in zip(shapes, first, strict=False) if tuple(shape) == tuple(ran)]
+        return whole if self.reused is None else whole[: self.reused]
 
 
 TWO_PASS = Rule()
-
-
-def ascent_share(fraction: float, count: int) -> int:
-    """Return how many of `count` sequences or micro-batches a partial ascent uses: the nearest number, at least 1."""
-    return max(1, round(fraction * count))
 
 
 @dataclass(frozen=True)
@@ -150,9 +149,7 @@ class CostModel:
         """FLOPs of a SAM step of all adapters: two plain ones."""
         return 2 * self.plain(shapes)
 
-    def step(
-        self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
-    ) -> float:
+    def step(self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS) -> float:
         """FLOPs of a step.
 
         Args:
@@ -160,27 +157,21 @@ class CostModel:
                 active parameters as in `model.named_parameters()`, for arms finer than a block or outside the blocks.
             shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of each micro-batch.
             rule (`Rule`, *optional*): How the step runs. Defaults to exact two-pass SL-SAM.
-            branches (`Collection[str]`, *optional*): Names of the parameters perturbed by an additive branch. Defaults
-                to the weights of all active factors.
 
         Raises:
             ValueError: nothing is active, or the flags are not one per block.
         """
         per_block, below, head = self._split(active)
-        parts = rule.parts(shapes)
+        parts, stacked = rule.parts(shapes), rule.stacked(shapes)
         lowest_active = 0 if below else next((i for i, names in enumerate(per_block) if names), len(self))
-        total = self._const(parts, rule, head)
+        total = self._const(parts, rule, head, stacked)
         for i in range(lowest_active, len(self)):
-            names = per_block[i]
-            moved = names if branches is None else names.intersection(branches)
-            total += self._term(i, names, i == lowest_active and not below, parts, rule, moved)
+            total += self._term(i, per_block[i], i == lowest_active and not below, parts, rule)
         return total
 
-    def ratio(
-        self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS, branches: Collection[str] | None = None
-    ) -> float:
+    def ratio(self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS) -> float:
         """Cost of a step in units of a plain LoRA step on the same micro-batches; arguments as in `step`."""
-        return self.step(active, shapes, rule, branches) / self.plain(shapes)
+        return self.step(active, shapes, rule) / self.plain(shapes)
 
     def forward_flops(self, names: Collection[str], shapes: Shapes) -> float:
         """FLOPs of one forward pass of what an arm adapts: its blocks if it holds all of theirs, else its modules.
@@ -208,7 +199,8 @@ class CostModel:
             reached.append(inactive / unit)
             active.append((chosen - inactive) / unit)
             lowest_active.append((self._term(i, block.trainable, True, parts, rule) - chosen) / unit)
-        return LinearCost(self._const(parts, rule, False) / unit, tuple(reached), tuple(active), tuple(lowest_active))
+        const = self._const(parts, rule, False, rule.stacked(shapes)) / unit
+        return LinearCost(const, tuple(reached), tuple(active), tuple(lowest_active))
 
     def _split(self, active: Active) -> tuple[list[frozenset[str]], bool, bool]:
         """Split the active set into names per block, whether anything below them and whether the head is active."""
@@ -226,46 +218,28 @@ class CostModel:
             raise ValueError("the active set is empty; a step needs at least one trainable parameter.")
         return per_block, below, head
 
-    def _const(self, parts: _Parts, rule: Rule, head_active: bool) -> float:
+    def _const(self, parts: _Parts, rule: Rule, head_active: bool, stacked: bool) -> float:
         """Cost of what runs wherever the cut lies: forward passes below it, the head, a dense descent."""
-        cost = self._head(parts.first, head_active) + self._head(parts.total, head_active)
+        head_trained = bool(self.decoder.head_trainable) if rule.descent == "all" else head_active
+        cost = self._head(parts.first, head_active) + self._head(parts.total, head_trained)
         rest = parts.total.minus(parts.reused)
         for i, block in enumerate(self.decoder.blocks):
             forward = self._passes(i, NONE, True).forward
-            cost += forward.on(parts.first) + forward.on(rest)
+            cost += forward.on(parts.first) + self._passes(i, NONE, True, stacked).forward.on(rest)
             if rule.descent == "all":
                 input_grad = i > 0 or self.reentrant or self._uncut
-                cost += self._passes(i, block.trainable, input_grad).back.on(parts.total)
+                cost += self._passes(i, block.trainable, input_grad, stacked).back.on(parts.total)
         return cost
 
-    def _term(
-        self,
-        index: int,
-        names: frozenset[str],
-        is_lowest: bool,
-        parts: _Parts,
-        rule: Rule,
-        branches: frozenset[str] | None = None,
-    ) -> float:
+    def _term(self, index: int, names: frozenset[str], is_lowest: bool, parts: _Parts, rule: Rule) -> float:
         """Cost that block `index` adds when it is not below the cut, `names` being what is active in it."""
-        branched = rule.perturbed and not rule.ahead
-        branches = (names if branches is None else branches) if branched else NONE
         dense = rule.descent == "all"
         trained = self.decoder.blocks[index].trainable if dense else names
-        at_lowest = not is_lowest or self.reentrant or (dense and index == 0 and self._uncut)
-        at_bottom = index > 0 or self.reentrant or self._uncut
-        ascent = self._passes(index, trained, at_lowest)
-        plain = self._passes(index, trained, at_bottom if dense else at_lowest)
-        moved = self._passes(index, trained, at_bottom if dense else at_lowest, branches)
-        # A dense descent runs below the lowest active block too: only the branch comes on top of what `_const` counts.
-        back = moved.back.minus(plain.back) if dense else moved.back
-        rest = parts.total.minus(parts.reused)
-        return (
-            ascent.back.on(parts.first)
-            + moved.forward.on(parts.reused)
-            + moved.forward.minus(plain.forward).on(rest)
-            + back.on(parts.total)
-        )
+        input_grad = not is_lowest or self.reentrant or (dense and index == 0 and self._uncut)
+        passes = self._passes(index, trained, input_grad)
+        cost = passes.back.on(parts.first) + passes.forward.on(parts.reused)
+        # A dense descent runs below the lowest active block too: `_const` counts it.
+        return cost if dense else cost + passes.back.on(parts.total)
 
     @property
     def _uncut(self) -> bool:
@@ -276,9 +250,9 @@ class CostModel:
         """FLOPs of the fused head: logits, logits again, gradient of the hidden states (and of its weight)."""
         return 2 * self.decoder.head * size.scored * (4 if trainable else 3)
 
-    def _passes(self, index: int, names: frozenset[str], input_grad: bool, moved: frozenset[str] = NONE) -> BlockCost:
-        key = (index, names, input_grad, moved)
+    def _passes(self, index: int, names: frozenset[str], input_grad: bool, stacked: bool = False) -> BlockCost:
+        key = (index, names, input_grad, stacked)
         if key not in self._seen:
             block = self.decoder.blocks[index]
-            self._seen[key] = cost_of_block(block, names, input_grad, moved, self.checkpointing, not self.reentrant)
+            self._seen[key] = cost_of_block(block, names, input_grad, stacked, self.checkpointing, not self.reentrant)
         return self._seen[key]

@@ -1,5 +1,6 @@
 """Prices a trainer's steps in plain LoRA steps: predicted for the log, solved for where it is budgeted."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import Trainer
@@ -9,7 +10,7 @@ from slsam_peft.algorithm.arms import Arms
 from slsam_peft.algorithm.passes import Step
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.expected import active_names, rule_of
-from slsam_peft.cost.model import CostModel, Rule
+from slsam_peft.cost.model import CostModel
 
 
 class StepCost:
@@ -22,7 +23,8 @@ class StepCost:
 
     Attributes:
         shapes (`list[tuple[int, int]]`): Micro-batches of the step in progress; the caller fills it.
-        joined (`tuple[int, int]` or `None`): Its only one with the sequences of the next step that ride along in it.
+        joined (`tuple[int, int]` or `None`): Its only one with the sequences of the next step behind it, where some
+            are to ride along.
     """
 
     def __init__(self, model: CostModel, arms: Arms, config: SLSAMConfig) -> None:
@@ -33,11 +35,14 @@ class StepCost:
         self.joined: tuple[int, int] | None = None
 
     def __call__(self, step: Step) -> float:
-        """Return the cost in plain LoRA steps; the one-off check of the hidden-state cache is not in it."""
-        names, rule = active_names(self.arms, step.mask), rule_of(self.config, step.cached)
-        if self.joined is None:
-            return self.model.ratio(names, self.shapes, rule)
-        return self.model.step(names, [self.joined], Rule(perturbed=False)) / self.model.plain(self.shapes)
+        """Return the cost in plain LoRA steps; the one-off checks of the model are not in it."""
+        rule = replace(
+            rule_of(self.config, rides=False),
+            reused=step.cached,
+            recalled=step.perturbation is not None and not step.ascents,
+            joined=self.joined if step.rode is not None else None,
+        )
+        return self.model.ratio(active_names(self.arms, step.mask), self.shapes, rule)
 
 
 def cost_model_of(trainer: Trainer, arms: Arms, config: SLSAMConfig) -> CostModel | None:

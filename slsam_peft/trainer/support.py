@@ -1,12 +1,14 @@
 """Checks, before the first step, what a trainer must not ask for and what its optimizer must hold."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from torch.distributed.tensor import DTensor
-from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import Arm
+from slsam_peft.config import SLSAMConfig
 
 
 def check_trainer(trainer: Any) -> None:
@@ -55,16 +57,26 @@ def _is_compiled(module: Any) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
-def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
-    """Check that the optimizer holds every arm's parameters.
+def check_optimizer(trainer: Any, arms: Sequence[Arm]) -> None:
+    """Check that the trainer's optimizer holds every arm's parameters, and steps when it is told to.
 
     Raises:
-        ValueError: some are missing. They would get gradients and never be trained.
+        ValueError: some are missing, which would get gradients and never be trained; or it steps inside the backward
+            pass (LOMO, layer-wise ones), and a second pass would start from other weights.
     """
+    optimizer: Any = trainer.optimizer
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [
-        n for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True) if id(p) not in optimized
-    ]
+    named = [(n, p) for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True)]
+    missing = [n for n, p in named if id(p) not in optimized]
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    hooked = [n for n, p in named if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if hooked or "lomo" in name or "layerwise" in name:
+        what = f"optim={name!r}" if not hooked else f"{type(optimizer).__name__}, which hooks {hooked[0]}"
+        raise ValueError(
+            f"{what}, is not supported: it steps inside the backward pass, and a step here has two passes that must "
+            "start from the same weights. Use an optimizer that steps afterwards, for example "
+            "optim='paged_adamw_8bit'."
+        )
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
@@ -74,30 +86,56 @@ def check_optimizer(optimizer: Any, arms: Sequence[Arm]) -> None:
         )
 
 
-def check_ahead(trainer: Any) -> None:
-    """Refuse trainers whose steps are no single pass over padded sequences of text.
+@contextmanager
+def held(optimizer: Any) -> Iterator[None]:
+    """Let everything that an optimizer holds require a gradient inside the context.
+
+    Callbacks freeze parameters for a while. Those that the optimizer holds will be trained again.
+
+    Args:
+        optimizer (`torch.optim.Optimizer` or `None`): The optimizer; `None` where there is none yet.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    frozen = [p for group in groups for p in group["params"] if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def refuse_thawed(model: nn.Module, arms: Sequence[Arm]) -> None:
+    """Refuse parameters that have come to require a gradient and belong to no arm.
 
     Raises:
-        ValueError: no `SFTTrainer`, several ranks, gradient accumulation, packed or padding-free batches, or a loss
-            that is no sum over tokens divided by the number that the trainer gives it. The message says what to use
-            instead.
+        ValueError: there is one. The optimizer does not hold it, or it would belong to an arm.
     """
-    args: Any = trainer.args
-    instead = "use ascent='partial'"
-    if not isinstance(trainer, SFTTrainer):
-        reason = f"joins batches of texts, and {type(trainer).__name__} makes others"
-    elif args.world_size > 1:
-        reason = f"runs in one process, and there are {args.world_size}"
-    elif args.gradient_accumulation_steps > 1:
-        reason = f"needs one micro-batch per step, and gradient_accumulation_steps={args.gradient_accumulation_steps}"
-        instead += ": one of the micro-batches makes the ascent, at the same cost"
-    elif args.packing or args.padding_free:
-        reason = "needs one sequence per row of the batch, and packing or padding_free puts several into one"
-        instead += " with gradient accumulation"
-    elif trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
-        reason = "needs TRL's own loss, normalised by num_items_in_batch, and here is another one"
-    elif trainer.aux_loss_enabled:
-        reason = "keeps sequences apart, and the router's auxiliary loss of a mixture of experts is over all of them"
-    else:
+    known = {p for arm in arms for p in arm.parameters}
+    thawed = next((name for name, p in model.named_parameters() if p.requires_grad and p not in known), None)
+    if thawed is not None:
+        raise ValueError(
+            f"{thawed} requires a gradient since training began, and the optimizer does not hold it, so it would never "
+            "be trained. Let it require one when the trainer builds its optimizer, and freeze it until it is wanted."
+        )
+
+
+def check_sequences(trainer: Any, config: SLSAMConfig) -> None:
+    """Check that a step has as many sequences as are to make its ascent.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    args, wanted = trainer.args, config.ascent_sequences
+    if wanted is None or not config.is_perturbed:
         return
-    raise ValueError(f"ascent='ahead' {reason}; {instead}.")
+    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        return  # documents are counted as they come
+    each, count = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if wanted > each * count:
+        raise ValueError(
+            f"ascent_sequences={wanted} is more than the {each * count} sequences of a step (per_device_train_batch_size="
+            f"{each}, gradient_accumulation_steps={count}); with all of them it is dense SAM, method='sam'. Use at most "
+            f"{each * count}."
+        )

@@ -12,7 +12,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import arms_of
-from slsam_peft.algorithm.passes import Passes
 from slsam_peft.algorithm.slsam import SLSAM
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
@@ -24,13 +23,15 @@ from slsam_peft.saving.record import write_record
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
-from slsam_peft.trainer.batches import Joined, Lookahead, ascent_part, batch_shape, join, sequences_per_example
+from slsam_peft.trainer.batches import Lookahead, batch_shape
 from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
-from slsam_peft.trainer.muting import forward_only, muted
 from slsam_peft.trainer.paper import name_on_cards
+from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
-from slsam_peft.trainer.support import check_ahead, check_optimizer, check_trainer
+from slsam_peft.trainer.riding import lora_pairs, why_not
+from slsam_peft.trainer.support import check_optimizer, check_sequences, check_trainer, held, refuse_thawed
+from slsam_peft.trainer.token_losses import TokenLosses
 
 ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs hardly depends on it
 
@@ -49,15 +50,14 @@ class _TrainingSpan(TrainerCallback):
         self.trainer._begin_training()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._slsam_trace is not None:
-            self.trainer._slsam_trace.finish()
+        self.trainer._end_training()
 
 
 class SLSAMMixin(_Base):
     """Sparse-layer sharpness-aware minimisation (arXiv 2602.09395) for a TRL or transformers trainer.
 
     Put it before the trainer: `class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer): pass`. The one training method it
-    overrides is `training_step`; `get_batch_samples` looks a batch ahead for `ascent="ahead"`;
+    overrides is `training_step`; `get_batch_samples` looks a batch ahead for look-ahead ascents;
     `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` carry its state in checkpoints;
     `_load_from_checkpoint` and `_load_best_model` keep the adapter's precision, and the best model's sampler comes
     with it; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from
@@ -79,14 +79,15 @@ class SLSAMMixin(_Base):
     def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
         if slsam_config is not None and not isinstance(slsam_config, SLSAMConfig):
             raise TypeError(f"slsam_config={slsam_config!r} must be an SLSAMConfig.")
-        self.slsam_config = slsam_config or SLSAMConfig()
+        self.slsam_config = (slsam_config or SLSAMConfig()).resolved
         # TRL casts the adapter of a quantized base while it builds the trainer: copies go around that.
         model = kwargs.get("model", args[0] if args else None)
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
-        if self._looks_ahead:
-            check_ahead(self)
+        check_sequences(self, self.slsam_config)
+        if self.slsam_config.ascent == "ahead" and self.slsam_config.is_perturbed and (reason := why_not(self)):
+            raise ValueError(f"ascent='ahead' cannot be used here: {reason}. Use ascent='auto', or 'partial'.")
         keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
@@ -94,6 +95,7 @@ class SLSAMMixin(_Base):
         # Set when training starts, or when a checkpoint is loaded.
         self._slsam: SLSAM | None = None
         self._slsam_batches: Lookahead | None = None
+        self._slsam_passes: TrainerPasses | None = None
         self._slsam_goes_on = False
         self._slsam_restored = False
         self._slsam_unsolved = False
@@ -118,18 +120,26 @@ class SLSAMMixin(_Base):
         return self._slsam
 
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
-        self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
-        model = cost_model_of(self, self.slsam_arms, self.slsam_config)
-        self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, self.slsam_config)
+        config = self.slsam_config
+        with held(self.optimizer):  # what a callback has frozen for now belongs to an arm all the same
+            self.slsam_arms = arms_of(self.model, config.granularity)
+            pairs = lora_pairs(self.model) if self._may_ride else []
+        model = cost_model_of(self, self.slsam_arms, config)
+        self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, config)
         fraction = None
-        if model is not None and (budget := self.slsam_config.cost_budget) is not None:
+        if model is not None and (budget := config.cost_budget) is not None:
             shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
-            fraction = ExpectedCost(model, self.slsam_arms, self.slsam_config, shapes).solve(budget)
-        slsam = SLSAM(self.slsam_arms, self.slsam_config, fraction=fraction, cost=self._slsam_cost)
+            fraction = ExpectedCost(model, self.slsam_arms, config, shapes).solve(budget)
+        slsam = SLSAM(self.slsam_arms, config, fraction=fraction, cost=self._slsam_cost, pairs=pairs)
         if has_ranks():
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
         return slsam
+
+    @property
+    def _may_ride(self) -> bool:
+        config = self.slsam_config
+        return config.ascent in ("ahead", "auto") and config.is_perturbed and why_not(self) is None
 
     def _begin_training(self) -> None:
         if not self._slsam_restored:
@@ -139,9 +149,23 @@ class SLSAMMixin(_Base):
         self._slsam_goes_on = self._slsam_restored and not self.args.ignore_data_skip
         self._slsam_restored = False
         self._slsam_index = 0
-        check_optimizer(self.optimizer, self.slsam.arms)
+        check_optimizer(self, self.slsam.arms)
+        self._slsam_passes = self._make_passes()
         self._slsam_trace = self._open_trace()
         self._slsam_checkpoint = None
+
+    def _make_passes(self) -> TrainerPasses:
+        losses = None
+        if isinstance(self, SFTTrainer) and self.slsam_config.is_perturbed:
+            losses = TokenLosses(self.model, str(self.args.loss_type))
+        return TrainerPasses(self, super().training_step, self.slsam.ascent, losses)
+
+    def _end_training(self) -> None:
+        if self._slsam_trace is not None:
+            self._slsam_trace.finish()
+        if self._slsam_passes is not None:
+            self._slsam_passes.close()
+            self._slsam_passes = None
 
     def _open_trace(self) -> TraceFile | None:
         if not (self.slsam_config.trace and self.is_world_process_zero()):
@@ -157,17 +181,13 @@ class SLSAMMixin(_Base):
             return None
         return getattr(scaler, "_scale", None)  # the tensor: `get_scale()` would wait for the device
 
-    @property
-    def _looks_ahead(self) -> bool:
-        return self.slsam_config.ascent == "ahead" and self.slsam_config.rho > 0
-
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
-        """Take a step's batches from the epoch, as the trainer does; with `ascent="ahead"` see the next one."""
-        if not self._looks_ahead:
+        """Take a step's batches from the epoch, as the trainer does; for a look-ahead ascent see the next one."""
+        if not self.slsam.runner.pairs and self._slsam_batches is None:
             return super().get_batch_samples(epoch_iterator, *args, **kwargs)
         if self._slsam_batches is None:
             self._slsam_batches = Lookahead(epoch_iterator)
-            if not self._slsam_goes_on:  # the stale gradients are of a batch that does not come
+            if not self._slsam_goes_on:  # what was kept is of a batch that does not come
                 self.slsam.memory.replace({})
             self._slsam_goes_on = False
         return super().get_batch_samples(self._slsam_batches, *args, **kwargs)
@@ -178,16 +198,26 @@ class SLSAMMixin(_Base):
         """Run this micro-batch's passes; with the last one of a step `.grad` holds the descent gradient.
 
         The only change to the trainer's `training_step` is how often, on what and at which weights it runs. Its
-        arguments and result are unchanged; the result is the loss at w, and at w + e for `ascent="partial"` and
-        `"remembered"`, which never compute it at w. For `"ahead"` it is the mean over this batch's tokens at w + e and
-        those of the next one's sequences that ride along, at w.
+        arguments and result are unchanged; the result is the loss of this step's own tokens: at w where the ascent is
+        made by the whole batch, at w + e otherwise.
         """
         index, count = self._slsam_index, self.current_gradient_accumulation_steps
         self._slsam_index = (index + 1) % count
         self._see_shape(inputs, index, count)
+        if index == 0:
+            refuse_thawed(self.model, self.slsam.arms)
+        if self._slsam_passes is None:
+            self._slsam_passes = self._make_passes()
+        coming = self._slsam_batches.coming if self._slsam_batches is not None and count == 1 else None
         try:
+            passes = self._slsam_passes.of(
+                model, inputs, num_items_in_batch, coming if self.slsam.runner.pairs else None
+            )
+            if self._slsam_cost is not None:
+                joined = self._slsam_passes.joined
+                self._slsam_cost.joined = None if joined is None else batch_shape(joined.inputs)
             with self.accelerator.no_sync(model):  # gradients are averaged once, over active arms only
-                loss = self.slsam.accumulate(self._passes(model, inputs, num_items_in_batch), index, count)
+                loss = self.slsam.accumulate(passes, index, count)
         except BaseException:
             self._slsam_index = 0
             raise
@@ -196,60 +226,6 @@ class SLSAMMixin(_Base):
             if self._slsam_trace is not None:
                 self._slsam_trace.see(self.state.global_step + 1, self.slsam)
         return loss
-
-    def _passes(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Passes:
-        """Return the ways in which the algorithm may run the trainer's own `training_step` on a micro-batch.
-
-        A pass takes a fresh dictionary, since the trainer's loss may take entries out of the one it is given.
-        """
-        if self._looks_ahead:
-            return self._look_ahead_passes(model, inputs, num_items)
-        step = super().training_step
-
-        def logged() -> torch.Tensor:
-            return step(model, dict(inputs), num_items)
-
-        def unlogged() -> torch.Tensor:
-            with muted(self):
-                return step(model, dict(inputs), num_items)
-
-        def without_backward() -> torch.Tensor:
-            with muted(self), forward_only(self):
-                return step(model, dict(inputs), num_items)
-
-        def part() -> torch.Tensor:
-            some, share = ascent_part(inputs, self.slsam_config.ascent_fraction, sequences_per_example(self))
-            # The part's loss is a mean over its own tokens.
-            with muted(self):
-                return step(model, some, None if num_items is None else num_items * share)
-
-        return Passes(logged, unlogged, part, without_backward)
-
-    def _look_ahead_passes(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
-    ) -> Passes:
-        """Return the one pass of `ascent="ahead"`: over this batch and, behind it, some sequences of the next one."""
-        step = super().training_step
-        coming = None if self._slsam_batches is None else self._slsam_batches.coming
-        joined = join(inputs, coming, self.slsam_config.ascent_fraction)
-        if self._slsam_cost is not None:
-            self._slsam_cost.joined = batch_shape(joined.inputs)
-        if coming is None and self.state.global_step == 0:
-            logger.warning(
-                "an epoch is a single batch: no sequences come after it, and ascent='ahead' trains as plain LoRA does."
-            )
-
-        def both() -> torch.Tensor:
-            loss = step(model, dict(joined.inputs), num_items)
-            self._take_off_tokens(joined)
-            return loss * joined.own_share if joined.sequences[1] else loss
-
-        return Passes(both, both, sequences=joined.sequences)
-
-    def _take_off_tokens(self, joined: Joined) -> None:
-        """Take the next batch's tokens off TRL's count of those trained on: their step is still to come."""
-        self._total_train_tokens -= joined.tokens
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def _see_shape(self, inputs: dict[str, Any], index: int, count: int) -> None:
         if self._slsam_cost is None:
@@ -348,17 +324,17 @@ class SLSAMMixin(_Base):
 
 
 class SLSAMTrainer(SLSAMMixin, SFTTrainer):
-    """TRL's `SFTTrainer` with SL-SAM: replace the class, add `slsam_config`, keep everything else.
+    """TRL's `SFTTrainer` with SL-SAM: replace the class, keep everything else.
 
     Args:
-        slsam_config (`SLSAMConfig`, *optional*): Settings of SL-SAM. All other arguments are `SFTTrainer`'s.
+        slsam_config (`SLSAMConfig`, *optional*): Settings of SL-SAM; the best known (`method="auto"`) where it is
+            missing. All other arguments are `SFTTrainer`'s.
 
     Example:
 
     ```python
     trainer = SLSAMTrainer(
         model, args=SFTConfig(output_dir="out"), train_dataset=dataset, peft_config=LoraConfig(),
-        slsam_config=SLSAMConfig(rho=0.05, active_fraction=0.2),
     )
     trainer.train()
     trainer.slsam.probabilities

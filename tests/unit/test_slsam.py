@@ -147,12 +147,12 @@ def test_an_exception_leaves_everything_as_it_was(ascent, call, where):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_skips_the_whole_step(bad_pass, value):
     model, slsam, closure, calls = problem(active_fraction=1.0, max_skipped_steps=1)
-    before = slsam.probabilities.clone()
+    before, parameters = slsam.probabilities.clone(), list(model.parameters())
 
     def faulty():
         loss = closure()
         if len(calls) % 2 == bad_pass % 2:
-            for p in model.parameters():
+            for p in parameters:
                 p.grad = torch.full_like(p, value)
         return loss
 

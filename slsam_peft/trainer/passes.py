@@ -1,0 +1,206 @@
+"""Makes the passes that the algorithm runs out of a trainer's own `training_step`.
+
+Batch -> the sequences that make its ascent, and those of the next batch that ride along -> passes over them. A pass
+takes a fresh dictionary, since the trainer's loss may take entries out of the one it is given.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from trl import DPOTrainer, RewardTrainer
+
+from slsam_peft.algorithm.ascents import Ascent
+from slsam_peft.algorithm.passes import Cut, Passes, Riding
+from slsam_peft.trainer.cutting import (
+    CannotCutError,
+    ImageCounts,
+    count_sequences,
+    coupled,
+    first_sequences,
+    scored_items,
+)
+from slsam_peft.trainer.joining import CannotJoinError, Joined, join
+from slsam_peft.trainer.muting import forward_only, muted
+from slsam_peft.trainer.token_losses import TokenLosses
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+
+
+class TrainerPasses:
+    """The ways to run a trainer's `training_step` on a micro-batch.
+
+    Args:
+        trainer (`Trainer`): The trainer.
+        step (callable): Its `training_step`, without the algorithm: `(model, inputs, num_items)` -> loss.
+        ascent (`Ascent`): Says which sequences are needed.
+        losses (`TokenLosses` or `None`): Of the trainer's passes, where its loss is a sum over tokens.
+
+    Attributes:
+        joined (`Joined` or `None`): The last micro-batch with what rides along in it.
+    """
+
+    def __init__(
+        self, trainer: Any, step: Callable[..., torch.Tensor], ascent: Ascent, losses: TokenLosses | None
+    ) -> None:
+        self.trainer = trainer
+        self.step = step
+        self.ascent = ascent
+        self.losses = losses
+        self.stacked = 2 if isinstance(trainer, DPOTrainer | RewardTrainer) else 1  # chosen rows above rejected ones
+        self.images = ImageCounts.of(trainer.model.config) if hasattr(trainer.model, "config") else None
+        self.whole = coupled(trainer)
+        self.joined: Joined | None = None
+        self._said: set[str] = set()
+        self._rode: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens of this batch that did, and their loss
+
+    def of(self, model: nn.Module, inputs: Batch, num_items: Any, coming: Batch | None) -> Passes:
+        """Return the passes over a micro-batch.
+
+        Args:
+            model (`nn.Module`): What the trainer hands to `training_step`.
+            inputs (`Mapping`): The micro-batch.
+            num_items (`torch.Tensor`, `int` or `None`): What the trainer divides by.
+            coming (`Mapping` or `None`): The next batch, where some of its sequences may ride along.
+        """
+
+        def run(batch: Batch) -> torch.Tensor:
+            return self.step(model, dict(batch), num_items)
+
+        def quiet(batch: Batch) -> torch.Tensor:
+            with muted(self.trainer):
+                return run(batch)
+
+        def forward(batch: Batch) -> torch.Tensor:
+            with muted(self.trainer), forward_only(self.trainer):
+                return run(batch)
+
+        divisor, items = self._units(inputs, num_items)
+        self.joined = None
+        sequences = self._count(inputs) if self.ascent.cuts else None
+        return Passes(
+            logged=lambda: run(inputs),
+            unlogged=lambda: quiet(inputs),
+            forward_only=lambda: forward(inputs),
+            sequences=sequences,
+            cut=None if sequences is None else lambda wanted: self._cut(inputs, wanted, quiet, forward, num_items),
+            items=items,
+            divisor=divisor,
+            riding=None if coming is None else self._riding(inputs, coming, run, quiet, forward, num_items),
+        )
+
+    def close(self) -> None:
+        """Look at the model's outputs no longer."""
+        if self.losses is not None:
+            self.losses.close()
+
+    def _units(self, inputs: Batch, num_items: Any) -> tuple[Any, Any]:
+        """Return what a micro-batch's loss is divided by, and how many items of that it holds itself."""
+        if num_items is None:  # a mean, divided by the number of micro-batches
+            return None, 1.0
+        ranks = self.trainer.accelerator.num_processes if self.trainer.args.average_tokens_across_devices else 1
+        return num_items / ranks, _items(inputs)
+
+    def _count(self, inputs: Batch) -> int | None:
+        """Return how many sequences a micro-batch has; `None`, said once, where they cannot be told apart."""
+        if self.whole is None:
+            try:
+                return count_sequences(inputs, self.stacked)
+            except CannotCutError as error:
+                reason = str(error)
+        else:
+            reason = self.whole
+        self._say_once("cut", "the ascent takes a whole micro-batch: %s. It costs as much as the batch has.", reason)
+        return None
+
+    def _cut(self, inputs: Batch, wanted: int, quiet: Any, forward: Any, num_items: Any) -> Cut:
+        """Return an ascent pass over the first sequences of a micro-batch; over all where they cannot be cut off."""
+        try:
+            cut = first_sequences(inputs, wanted, self.stacked, self.images).inputs
+        except CannotCutError as error:
+            reason = "the ascent takes a whole micro-batch: %s. It costs as much as the batch has."
+            self._say_once("cut", reason, error)
+            cut = dict(inputs)
+
+        def seen_in() -> torch.Tensor | None:
+            tokens = _first_tokens(inputs, cut)
+            return self._loss_of(tokens, num_items)
+
+        return Cut(
+            run=lambda: quiet(cut),
+            items=1.0 if num_items is None else _items(cut),
+            forward_only=lambda: forward(cut),
+            seen_in=seen_in,
+        )
+
+    def _loss_of(self, tokens: torch.Tensor | None, num_items: Any) -> torch.Tensor | None:
+        if self.losses is None or tokens is None or num_items is None:
+            return None
+        loss = self.losses.of(tokens)
+        return None if loss is None else loss / num_items
+
+    def _riding(
+        self, inputs: Batch, coming: Batch, run: Any, quiet: Any, forward: Any, num_items: Any
+    ) -> Riding | None:
+        """Return the pass over a micro-batch and sequences of the next one; `None`, said once, where it cannot be."""
+        try:
+            wanted = self.ascent.riding(count_sequences(coming, self.stacked))
+            joined = self.joined = join(inputs, coming, wanted, self.stacked)
+        except (CannotCutError, CannotJoinError) as error:
+            self._say_once("join", "no sequence rides along in the pass of another batch: %s.", error)
+            return None
+        assert self.losses is not None
+        losses = self.losses
+
+        def logged() -> torch.Tensor:
+            with losses.only(joined.own):
+                run(joined.inputs)
+            self._take_off_tokens(joined.tokens)
+            return self._own_loss(joined, num_items)
+
+        def unlogged() -> torch.Tensor:
+            quiet(joined.inputs)
+            return self._own_loss(joined, num_items)
+
+        def both() -> torch.Tensor:
+            forward(joined.inputs)
+            sums = [losses.of(joined.own), losses.of(~joined.own)]
+            return torch.stack([s for s in sums if s is not None])
+
+        return Riding(logged, unlogged, both, joined.own, joined.riding_items.clamp(min=1))
+
+    def _own_loss(self, joined: Joined, num_items: Any) -> torch.Tensor:
+        loss = self._loss_of(joined.own, num_items)
+        assert loss is not None
+        return loss
+
+    def _take_off_tokens(self, tokens: int) -> None:
+        """Take the next batch's tokens off TRL's count of those trained on: their step is still to come."""
+        self.trainer._total_train_tokens -= tokens
+        self.trainer._metrics["train"]["num_tokens"] = [self.trainer._total_train_tokens]
+
+    def _say_once(self, subject: str, message: str, reason: Any) -> None:
+        if subject not in self._said:
+            self._said.add(subject)
+            logger.warning(message, reason)
+
+
+def _items(inputs: Batch) -> torch.Tensor:
+    return scored_items(inputs).clamp(min=1)
+
+
+def _first_tokens(inputs: Batch, cut: Batch) -> torch.Tensor | None:
+    """Return which tokens of a batch its cut holds, boolean, shape `(batch, length)`; `None` where that is not seen."""
+    whole, part = inputs.get("labels"), cut.get("labels")
+    if whole is None or part is None or whole.dim() != 2:
+        return None
+    if part.shape[1] == whole.shape[1]:
+        rows = torch.arange(len(whole), device=whole.device)
+        return (rows < len(part))[:, None].expand(whole.shape)
+    if len(whole) == 1 and len(part) == 1:
+        return torch.arange(whole.shape[1], device=whole.device)[None] < part.shape[1]
+    return None
