@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from slsam_peft.algorithm.projection import project_with_min_probability, rising
 from slsam_peft.config import SLSAMConfig
 
 SamplingScheme = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
-TINY = 1e-12  # in the place of a probability of 0, before its logarithm is taken
 MAX_TILT = 64.0  # leaves only the top
 TILT_STEPS = 60
 TILT_TOLERANCE = 1e-6  # relative, on the expected number of active arms
+SUM_DIGITS = 9  # of sums of probabilities, which projections meet to about 1e-12
 
 GOLDEN = (5**0.5 - 1) / 2  # Kronecker sequence u + t * GOLDEN mod 1: low discrepancy for every length
 LAST_POINT = 1.0 - 2.0**-53
@@ -136,12 +137,14 @@ class Depth(_OnePoint):
     r"""Every arm above a drawn depth: a step costs what lies above it.
 
     The probability $\pi_l$ of an arm is that of the drawn depth lying at or below it, so it cannot fall with depth and
-    is 1 at the top. An arm that deserves to be reached carries everything above it along. So the given $p$ are
-    replaced by their running maximum $v$ over depth; a tilt $\tau$ by depth then meets the sum of $p$:
+    is 1 at the top: an arm that deserves to be reached carries everything above it along. Equal $p$ give draws that
+    are spread over the whole depth, with a tilt $\tau$ that meets the sum of $p$:
 
-    $$\pi_l = \max(\text{least},\; (v_l / v_\text{top}) \cdot (l / L)^\tau)$$
+    $$\pi^0_l = \max(\text{least},\; (l / L)^\tau)$$
 
-    Equal $p$ give draws that are spread over the whole depth. Arms of equal depth go together.
+    Other $p$ ask for $w_l = \pi^0_l\, p_l / \bar p$. Among the vectors that do not fall with depth, have the sum of
+    $p$, are 1 at the top and lie in [least, 1], $\pi$ is the one that minimises $\sum_l w_l^2 / \pi_l$, the sum that $p$
+    in proportion to the norms minimises without these constraints. Arms of equal depth go together.
 
     Args:
         depths (`Sequence[int]`): Depth of each arm.
@@ -153,8 +156,10 @@ class Depth(_OnePoint):
         _, self.group, sizes = torch.unique(torch.tensor(depths), return_inverse=True, return_counts=True)
         self.sizes = sizes.double()
         self.log_depth = torch.log(torch.arange(1, len(sizes) + 1, dtype=torch.float64) / len(sizes))
+        self.below = self.group < len(sizes) - 1
         self.min_share = min_share
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._even: tuple[tuple[float, float], torch.Tensor] | None = None
 
     def __call__(self, probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw a mask, shape `(L,)`; never empty."""
@@ -163,29 +168,44 @@ class Depth(_OnePoint):
     def inclusion(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Return the probabilities of the drawn depth lying at or below each arm, shape `(L,)`."""
         if self._last is None or not torch.equal(self._last[0], probabilities):
-            self._last = (probabilities.clone(), self._tilted(probabilities)[self.group])
+            even = bool((probabilities == probabilities[0]).all())
+            budget, mean = float(probabilities.sum()), float(probabilities.mean())
+            if even:
+                realised = self._spread(budget, self.min_share * mean)[self.group]
+            else:
+                realised = self._following(probabilities, budget, mean)
+            self._last = (probabilities.clone(), realised)
         return self._last[1]
 
-    def _tilted(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Solve for the tilt; return the probabilities by depth, shape `(G,)`."""
-        means = torch.zeros_like(self.sizes).index_add_(0, self.group, probabilities) / self.sizes
-        v = means.clamp(min=TINY).cummax(0).values
-        log_v = torch.log(v / v[-1])
-        minimum, budget = self.min_share * float(probabilities.mean()), float(probabilities.sum())
-
-        def at(tilt: float) -> torch.Tensor:
-            # from -1 to 0 the shape of v is flattened towards all ones, from 0 on the depth tilts it
-            exponent = (1.0 + tilt) * log_v if tilt < 0 else log_v + tilt * self.log_depth
-            return torch.exp(exponent).clamp(min=minimum)
-
-        low, high = -1.0, MAX_TILT
+    def _spread(self, budget: float, minimum: float) -> torch.Tensor:
+        """Solve for the tilt; return the probabilities by depth where $p$ is even, shape `(G,)`."""
+        if self._even is not None and self._even[0] == (budget, minimum):
+            return self._even[1]
+        low, high = -1.0, MAX_TILT  # below 0 no tilt: all ones
         for _ in range(TILT_STEPS):
             middle = (low + high) / 2
-            missing = budget - float(at(middle).dot(self.sizes))
+            spread = torch.exp(max(middle, 0.0) * self.log_depth).clamp(min=minimum)
+            missing = budget - float(spread.dot(self.sizes))
             low, high = (low, middle) if missing > 0 else (middle, high)
             if abs(missing) < TILT_TOLERANCE * budget:
                 break
-        return at(middle)
+        self._even = ((budget, minimum), spread)
+        return spread
+
+    def _following(self, probabilities: torch.Tensor, budget: float, mean: float) -> torch.Tensor:
+        """Return what uneven probabilities are given, shape `(L,)`."""
+        # The sum is the same from step to step but for its last bits, and so is what even probabilities would get.
+        budget, minimum = round(budget, SUM_DIGITS), self.min_share * round(mean, SUM_DIGITS)
+        wanted = self._spread(budget, minimum)[self.group] * (probabilities / mean)
+        # Pool the depths that ask for less than one below them, then meet what the top leaves of the sum.
+        squares = torch.zeros_like(self.sizes).index_add_(0, self.group, wanted.square()) / self.sizes
+        pooled = rising(squares, self.sizes).sqrt()[self.group[self.below]]
+        left = budget - float(self.sizes[-1])
+        realised = torch.ones_like(probabilities)
+        if len(pooled):
+            left = min(max(left, minimum * len(pooled)), float(len(pooled)))
+            realised[self.below] = project_with_min_probability(pooled, left, minimum)
+        return realised
 
 
 class _Checked(_Stateless):
