@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from slsam_peft.algorithm.projection import project, project_with_min_probability
+from slsam_peft.algorithm.sampling import load_own_state, own_state
 from slsam_peft.config import SLSAMConfig
 
 PAPER_ALPHA = 0.001  # alpha, arXiv 2602.09395
@@ -20,6 +21,7 @@ PAPER_P_MIN = 0.001  # p_min in the paper's cost estimate
 PAPER_CLIP = (1e-8, 1.0)
 SCALE_DECAY = 0.99  # per step: follows gradients that shrink during a training within some hundred steps
 SQUARES_DECAY = 0.96  # per step: a mean over about 25 steps; 0.95 to 0.97 did alike on norms of a real training
+OWN = "rule."  # before the keys of a state that a user's rule keeps
 LEAST_WEIGHT = 1e-6  # of the largest, so that arms without a gradient still take part in the projection
 
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -107,8 +109,8 @@ class Bandit:
         Args:
             mask (`torch.Tensor`): Arms whose norms were seen, boolean, shape `(L,)`; at least one.
             norms (`torch.Tensor`): Their gradient norms, finite, float64, shape `(L,)`.
-            inclusion (`torch.Tensor`): Probabilities that an arm's norm is seen, shape `(L,)`: what the sampling scheme
-                realises, or all 1 where every norm is seen in every step (full information).
+            inclusion (`torch.Tensor`): Probabilities that an arm's norm is seen, shape `(L,)`: what the sampling
+                scheme realises, or all 1 where every norm is seen in every step (full information).
             drawn (`torch.Tensor`, *optional*): Probabilities that the scheme was given, shape `(L,)`; the current ones
                 where the arms were not drawn early. A callable rule gets the current ones, which it is to move, and
                 `inclusion`, which belongs to the draw.
@@ -124,8 +126,8 @@ class Bandit:
             self.probabilities = paper_update(p, mask, norms, self.budget, drawn)
         elif self.rule != "scale_free":
             self.probabilities = self._checked(self.rule(p.clone(), mask, norms, inclusion))
-        elif bool(mask.all()) and (self._informed or bool((inclusion == 1.0).all())):
-            self._follow(norms)
+        elif bool((inclusion == 1.0).all()) or (self._informed and bool(mask.all())):
+            self._follow(mask, norms)
         else:
             self._scale_free(mask, norms, inclusion, drawn)
 
@@ -134,16 +136,17 @@ class Bandit:
         """Whether a step with full information has come: then one in which every arm was drawn has it as well."""
         return bool(self._squares.any())
 
-    def _follow(self, norms: torch.Tensor) -> None:
+    def _follow(self, mask: torch.Tensor, norms: torch.Tensor) -> None:
         """Take probabilities in proportion to the root of the mean squared norms.
 
-        The mean starts at 0 and is not corrected for it: that is one factor for all arms, which the projection takes
-        out.
+        An arm that was not seen had no gradient in this step, and keeps its mean. The mean starts at 0 and is not
+        corrected for it: that is one factor for all arms, which the projection takes out.
         """
-        length = torch.linalg.vector_norm(norms)
+        length = torch.linalg.vector_norm(norms[mask])
         if length == 0:  # no arm has a gradient: nothing to learn from
             return
-        self._squares = torch.lerp(norms.square() / length, self._squares, SQUARES_DECAY)
+        followed = torch.lerp(norms.square() / length, self._squares, SQUARES_DECAY)
+        self._squares = torch.where(mask, followed, self._squares)
         # Relative to the largest before the root is taken, so that a factor of two on all norms changes no bit.
         weights = (self._squares / self._squares.max()).sqrt().clamp(min=LEAST_WEIGHT)
         self.probabilities = project_with_min_probability(weights, self.budget, self.minimum)
@@ -181,6 +184,7 @@ class Bandit:
             "scale": self._scale.clone(),
             "squares": self._squares.clone(),
             "budget": torch.tensor(self.budget, dtype=torch.float64),
+            **{f"{OWN}{key}": value for key, value in own_state(self.rule).items()},
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -196,8 +200,9 @@ class Bandit:
             value = learnt[name]
             if value.shape != shape or not bool((value.isfinite() & (value >= 0)).all()):
                 raise ValueError(
-                    f"the bandit's {name!r} in the state is {value.tolist()}; it must have shape {tuple(shape)} and be "
-                    ">= 0. Use the state as it was saved, or start without it."
+                    f"the bandit's {name!r} in the state is {value.tolist()}; it must have shape {tuple(shape)} and "
+                    "be >= 0. Use the state as it was saved, or start without it."
                 )
+        load_own_state(self.rule, {k.removeprefix(OWN): v for k, v in state.items() if k.startswith(OWN)})
         self.probabilities, self.budget = probabilities, float(learnt["budget"])
         self._scale, self._squares = learnt["scale"], learnt["squares"]

@@ -61,33 +61,3 @@ def project_with_min_probability(weights: torch.Tensor, budget: float, minimum: 
         if not low < c < high:
             c = (low + high) / 2
     return clipped
-
-
-def rising(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Project onto the vectors that never fall, in the least squares sense (isotonic regression).
-
-    Neighbours that fall are pooled into their weighted mean until none is left ("pool adjacent violators").
-
-    Args:
-        values (`torch.Tensor`): Shape `(G,)`.
-        weights (`torch.Tensor`): Positive, shape `(G,)`.
-
-    Returns:
-        `torch.Tensor`: Shape `(G,)`; `values` itself, bit for bit, where nothing falls.
-    """
-    means: list[float] = []
-    masses: list[float] = []
-    counts: list[int] = []
-    for value, mass in zip(values.tolist(), weights.tolist(), strict=True):  # faster than small tensors
-        count = 1
-        while means and means[-1] > value:
-            total = masses[-1] + mass
-            value = (means.pop() * masses[-1] + value * mass) / total
-            count += counts.pop()
-            masses.pop()
-            mass = total
-        means.append(value)
-        masses.append(mass)
-        counts.append(count)
-    pooled = torch.tensor(means, dtype=values.dtype)
-    return pooled.repeat_interleave(torch.tensor(counts))
