@@ -8,8 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from trl import DPOTrainer, RewardTrainer
 
 from slsam_peft.cost.model import ascent_share
+from slsam_peft.trainer.documents import IGNORED
 
-IGNORED = -100  # label of a position that is not scored
 FILLERS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "position_ids": 0, "token_type_ids": 0}
 NEEDED = ("input_ids", "attention_mask", "labels")
 
