@@ -371,8 +371,8 @@ class SLSAMConfig:
                 raise ValueError(f"{first}={a!r} and {second}={b!r} are both set; {why}, so leave one of them unset.")
         if self.cost_budget is not None and self.method not in (None, "depth"):
             raise ValueError(
-                f"cost_budget={self.cost_budget} and method={self.method!r}: only method='depth' has a budget; use it, "
-                "or leave cost_budget unset."
+                f"cost_budget={self.cost_budget} and method={self.method!r}: only method='depth' has a budget; use "
+                "it, or leave cost_budget unset."
             )
         wrong = {"length": self.loss_rise, "loss_rise": self.rho}
         if isinstance(self.radius, str) and wrong[self.radius] is not None:

@@ -152,7 +152,8 @@ def build_ascent(
 
     Args:
         name (`str`, `Ascent` or `None`): As `SLSAMConfig.ascent`, resolved; `None` for none.
-        sequences, fraction: As in `Part`.
+        sequences (`int`, *optional*): As in `Part`.
+        fraction (`float`, *optional*): As in `Part`.
         rides (`bool`, *optional*, defaults to `False`): Whether `"auto"` may let sequences of the next batch ride
             along.
     """

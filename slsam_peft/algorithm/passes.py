@@ -1,4 +1,4 @@
-"""Runs the passes of a step over its micro-batches: what is on, where passes are cut, at which weights, what is replayed."""
+"""Runs the passes of a step over its micro-batches: what is on, at which weights, where they are cut, what is replayed."""
 
 import logging
 import math
@@ -50,7 +50,7 @@ class Riding(NamedTuple):
     Args:
         logged, unlogged (`Closure`): As in `Passes`, over all of it; the losses of both are added, each scaled as this
             step's are without the others.
-        both_losses (`Closure`): Runs the forward alone and returns the losses of own and of riding tokens, shape `(2,)`.
+        both_losses (`Closure`): Runs the forward alone; returns the losses of own and of riding tokens, shape `(2,)`.
         own (`torch.Tensor`): Which tokens these are, boolean, shape `(batch, length)`.
         items (`torch.Tensor` or `float`): `Cut.items` of the riding sequences.
     """

@@ -354,7 +354,7 @@ class SLSAM:
         self.runner.clear()
 
     def _unit(self, step: Step, like: torch.Tensor) -> torch.Tensor:
-        """Return what ascent gradients are multiplied by to be those of the ascent sequences' mean loss, shape `()`."""
+        """Return the factor that makes ascent gradients those of the ascent sequences' mean loss, shape `()`."""
         unit = like.new_ones(())
         if not self.ascent.exact:  # whose sequences are all of those that the loss is divided by
             unit = unit * (step.divisor / step.items)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-
 DISTURBANCE = 0.1  # of weights, in a check: far above rounding, far below overflow
 
 
