@@ -391,8 +391,8 @@ class SLSAMConfig:
         how = f" (method={self.method!r})" if self.method is not None else ""
         if self.descent == "all" and self.ascent == "remembered":
             raise ValueError(
-                f"descent='all'{how} needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass', or "
-                "descent='active'."
+                f"descent='all'{how} needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass', "
+                "or descent='active'."
             )
         if self.ascent == "ahead" and self.descent == "active" and self.active_fraction != 1:
             raise ValueError(
@@ -415,9 +415,9 @@ class SLSAMConfig:
         # What is set in one of two ways leaves the other way unset.
         for first, second, _ in _EITHER_OR:
             if getattr(self, first) is not None or getattr(self, second) is not None:
-                values.pop(first, None), values.pop(second, None)
+                values = _without(values, first, second)
         if self.radius is not None:
-            values.pop("rho", None), values.pop("loss_rise", None)
+            values = _without(values, "rho", "loss_rise")
             values |= {"length": {"rho": RHO}, "loss_rise": {"loss_rise": LOSS_RISE}}.get(str(self.radius), {})
         ascent = self.ascent or values["ascent"]
         if ascent in ("two_pass", "remembered"):
@@ -518,6 +518,10 @@ def _recorded_settings(file: Path) -> dict[str, Any]:
     if not isinstance(method, dict):
         raise ValueError(f'{file} has no settings under "method"; save the adapter again, or give them by hand.')
     return {name: value for name, value in method.items() if name != "name"}
+
+
+def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def _unchecked(values: Mapping[str, Any]) -> SLSAMConfig:

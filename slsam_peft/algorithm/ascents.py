@@ -5,12 +5,10 @@ What a step costs is worked out from the same object.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from slsam_peft.algorithm.memory import GradientMemory
+from slsam_peft.algorithm.memory import GradientMemory
 
 
 class Ascent:
@@ -47,7 +45,7 @@ class Ascent:
 
     def keep(
         self,
-        memory: "GradientMemory",
+        memory: GradientMemory,
         descent: Mapping[int, torch.Tensor],
         riding: Mapping[int, torch.Tensor],
         scale: torch.Tensor | None,
@@ -119,7 +117,7 @@ class Ahead(Part):
 
     def keep(
         self,
-        memory: "GradientMemory",
+        memory: GradientMemory,
         descent: Mapping[int, torch.Tensor],
         riding: Mapping[int, torch.Tensor],
         scale: torch.Tensor | None,
@@ -135,7 +133,7 @@ class Remembered(Ascent):
 
     def keep(
         self,
-        memory: "GradientMemory",
+        memory: GradientMemory,
         descent: Mapping[int, torch.Tensor],
         riding: Mapping[int, torch.Tensor],
         scale: torch.Tensor | None,

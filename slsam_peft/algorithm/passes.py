@@ -1,4 +1,4 @@
-"""Runs the passes of a step over its micro-batches: what is on, at which weights, where they are cut, what is replayed."""
+"""Runs a step's passes over its micro-batches: what is on, at which weights, where they are cut, what is replayed."""
 
 import logging
 import math

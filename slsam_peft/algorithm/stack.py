@@ -59,7 +59,7 @@ class Stack:
         self.riding: dict[nn.Parameter, torch.Tensor] = {}
         self.read: set[nn.Parameter] = set()
         self._masks: dict[torch.device, torch.Tensor] = {}
-        self._weights = [weight for pair in pairs for weight in pair.weights]
+        self._weights: list[Any] = [weight for pair in pairs for weight in pair.weights]
         self._stacked = self._stack(offsets)
 
     def _stack(self, offsets: Mapping[nn.Parameter, torch.Tensor]) -> list[torch.Tensor]:

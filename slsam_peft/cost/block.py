@@ -123,7 +123,7 @@ def _attention_backward(roles: Collection[str]) -> float:
 
 
 def _after_last_saved(block: Block, width: int) -> float:
-    """FLOPs that a checkpoint's second forward leaves out: the last matmul, whose operands are saved before it runs."""
+    """FLOPs that a checkpoint's second forward leaves out: the last matmul, whose operands are saved before it."""
     if block.tail or not block.linears:
         return 0.0
     last = block.linears[-1]

@@ -52,7 +52,8 @@ class TrainerPasses:
         self.ascent = ascent
         self.losses = losses
         self.stacked = 2 if isinstance(trainer, DPOTrainer | RewardTrainer) else 1  # chosen rows above rejected ones
-        self.images = ImageCounts.of(trainer.model.config) if hasattr(trainer.model, "config") else None
+        config = getattr(trainer.model, "config", None)
+        self.images = None if config is None else ImageCounts.of(config)
         self.whole = coupled(trainer)
         self.joined: Joined | None = None
         self._said: set[str] = set()
@@ -194,7 +195,7 @@ def _items(inputs: Batch) -> torch.Tensor:
 
 
 def _first_tokens(inputs: Batch, cut: Batch) -> torch.Tensor | None:
-    """Return which tokens of a batch its cut holds, boolean, shape `(batch, length)`; `None` where that is not seen."""
+    """Return which tokens of a batch its cut holds, boolean, shape `(batch, length)`; `None` where it is not seen."""
     whole, part = inputs.get("labels"), cut.get("labels")
     if whole is None or part is None or whole.dim() != 2:
         return None

@@ -1,4 +1,4 @@
-"""Finds out whether sequences of the next batch may ride along in a pass, and the pairs of factors they need for it."""
+"""Finds out whether sequences of the next batch may ride along in a pass, and the pairs of factors they need."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ def lora_pairs(model: nn.Module) -> list[Pair]:
 
 def _pairs_of(layer: Any) -> Iterator[Pair]:
     for name, down in layer.lora_A.items():
-        up = layer.lora_B[name] if name in layer.lora_B else None
+        up: Any = layer.lora_B[name] if name in layer.lora_B else None
         varied = layer.use_dora.get(name, False) or name in getattr(layer, "lora_variant", {})
         if varied or not (_is_plain(down) and _is_plain(up)):
             continue
@@ -44,6 +44,7 @@ def why_not(trainer: Any) -> str | None:
         `str` or `None`: A clause without a full stop.
     """
     args: Any = trainer.args
+    model: Any = trainer.model
     if not isinstance(trainer, SFTTrainer):
         return f"it joins batches of texts, and {type(trainer).__name__} makes others"
     if args.world_size > 1:
@@ -59,6 +60,6 @@ def why_not(trainer: Any) -> str | None:
         return "it needs TRL's own loss, and label smoothing makes another one"
     if trainer.aux_loss_enabled:
         return "the router's auxiliary loss of a mixture of experts is over all sequences of a batch"
-    if any(type(module).__name__ == "Linear8bitLt" for module in trainer.model.modules()):
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         return "LLM.int8 picks outlier columns over all sequences of a batch"
     return None

@@ -116,8 +116,9 @@ def refuse_thawed(model: nn.Module, arms: Sequence[Arm]) -> None:
     thawed = next((name for name, p in model.named_parameters() if p.requires_grad and p not in known), None)
     if thawed is not None:
         raise ValueError(
-            f"{thawed} requires a gradient since training began, and the optimizer does not hold it, so it would never "
-            "be trained. Let it require one when the trainer builds its optimizer, and freeze it until it is wanted."
+            f"{thawed} requires a gradient since training began, and the optimizer does not hold it, so it would "
+            "never be trained. Let it require one when the trainer builds its optimizer, and freeze it until it is "
+            "wanted."
         )
 
 
@@ -135,7 +136,7 @@ def check_sequences(trainer: Any, config: SLSAMConfig) -> None:
     each, count = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if wanted > each * count:
         raise ValueError(
-            f"ascent_sequences={wanted} is more than the {each * count} sequences of a step (per_device_train_batch_size="
-            f"{each}, gradient_accumulation_steps={count}); with all of them it is dense SAM, method='sam'. Use at most "
-            f"{each * count}."
+            f"ascent_sequences={wanted} is more than the {each * count} sequences of a step "
+            f"(per_device_train_batch_size={each}, gradient_accumulation_steps={count}); with all of them it is dense "
+            f"SAM, method='sam'. Use at most {each * count}."
         )
