@@ -77,6 +77,8 @@ class Passes:
         divisor (`torch.Tensor` or `float`, *optional*): What the losses are divided by: a sum over so many items of
             the whole step. Defaults to the number of micro-batches, each of which counts as one item then.
         riding (`Riding`, *optional*): The micro-batch with sequences of the next step; `None` where none ride along.
+        rode (callable, *optional*): Returns the mean loss, in the last pass, of the sequences that rode along in the
+            step before, and what it was there, each of shape `()`; `None` where it is not known.
     """
 
     logged: Closure
@@ -87,6 +89,7 @@ class Passes:
     items: torch.Tensor | float = 1.0
     divisor: torch.Tensor | float | None = None
     riding: Riding | None = None
+    rode: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None
 
 
 @dataclass(eq=False)
@@ -124,6 +127,7 @@ class Step:
     ascent_loss: torch.Tensor | None = None  # at w, in the loss's own scale
     seen_loss: torch.Tensor | None = None  # of the ascent's sequences at w + e, in the loss's own scale
     descent_loss: torch.Tensor | None = None  # at w + e, of the step's own sequences
+    rode_losses: tuple[torch.Tensor, torch.Tensor] | None = None  # of the ascent's sequences: now, and when they rode
 
     @property
     def mask(self) -> torch.Tensor:
@@ -278,6 +282,7 @@ class PassRunner:
                 self._stop_riding(error, pending)
             else:
                 step.descent_loss = _added(step.descent_loss, loss)
+                self._see_rode(step, passes)
                 return loss
         closure = passes.logged if logged else passes.unlogged
         try:
@@ -291,8 +296,14 @@ class PassRunner:
         elif pending.cut is not None and pending.cut.seen_in is not None:
             seen = pending.cut.seen_in()
             step.seen_loss = step.seen_loss if seen is None else _added(step.seen_loss, seen)
+        self._see_rode(step, passes)
         step.descent_loss = _added(step.descent_loss, loss)
         return loss
+
+    def _see_rode(self, step: Step, passes: Passes) -> None:
+        """Note how the loss of the sequences has changed that made the ascent one step early."""
+        if step.perturbation is not None and not step.ascents and passes.rode is not None:
+            step.rode_losses = passes.rode()
 
     def _stop_cutting(self, error: CrossLayerDependencyError, step: Step, pending: Pending) -> None:
         """Let this pass, which has lost nothing yet, and all later ones run whole."""

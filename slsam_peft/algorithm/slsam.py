@@ -449,13 +449,14 @@ class SLSAM:
         squared = self._norms.squared(gradients, self._device(gradients))
         nothing = squared.new_full((), math.nan)
         unit = (nothing if step.seen_loss is None else self._unit(step, squared)).to(losses.device)
+        seen, before = step.rode_losses or (losses[2] * unit, losses[1] * unit)
         gathered = StepNumbers(
             ascent_squared=squared if step.ascent_squared is None else step.ascent_squared,
             descent_squared=squared,
             riding_norm=_joint_norm(step.riding.values(), squared.device),
             rho=nothing if step.rho is None else step.rho,
-            seen_loss=losses[2] * unit,
-            part_loss=losses[1] * unit,
+            seen_loss=seen,
+            part_loss=before,
             descent_loss=losses[0],
             ascent_loss=losses[1],
             loss_scale=torch.ones((), device=squared.device) if scale is None else scale,

@@ -49,6 +49,7 @@ class Joined(NamedTuple):
             batch has no labels, as DPO's and the reward trainer's.
         riding_items (`torch.Tensor`): The same of the riding tokens.
         riding (`dict`): A batch of the riding sequences alone; empty where none ride.
+        which (`torch.Tensor`): Which tokens of the next batch these are, boolean, of that batch's shape.
     """
 
     inputs: dict[str, Any]
@@ -58,6 +59,7 @@ class Joined(NamedTuple):
     own_items: torch.Tensor
     riding_items: torch.Tensor
     riding: dict[str, Any]
+    which: torch.Tensor
 
 
 def join(
@@ -115,7 +117,7 @@ def _alone(inputs: Mapping[str, Any], stacked: int) -> Joined:
     examples = count_sequences(inputs, stacked)
     own = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     items = _items(inputs, examples)
-    return Joined(dict(inputs), own, (examples, 0), 0, items, torch.zeros_like(items), {})
+    return Joined(dict(inputs), own, (examples, 0), 0, items, torch.zeros_like(items), {}, ~own)
 
 
 def _join_rows(
@@ -141,7 +143,10 @@ def _join_rows(
     masks = [inputs["input_ids"].new_full((len(x["input_ids"]), length), x is inputs) for x in (inputs, riding)]
     own = _interleaved(masks[0], masks[1], stacked).bool()
     items = _items(inputs, examples), _items(riding, len(chosen))
-    return Joined(joined, own, (examples, len(chosen)), tokens, *items, riding)
+    which = torch.zeros_like(coming["input_ids"], dtype=torch.bool)
+    for row in rows:
+        which[row] = True
+    return Joined(joined, own, (examples, len(chosen)), tokens, *items, riding, which)
 
 
 def _that_lengthen_least(mask: torch.Tensor, examples: int, wanted: int, length: int) -> tuple[list[int], int, int]:
@@ -226,7 +231,9 @@ def _join_documents(inputs: Mapping[str, Any], coming: Mapping[str, Any], wanted
     if not apart:
         own[:, rows * length :] = False
     items = scored_items(inputs), scored_items(riding)
-    return Joined(joined, own, (own_count, documents.taken), documents.end, *items, riding)
+    tokens = coming["input_ids"]
+    which = (torch.arange(tokens.numel(), device=tokens.device) < documents.end).view(tokens.shape)
+    return Joined(joined, own, (own_count, documents.taken), documents.end, *items, riding, which)
 
 
 def _check_documents(batch: Mapping[str, Any]) -> None:

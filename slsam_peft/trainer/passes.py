@@ -57,7 +57,7 @@ class TrainerPasses:
         self.whole = coupled(trainer)
         self.joined: Joined | None = None
         self._said: set[str] = set()
-        self._rode: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens of this batch that did, and their loss
+        self._rode: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None  # of the step before
 
     def of(self, model: nn.Module, inputs: Batch, num_items: Any, coming: Batch | None) -> Passes:
         """Return the passes over a micro-batch.
@@ -80,6 +80,7 @@ class TrainerPasses:
             with muted(self.trainer), forward_only(self.trainer):
                 return run(batch)
 
+        rode, self._rode = self._rode, None
         divisor, items = self._units(inputs, num_items)
         self.joined = None
         sequences = self._count(inputs) if self.ascent.cuts else None
@@ -92,6 +93,7 @@ class TrainerPasses:
             items=items,
             divisor=divisor,
             riding=None if coming is None else self._riding(inputs, coming, run, quiet, forward, num_items),
+            rode=rode,
         )
 
     def close(self) -> None:
@@ -161,11 +163,17 @@ class TrainerPasses:
             with losses.only(joined.own):
                 run(joined.inputs)
             self._take_off_tokens(joined.tokens)
-            return self._own_loss(joined, num_items)
+            return own_loss()
 
         def unlogged() -> torch.Tensor:
             quiet(joined.inputs)
-            return self._own_loss(joined, num_items)
+            return own_loss()
+
+        def own_loss() -> torch.Tensor:
+            self._rode = self._watched(joined)
+            loss = self._loss_of(joined.own, num_items)
+            assert loss is not None
+            return loss
 
         def both() -> torch.Tensor:
             forward(joined.inputs)
@@ -174,10 +182,17 @@ class TrainerPasses:
 
         return Riding(logged, unlogged, both, joined.own, joined.riding_items.clamp(min=1))
 
-    def _own_loss(self, joined: Joined, num_items: Any) -> torch.Tensor:
-        loss = self._loss_of(joined.own, num_items)
-        assert loss is not None
-        return loss
+    def _watched(self, joined: Joined) -> Callable[[], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Return what tells, one step later, the loss of the sequences that ride along now, and what it is now."""
+        losses = self.losses
+        assert losses is not None
+        items, before = joined.riding_items.clamp(min=1), losses.of(~joined.own)
+
+        def rode() -> tuple[torch.Tensor, torch.Tensor] | None:
+            after = losses.of(joined.which)
+            return None if after is None or before is None else (after / items, before / items)
+
+        return rode
 
     def _take_off_tokens(self, tokens: int) -> None:
         """Take the next batch's tokens off TRL's count of those trained on: their step is still to come."""

@@ -43,11 +43,14 @@ class TokenLosses:
         """Return the summed loss of some tokens in the last pass, shape `()`; `None` where it is not known.
 
         Args:
-            tokens (`torch.Tensor`): Which, boolean, shape `(batch, length)` of the batch that the pass ran on.
+            tokens (`torch.Tensor`): Which, boolean, shape `(batch, length)` of the batch that the pass ran on, or of
+                the part of it that comes first in both dimensions.
         """
-        if self.last is None or self.last.shape != tokens[:, 1:].shape:
+        scored = tokens[:, 1:]
+        if self.last is None or self.last.shape[0] < scored.shape[0] or self.last.shape[1] < scored.shape[1]:
             return None
-        return (self.last * tokens[:, 1:].to(self.last.device)).sum()
+        first = self.last[: scored.shape[0], : scored.shape[1]]
+        return (first * scored.to(first.device)).sum()
 
     def _look(self, module: nn.Module, args: Any, output: Any) -> None:
         log_probs = getattr(output, "log_probs", None)

@@ -23,6 +23,7 @@ from slsam_peft.saving.record import write_record
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
+from slsam_peft.trainer.advice import advise
 from slsam_peft.trainer.batches import Lookahead, batch_shape
 from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
@@ -153,6 +154,7 @@ class SLSAMMixin(_Base):
         self._slsam_passes = self._make_passes()
         self._slsam_trace = self._open_trace()
         self._slsam_checkpoint = None
+        advise(self, self.slsam)
 
     def _make_passes(self) -> TrainerPasses:
         losses = None
