@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from slsam_peft.algorithm.given import load_own_state, own_state
 from slsam_peft.algorithm.projection import project, project_with_min_probability
-from slsam_peft.algorithm.sampling import load_own_state, own_state
 from slsam_peft.config import SLSAMConfig
 
 PAPER_ALPHA = 0.001  # alpha, arXiv 2602.09395

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from slsam_peft.algorithm.given import load_own_state, own_state
 from slsam_peft.algorithm.projection import project_with_min_probability
 from slsam_peft.config import SLSAMConfig
 
@@ -152,9 +153,9 @@ class Depth(_OnePoint):
     $$\pi^0_l = \max(\text{least},\; (l / L)^\tau)$$
 
     Other $p$ ask for $w_l = \pi^0_l\, p_l / \bar p$. What an arm asks for, those above it get as well: the running
-    maximum of $w$ over depth, projected onto the sum of $p$ between the least and 1. Where the norms of 30 blocks of a
-    language model differ by a factor of five, the bandit's $p$ lower $\sum_l a_l^2 / \pi_l$ by 7 to 50 % so; whatever
-    the norms, no vector that rises with depth can favour a low arm over those above it. Arms of equal depth go together.
+    maximum of $w$ over depth, projected onto the sum of $p$ between the least and 1. On recorded norms of 30 blocks
+    the bandit's $p$ lower $\sum_l a_l^2 / \pi_l$ so by 51, 41 and 7 % where a tenth, a quarter and half of the arms
+    are drawn. No draw in depth order can favour an arm over those above it. Arms of equal depth go together.
 
     Args:
         depths (`Sequence[int]`): Depth of each arm.
@@ -261,23 +262,6 @@ class _Checked:
                 f"{len(probabilities)} numbers in [0, 1]."
             )
         return stated
-
-
-def own_state(given: Any) -> dict[str, torch.Tensor]:
-    """Return the state of an object that a user gave for a name; empty where it has none."""
-    return dict(given.state_dict()) if hasattr(given, "state_dict") else {}
-
-
-def load_own_state(given: Any, state: dict[str, torch.Tensor]) -> None:
-    """Hand such an object its state back.
-
-    Raises:
-        ValueError: there is a state, and the object takes none.
-    """
-    if hasattr(given, "load_state_dict"):
-        given.load_state_dict(state)
-    elif state:
-        raise ValueError(f"the state holds {', '.join(map(repr, state))}, and {given!r} has no load_state_dict.")
 
 
 def build_scheme(config: SLSAMConfig, depths: Sequence[int | None]):

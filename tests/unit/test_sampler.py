@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.algorithm.bandit import Bandit, paper_update
@@ -32,7 +33,8 @@ def recorded():
 def gained(p, squares, share=SHARE, minimum=0.1):
     """Return how far sum a^2 / p has fallen: 0 where every p is the share, 1 at its least.
 
-    The sum and the minimum of p are given, and the least is where p is in proportion to a, clipped to [minimum * share, 1].
+    The sum and the minimum of p are given; the least is then where p is in proportion to a, clipped to
+    [minimum * share, 1].
     """
     optimum = project_with_min_probability(squares.sqrt(), share * len(squares), minimum * share)
     even = torch.full_like(p, share)
@@ -235,16 +237,23 @@ def test_a_step_that_draws_every_arm_counts_like_the_others():
         torch.testing.assert_close(few.probabilities[0] * 2, few.probabilities[1], rtol=0, atol=SUM)
 
 
-def test_drawing_and_learning_take_few_operations():
-    """The issue is launches, not arithmetic: 30 numbers."""
-    norms = recorded()
-    sampler = sampler_of()
-    trained(sampler, norms[:ROUNDS], every_arm=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        trained(sampler, norms[ROUNDS : ROUNDS + 10], every_arm=True)
-    calls = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
-    print("CALLS", calls)
-    assert calls / 10 <= 250
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.operations += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("every_arm", [True, False])
+def test_drawing_and_learning_take_few_operations(every_arm):
+    """What a step of 30 numbers costs is launches, and the model's own step is not to be slowed by them."""
+    sampler, rows = sampler_of(), list(recorded()[:20])
+    with Counting() as counted:
+        trained(sampler, rows, every_arm)
+    assert 0 < counted.operations / len(rows) <= 60
 
 
 # Depth.
@@ -264,7 +273,7 @@ def test_depth_follows_the_probabilities(share):
     assert float(at_p.sum()) == pytest.approx(share * ARMS, rel=1e-5)
     assert float(at_p.min()) >= 0.1 * share - SUM
     assert bool((at_p.diff() >= 0).all())
-    assert float((squares / at_p).sum()) < 0.92 * float((squares / at_even).sum())
+    assert float((squares / at_p).sum()) < 0.95 * float((squares / at_even).sum())
     # One arm in the middle that is asked for more is reached more often.
     raised = even.clone()
     raised[ARMS // 2] *= 3
