@@ -120,7 +120,7 @@ class Step:
     divisor: torch.Tensor | float = 1.0  # see `Passes`
     pending: list[Pending] = field(default_factory=list)
     perturbation: Perturbation | None = None
-    rode: Pending | None = None  # the micro-batch in whose pass sequences of the next step rode along
+    lone: Pending | None = None  # the only micro-batch, where sequences of the next step may ride along in its pass
     ascent_squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient of the sequences' mean loss
     rho: torch.Tensor | None = None  # length of e
     riding: dict[int, torch.Tensor] = field(default_factory=dict)  # the next step's ascent gradient, by position
@@ -275,6 +275,8 @@ class PassRunner:
             logged (`bool`): Whether metrics and logs count this pass.
         """
         passes = pending.passes
+        if step.next_mask is not None:
+            step.lone = pending
         if passes.riding is not None and self.pairs:
             try:
                 loss = self._ride(step, pending, passes.riding, logged)
@@ -405,7 +407,6 @@ class PassRunner:
         if stack.bypassed():
             raise NotSeparableError("an adapter's weight was used outside its module")
         self.clear(~step.trained)
-        step.rode = pending
         wanted = range(len(self.parameters)) if step.next_mask is None else self.members(step.next_mask)
         found = {i: stack.riding[p] for i in wanted if (p := self.parameters[i]) in stack.riding}
         # What the trainer divides by is this step's; the ascent wants the mean loss of the sequences themselves.

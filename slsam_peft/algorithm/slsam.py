@@ -261,8 +261,8 @@ class SLSAM:
             count=count,
             divisor=count if passes.divisor is None else passes.divisor,
         )
-        # Where sequences of the next step ride along, its arms must be known.
-        if passes.riding is not None and self.runner.pairs:
+        # Where sequences of the next step ride along, its arms must be known; on every rank, whichever has some.
+        if self.runner.pairs and count == 1 and (passes.riding is not None or self.reduce is not None):
             step.next_mask = self.sampler.draw_ahead().mask
         if self.ascent.stale and self.config.is_perturbed:
             self._recall(step)
@@ -335,7 +335,7 @@ class SLSAM:
                 "the ascent is made by the whole batch, which costs a second pass (2.0 plain steps): %s.",
                 "it has a single sequence; with gradient accumulation one micro-batch of several makes it"
                 if passes.sequences == 1
-                else "it is not known how to take a part of it",
+                else "no part of it can be taken (in a loop of your own, pass ascent_closure)",
             )
         return passes.unlogged
 
@@ -386,7 +386,11 @@ class SLSAM:
         gradients = [p.grad for p in self.runner.parameters]
         if self.reduce is None:
             return gradients
-        sent = [] if losses is None else [losses, *step.riding.values()]
+        sent = [] if losses is None else [losses]
+        if losses is not None and step.next_mask is not None:
+            for i in self.runner.members(step.next_mask):
+                riding = step.riding.setdefault(i, torch.zeros_like(self.runner.parameters[i]))
+                sent.append(riding)
         if losses is None and isinstance(step.items, torch.Tensor):
             step.items = step.items.double()
             sent.append(step.items)
@@ -405,8 +409,10 @@ class SLSAM:
         """Read the step's numbers once, then learn from them, or skip the step if one is not finite."""
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers = self._numbers(step, scale)
-        if not numbers.finite and step.rode is not None:
+        if not numbers.finite and step.lone is not None:
             numbers = self._without_riding(step, scale)
+        if not float(numbers.riding_norm) > 0:  # nothing rode along
+            step.riding = {}
         self.loss = float(numbers.ascent_loss if self.ascent.exact else numbers.descent_loss)
         # The sampler learns from the arms whose gradient was seen, unless the step is void.
         seen, self.norms = self._seen(step, numbers)
@@ -469,10 +475,10 @@ class SLSAM:
 
     def _without_riding(self, step: Step, scale: torch.Tensor | None) -> StepNumbers:
         """Do the descent again without the sequences that rode along: a NaN of theirs reaches everything."""
-        pending = step.rode
+        pending = step.lone
         assert pending is not None
         self.runner.clear()
-        step.rode, step.riding, step.descent_loss = None, {}, None
+        step.lone, step.next_mask, step.riding, step.descent_loss = None, None, {}, None
         rng.restore(pending.state)
         alone = Pending(_alone(pending.passes), pending.state)
         self.runner.descend(step, alone, logged=False)

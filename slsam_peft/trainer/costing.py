@@ -40,7 +40,7 @@ class StepCost:
             rule_of(self.config, rides=False),
             reused=step.cached,
             recalled=step.perturbation is not None and not step.ascents,
-            joined=self.joined if step.rode is not None else None,
+            joined=self.joined if step.riding else None,
         )
         return self.model.ratio(active_names(self.arms, step.mask), self.shapes, rule)
 

@@ -105,8 +105,12 @@ class TrainerPasses:
         """Return what a micro-batch's loss is divided by, and how many items of that it holds itself."""
         if num_items is None:  # a mean, divided by the number of micro-batches
             return None, 1.0
-        ranks = self.trainer.accelerator.num_processes if self.trainer.args.average_tokens_across_devices else 1
-        return num_items / ranks, _items(inputs)
+        return num_items / self._ranks, _items(inputs)
+
+    @property
+    def _ranks(self) -> int:
+        """By how much the trainer multiplies a loss that it divides by the items of all ranks."""
+        return self.trainer.accelerator.num_processes if self.trainer.args.average_tokens_across_devices else 1
 
     def _count(self, inputs: Batch) -> int | None:
         """Return how many sequences a micro-batch has; `None`, said once, where they cannot be told apart."""
@@ -144,7 +148,7 @@ class TrainerPasses:
         if self.losses is None or tokens is None or num_items is None:
             return None
         loss = self.losses.of(tokens)
-        return None if loss is None else loss / num_items
+        return None if loss is None else loss * self._ranks / num_items
 
     def _riding(
         self, inputs: Batch, coming: Batch, run: Any, quiet: Any, forward: Any, num_items: Any

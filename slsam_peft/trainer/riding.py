@@ -47,8 +47,6 @@ def why_not(trainer: Any) -> str | None:
     model: Any = trainer.model
     if not isinstance(trainer, SFTTrainer):
         return f"it joins batches of texts, and {type(trainer).__name__} makes others"
-    if args.world_size > 1:
-        return f"it runs in one process, and there are {args.world_size}"
     if args.gradient_accumulation_steps > 1:
         return (
             f"it needs one micro-batch per step, and gradient_accumulation_steps={args.gradient_accumulation_steps}: "
