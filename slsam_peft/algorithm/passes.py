@@ -401,13 +401,13 @@ class PassRunner:
         offsets = {} if step.perturbation is None else step.perturbation.offsets
         if not self._separate:
             self._check_separate(riding, offsets)
-        stack = Stack(self.pairs, offsets, riding.own)
+        wanted = range(len(self.parameters)) if step.next_mask is None else self.members(step.next_mask)
+        stack = Stack(self.pairs, offsets, riding.own, [self.parameters[i] for i in wanted])
         with stack.applied():
             loss = _loss(riding.logged() if logged else riding.unlogged())
         if stack.bypassed():
             raise NotSeparableError("an adapter's weight was used outside its module")
         self.clear(~step.trained)
-        wanted = range(len(self.parameters)) if step.next_mask is None else self.members(step.next_mask)
         found = {i: stack.riding[p] for i in wanted if (p := self.parameters[i]) in stack.riding}
         # What the trainer divides by is this step's; the ascent wants the mean loss of the sequences themselves.
         factor = step.divisor / riding.items

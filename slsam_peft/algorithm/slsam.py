@@ -392,8 +392,8 @@ class SLSAM:
                 riding = step.riding.setdefault(i, torch.zeros_like(self.runner.parameters[i]))
                 sent.append(riding)
         if losses is None and isinstance(step.items, torch.Tensor):
-            step.items = step.items.double()
-            sent.append(step.items)
+            step.items, step.divisor = step.items.double(), torch.as_tensor(step.divisor).double()
+            sent += [step.items, step.divisor]
         for i in self.runner.members(step.mask if losses is None else step.trained):  # the same tensors on every rank
             gradient = gradients[i]
             gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient

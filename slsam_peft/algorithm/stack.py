@@ -1,17 +1,20 @@
 r"""Runs some tokens of a batch at w + e and the others at w, in one pass.
 
-A LoRA pair computes $B A x$. Here $A$ becomes $[A + e_A;\, A]$ of twice the rank and $B$ becomes $[B + e_B,\, B]$, and
-of the hidden $h = A x$, twice as wide, each token keeps one half: this step's own tokens the first, those that ride
-along for the next step's ascent the second. x is read once, and a pair costs three thin operations instead of two.
-Both halves are in the graph of the parameters: own tokens alone make the gradient that arrives at w, hooks and all;
-what riding tokens make is set aside.
+A LoRA pair computes $B A x$. Where it is perturbed, $A$ becomes $[A + e_A;\, A]$ of twice the rank and $B$ becomes
+$[B + e_B,\, B]$, and of the hidden $h = A x$, twice as wide, each token keeps one half: this step's own tokens the
+first, those that ride along for the next step's ascent the second. x is read once, and a pair costs three thin
+operations instead of two. Where a pair is not perturbed all tokens see the same weights, and only the weights'
+gradients are told apart.
+
+Both ways own tokens alone make the gradient that arrives at w, hooks and all; what riding tokens make is set aside.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 DISTURBANCE = 0.1  # of weights, in a check: far above rounding, far below overflow
@@ -45,6 +48,7 @@ class Stack:
         pairs (`Sequence[Pair]`): All trained pairs of the model.
         offsets (`Mapping[nn.Parameter, torch.Tensor]`): e of the weights that own tokens see moved.
         own (`torch.Tensor`): Which tokens are this step's own, boolean, shape `(batch, length)`.
+        wanted (`Collection[nn.Parameter]`, *optional*): Weights whose riding gradient is wanted. Defaults to all.
 
     Attributes:
         riding (`dict[nn.Parameter, torch.Tensor]`): Gradients that riding tokens made, at w.
@@ -53,31 +57,40 @@ class Stack:
 
     OWN, RIDING = 0, 1
 
-    def __init__(self, pairs: Sequence[Pair], offsets: Mapping[nn.Parameter, torch.Tensor], own: torch.Tensor) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        offsets: Mapping[nn.Parameter, torch.Tensor],
+        own: torch.Tensor,
+        wanted: Collection[nn.Parameter] | None = None,
+    ) -> None:
         self.pairs = pairs
         self.own = own
         self.riding: dict[nn.Parameter, torch.Tensor] = {}
         self.read: set[nn.Parameter] = set()
-        self._masks: dict[torch.device, torch.Tensor] = {}
         self._weights: list[Any] = [weight for pair in pairs for weight in pair.weights]
+        self._wanted = set(self._weights if wanted is None else wanted)
+        self._masks: dict[torch.device, torch.Tensor] = {}
         self._stacked = self._stack(offsets)
 
-    def _stack(self, offsets: Mapping[nn.Parameter, torch.Tensor]) -> list[torch.Tensor]:
-        """Return each weight's two versions side by side, in few operations for all."""
-        stacked, first, second = [], [], []
-        for i, weight in enumerate(self._weights):
+    def _stack(self, offsets: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, torch.Tensor]:
+        """Return the two versions of each weight of a perturbed pair side by side, in few operations for all."""
+        perturbed = [pair for pair in self.pairs if any(weight in offsets for weight in pair.weights)]
+        weights: list[Any] = [weight for pair in perturbed for weight in pair.weights]
+        stacked, first, second = {}, [], []
+        for i, weight in enumerate(weights):
             rows, columns = weight.shape
             both = weight.new_empty((2, rows, columns) if i % 2 == 0 else (rows, 2, columns))
-            stacked.append(both.flatten(0, 1) if i % 2 == 0 else both.flatten(1, 2))
+            stacked[weight] = both.flatten(i % 2, i % 2 + 1)
             halves = both.unbind(i % 2)
             first.append(halves[0])
             second.append(halves[1])
-        moved = [i for i, weight in enumerate(self._weights) if weight in offsets]
+        moved = [i for i, weight in enumerate(weights) if weight in offsets]
         with torch.no_grad():
-            torch._foreach_copy_(first, self._weights)
-            torch._foreach_copy_(second, self._weights)
-            if moved:
-                torch._foreach_add_([first[i] for i in moved], [offsets[self._weights[i]] for i in moved])
+            if weights:
+                torch._foreach_copy_(first, weights)
+                torch._foreach_copy_(second, weights)
+                torch._foreach_add_([first[i] for i in moved], [offsets[weights[i]] for i in moved])
         return stacked
 
     @contextmanager
@@ -88,26 +101,57 @@ class Stack:
             NotSeparableError: a pair ran on something else than the batch's tokens; raised by the forward.
         """
         with ExitStack() as undo, torch.enable_grad():
-            for i, pair in enumerate(self.pairs):
+            for pair in self.pairs:
+                if pair.weights[0] in self._stacked:
+                    self._install(pair, undo)
+                    continue
                 for side, module in enumerate(pair):
-                    weight = self._weights[2 * i + side]
-                    undo.callback(module._parameters.__setitem__, "weight", weight)
-                    module._parameters["weight"] = _Both.apply(weight, self._stacked[2 * i + side], self, side)
-                undo.callback(pair.down.register_forward_hook(self._halve).remove)
+                    undo.callback(vars(module).pop, "forward", None)
+                    vars(module)["forward"] = self._told_apart(pair.weights[side], side)
             yield
+
+    def _install(self, pair: Pair, undo: ExitStack) -> None:
+        """Hand a perturbed pair its weights side by side."""
+        for side, (module, weight) in enumerate(zip(pair, pair.weights, strict=True)):
+            undo.callback(module._parameters.__setitem__, "weight", weight)
+            module._parameters["weight"] = _Both.apply(weight, self._stacked[weight], self, side)
+        undo.callback(pair.down.register_forward_hook(self._halve).remove)
 
     def _halve(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """Let each token keep its half of the hidden state."""
-        if output.shape[:-1] != self.own.shape:
+        return (output.unflatten(-1, (2, -1)) * self._mask(output)).flatten(-2)
+
+    def _told_apart(self, weight: nn.Parameter, side: int) -> Any:
+        """Return a forward of a linear module whose weight's gradient is that of own tokens."""
+
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            return _Apart.apply(input, weight, self, self._mask(input), side)  # type: ignore[return-value]
+
+        return forward
+
+    def _mask(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return which half is each token's, boolean, shape `(batch, length, 2, 1)`."""
+        if hidden.shape[:-1] != self.own.shape:
             raise NotSeparableError(
-                f"an adapter ran on a tensor of shape {tuple(args[0].shape)} where the batch has tokens of shape "
+                f"an adapter ran on a tensor of shape {tuple(hidden.shape)} where the batch has tokens of shape "
                 f"{tuple(self.own.shape)}; experts do, and models that flatten or turn their batch"
             )
-        mask = self._masks.get(output.device)
+        mask = self._masks.get(hidden.device)
         if mask is None:
-            own = self.own.to(output.device)
-            mask = self._masks[output.device] = torch.stack([own, ~own], dim=-1).unsqueeze(-1)
-        return (output.unflatten(-1, (2, -1)) * mask).flatten(-2)
+            own = self.own.to(hidden.device)
+            mask = self._masks[hidden.device] = torch.stack([own, ~own], dim=-1).unsqueeze(-1)
+        return mask
+
+    def wants(self, weight: Any) -> bool:
+        """Whether the riding gradient of a weight is wanted."""
+        return weight in self._wanted
+
+    def keep(self, weight: Any, riding: torch.Tensor | None) -> None:
+        """Note that a backward pass has reached a weight, and what riding tokens made."""
+        self.read.add(weight)
+        if riding is not None:
+            before = self.riding.get(weight)
+            self.riding[weight] = riding if before is None else before + riding
 
     def disturb(self, half: int) -> None:
         """Move the weights of own or of riding tokens, to see whether the others notice.
@@ -116,8 +160,9 @@ class Stack:
             half (`int`): `Stack.OWN` or `Stack.RIDING`.
         """
         with torch.no_grad():
-            for i, stacked in enumerate(self._stacked):
-                stacked.unflatten(i % 2, (2, -1)).select(i % 2, half).add_(DISTURBANCE)
+            for weight, stacked in self._stacked.items():
+                dim = 0 if stacked.shape[0] != weight.shape[0] else 1
+                stacked.unflatten(dim, (2, -1)).select(dim, half).add_(DISTURBANCE)
 
     def bypassed(self) -> list[nn.Parameter]:
         """Return the weights with a gradient that did not come through the stack."""
@@ -137,7 +182,36 @@ class _Both(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]  # noqa: D102
         own, riding = gradient.chunk(2, ctx.dim)
-        before = ctx.owner.riding.get(ctx.weight)
-        ctx.owner.riding[ctx.weight] = riding if before is None else before + riding
-        ctx.owner.read.add(ctx.weight)
+        ctx.owner.keep(ctx.weight, riding if ctx.owner.wants(ctx.weight) else None)
         return own.contiguous(), None, None, None
+
+
+class _Apart(torch.autograd.Function):
+    """A linear map whose weight's gradient is that of own tokens; that of the others is set aside or not computed.
+
+    Of a pair's two maps the mask goes on the thin side: the gradient of A's output, the input of B.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, owner: Stack, mask: torch.Tensor, side: int
+    ) -> torch.Tensor:
+        ctx.weight, ctx.owner, ctx.side, ctx.dtypes = weight, owner, side, (input.dtype, weight.dtype)
+        if torch.is_autocast_enabled(input.device.type):  # as it would cast them
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, weight = (x.to(dtype) if x.dtype != torch.float64 else x for x in (input, weight))
+        ctx.save_for_backward(input, weight.detach(), mask)
+        return F.linear(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]  # noqa: D102
+        input, weight, mask = ctx.saved_tensors
+        from_input = (gradient @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        both = ctx.owner.wants(ctx.weight)
+        thin = (gradient, input)[ctx.side]
+        thin = (thin.unsqueeze(-2) * mask).flatten(-2) if both else thin * mask[..., 0, :]
+        left, right = (thin, input) if ctx.side == 0 else (gradient, thin)
+        found = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(ctx.dtypes[1])
+        own, riding = found.chunk(2, ctx.side) if both else (found, None)
+        ctx.owner.keep(ctx.weight, riding)
+        return from_input, own.contiguous(), None, None, None
