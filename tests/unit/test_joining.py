@@ -69,6 +69,12 @@ def test_the_shortest_rides_where_every_row_is_longer(model):
     assert joined.inputs["labels"][0].tolist()[3:] == [-100] * 3
 
 
+def test_of_rows_that_do_not_lengthen_the_batch_the_first_ride():
+    rows = batches.texts([6, 8, 7, 3])
+    joined = join(batches.padded(OWN), batches.padded(rows), 2)
+    assert joined.riding["input_ids"].tolist() == [rows[0] + [0], rows[2]]
+
+
 LAYOUTS = {
     "padding-free": (batches.padding_free, {}),
     "padded to a multiple": (batches.padding_free, {"multiple": 16}),
