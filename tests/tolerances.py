@@ -16,4 +16,5 @@ ASCENT = 1e-4  # projected ascent on a quadratic, 50 to 300 steps, against the s
 CENTRAL_DIFFERENCES = 1e-4  # of gradients in float64, step 1e-3 of the parameters' length
 KRYLOV = 1e-9  # all Lanczos steps, float64
 FLOAT32_NORMS = 1e-5  # relative: Llama's norms compute in float32 even where all weights are float64
+FLOAT32_ANGLES = 1e-6  # rotary angles are float32, and left padding shifts them; measured 2e-8 of gradients
 FLOAT16 = 1e-2  # what float16 rounds away at the lower end of its range depends on the loss scale

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from slsam_peft.config import radius_of
 from slsam_peft.saving.trace_data import TraceData
 
 WIDTH = 11.0  # inches
@@ -108,7 +109,7 @@ def _subtitle(trace: TraceData) -> str:
     parts = [
         f"{len(trace.names)} arms",
         f"{plain['steps']:,} steps",
-        f"rho {config['rho']:g}",
+        radius_of(config),
         f"design {config['design']}",
         f"bandit {config['bandit']}",
         f"ascent {config['ascent']}",

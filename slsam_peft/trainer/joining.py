@@ -177,9 +177,10 @@ def _check_rows(batch: Mapping[str, Any], stacked: int, padding: int | None) -> 
 
 
 def _check_same(inputs: Mapping[str, Any], coming: Mapping[str, Any]) -> None:
-    """Refuse batches of different names, or with different settings."""
-    names = [name for name in {**inputs, **coming} if name not in inputs or name not in coming]
-    names += [k for k, v in inputs.items() if k in coming and k not in LONGEST and _is_setting(v) and v != coming[k]]
+    """Refuse batches of different names, or with different settings; a setting may be in one of them alone."""
+    both = {**coming, **inputs}
+    names = [k for k, v in both.items() if (k not in inputs or k not in coming) and not _is_setting(v)]
+    names += [k for k, v in inputs.items() if k not in LONGEST and _is_setting(v) and v != coming.get(k, v)]
     if names:
         raise CannotJoinError(f"{names[0]!r} is not the same in a batch and the next one")
 
@@ -263,8 +264,10 @@ def _behind(inputs: Mapping[str, Any], riding: Mapping[str, Any]) -> dict[str, A
     """Return a row with another one behind it."""
     joined = {}
     for name, value in inputs.items():
-        other = riding[name]
-        if name in BOUNDARIES:
+        other: Any = riding.get(name)
+        if _is_setting(value) and name not in LONGEST:
+            joined[name] = value
+        elif name in BOUNDARIES:
             joined[name] = torch.cat([value, value[-1] + other[1:]])
         elif name in LONGEST:
             tensors = isinstance(value, torch.Tensor)
@@ -272,7 +275,7 @@ def _behind(inputs: Mapping[str, Any], riding: Mapping[str, Any]) -> dict[str, A
         elif name == NUMBERS:
             joined[name] = torch.cat([value, value[:, -1:] + 1 + other - other[:, :1]], dim=1)
         else:
-            joined[name] = torch.cat([value, other], dim=1) if name in FILLERS else value
+            joined[name] = torch.cat([value, other], dim=1)
     return joined
 
 

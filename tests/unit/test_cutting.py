@@ -20,11 +20,11 @@ def model():
     return decoder("qwen2", dropout=0.0)
 
 
-def assert_loss_is_theirs(model, cut, rows):
+def assert_loss_is_theirs(model, cut, rows, tolerance=tolerances.EXACT_FLOAT64):
     with torch.no_grad():
         expected = batches.loss_alone(model, rows)
         losses = batches.token_losses(model, cut.inputs)
-    torch.testing.assert_close(losses.sum(), expected, rtol=tolerances.EXACT_FLOAT64, atol=0)
+    torch.testing.assert_close(losses.sum(), expected, rtol=tolerance, atol=0)
     assert int(scored_items(cut.inputs)) == int((losses != 0).sum()) == sum(len(row) - 1 for row in rows)
 
 
@@ -40,13 +40,15 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 9])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_loss_on_a_cut_is_that_of_its_sequences_alone(layout, wanted, model):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_on_a_cut_is_that_of_its_sequences_alone(name, wanted, model):
+    layout = LAYOUTS[name]
     before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in layout.items()}
     cut = first_sequences(layout, wanted)
     assert (cut.taken, cut.sequences) == (min(wanted, 4), 4)
     assert count_sequences(layout) == 4
-    assert_loss_is_theirs(model, cut, ROWS[:wanted])
+    tolerance = tolerances.FLOAT32_ANGLES if name == "padded left" else tolerances.EXACT_FLOAT64
+    assert_loss_is_theirs(model, cut, ROWS[:wanted], tolerance)
     torch.testing.assert_close(dict(layout), before, rtol=0, atol=0)
 
 
