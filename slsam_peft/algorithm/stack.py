@@ -18,7 +18,16 @@ DISTURBANCE = 0.1  # of weights, in a check: far above rounding, far below overf
 
 
 class NotSeparableError(RuntimeError):
-    """Tokens cannot be told apart here; nothing has been changed."""
+    """Tokens cannot be told apart here; nothing has been changed.
+
+    Args:
+        reason (`str`): A clause without a full stop.
+        ran (`bool`, *optional*, defaults to `False`): Whether a whole pass has run, which metrics have counted.
+    """
+
+    def __init__(self, reason: str, *, ran: bool = False) -> None:
+        super().__init__(reason)
+        self.ran = ran
 
 
 class Pair(NamedTuple):
