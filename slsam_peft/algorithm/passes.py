@@ -208,7 +208,7 @@ class PassRunner:
         self.accelerators = rng.accelerators_of(parameters)
         self._read: set[nn.Parameter] = set()  # seen to be read by their modules
         self._checked_blocks: set[int] = set()
-        self._separate = False
+        self._separate = self._ridden = False
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
@@ -374,11 +374,14 @@ class PassRunner:
 
     def _watched(self, step: Step, pending: Pending, closure: Closure, perturbation: Perturbation) -> torch.Tensor:
         """Run a descent pass and see whether every parameter was read through the swap; in place where it was not."""
+        passage = perturbation.swap.passage
+        passage.watch(p for p in perturbation.offsets if p not in self.in_place and p not in self._read)
         with perturbation.applied():
             loss = self._run(step, pending, closure)
-        bypassed = perturbation.swap.bypassed()
-        self._read |= perturbation.swap.read
-        return self._again_in_place(step, pending, bypassed) if bypassed else loss
+        missed = passage.missed()
+        self._read |= passage.read
+        passage.watch(())
+        return self._again_in_place(step, pending, missed) if missed else loss
 
     def _again_in_place(self, step: Step, pending: Pending, bypassed: Sequence[nn.Parameter]) -> torch.Tensor:
         """Move parameters in place that are not read by their modules, and run the pass again."""
@@ -412,10 +415,13 @@ class PassRunner:
         if not self._separate:
             self._check_separate(riding, offsets)
         stack = Stack(self.pairs, offsets, riding.own)
+        if not self._ridden:
+            stack.passage.watch(p for pair in self.pairs for p in pair.weights)
         with stack.applied():
             loss = _loss(riding.logged() if logged else riding.unlogged())
-        if stack.bypassed():
+        if stack.passage.missed():
             raise NotSeparableError("an adapter's weight was used outside its module", ran=True)
+        self._ridden = True
         self.clear(~step.trained)
         step.rode = pending
         wanted = range(len(self.parameters)) if step.next_mask is None else self.members(step.next_mask)

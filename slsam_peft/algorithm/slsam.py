@@ -453,8 +453,9 @@ class SLSAM:
         squared = self._norms.squared(gradients, self._device(gradients))
         nothing = squared.new_full((), math.nan)
         unit = (nothing if step.seen_loss is None else self._share(step, squared)).to(losses.device)
+        factor = torch.ones((), device=squared.device) if scale is None else scale.reshape(()).to(squared.device)
         gathered = StepNumbers(
-            ascent_squared=squared if step.ascent_squared is None else step.ascent_squared,
+            ascent_squared=squared / factor.square() if step.ascent_squared is None else step.ascent_squared,
             descent_squared=squared,
             riding_norm=_joint_norm(step.riding.values(), squared.device),
             rho=nothing if step.rho is None else step.rho,
@@ -462,7 +463,7 @@ class SLSAM:
             part_loss=losses[1] * unit,
             descent_loss=losses[0],
             ascent_loss=losses[1],
-            loss_scale=torch.ones((), device=squared.device) if scale is None else scale,
+            loss_scale=factor,
         )
         return StepNumbers.unpacked(self._read(gathered.packed()), len(self.arms))
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from slsam_peft.algorithm.swap import Passage
+
 DISTURBANCE = 0.1  # of weights, in a check: far above rounding, far below overflow
 
 
@@ -57,7 +59,7 @@ class Stack:
 
     Attributes:
         riding (`dict[nn.Parameter, torch.Tensor]`): Gradients that riding tokens made, at w.
-        read (`set[nn.Parameter]`): Weights that a backward pass has reached.
+        passage (`Passage`): What has come through it.
     """
 
     OWN, RIDING = 0, 1
@@ -66,7 +68,7 @@ class Stack:
         self.pairs = pairs
         self.own = own
         self.riding: dict[nn.Parameter, torch.Tensor] = {}
-        self.read: set[nn.Parameter] = set()
+        self.passage = Passage()
         self._masks: dict[torch.device, torch.Tensor] = {}
         self._weights: list[Any] = [weight for pair in pairs for weight in pair.weights]
         self._stacked = self._stack(offsets)
@@ -128,10 +130,6 @@ class Stack:
             for i, stacked in enumerate(self._stacked):
                 stacked.unflatten(i % 2, (2, -1)).select(i % 2, half).add_(DISTURBANCE)
 
-    def bypassed(self) -> list[nn.Parameter]:
-        """Return the weights with a gradient that did not come through the stack."""
-        return [w for w in self._weights if w.grad is not None and w not in self.read]
-
 
 class _Both(torch.autograd.Function):
     """Two versions of a weight; the gradient of the first goes to the weight, that of the second is set aside."""
@@ -148,5 +146,6 @@ class _Both(torch.autograd.Function):
         own, riding = gradient.chunk(2, ctx.dim)
         before = ctx.owner.riding.get(ctx.weight)
         ctx.owner.riding[ctx.weight] = riding if before is None else before + riding
-        ctx.owner.read.add(ctx.weight)
-        return own.contiguous(), None, None, None
+        own = own.contiguous()
+        ctx.owner.passage.see(ctx.weight, own)
+        return own, None, None, None
