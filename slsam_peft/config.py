@@ -524,7 +524,9 @@ def _recorded_settings(file: Path) -> dict[str, Any]:
     method = record.get("method")
     if not isinstance(method, dict):
         raise ValueError(f'{file} has no settings under "method"; save the adapter again, or give them by hand.')
-    return {name: value for name, value in method.items() if name != "name"}
+    settings = {name: value for name, value in method.items() if name != "name"}
+    # A record of a version that had no methods holds parts alone; what it leaves out had these defaults.
+    return settings if "method" in settings else {**_PARTS[None], **settings}
 
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Seen(TrainerCallback):
         trainer.add_callback(self)
 
     def on_step_begin(self, *args, **kwargs):
-        bandit, learn = self.trainer.slsam.bandit, type(self.trainer.slsam.bandit).update
+        bandit, learn = self.trainer.slsam.sampler.bandit, type(self.trainer.slsam.sampler.bandit).update
 
         def noting(mask, norms, inclusion):
             self.norms.append(norms[mask].tolist())
@@ -178,7 +178,7 @@ def budget(folder):
     """Ranks whose first batches differ in length: the fraction that meets the budget is solved once for both."""
     config = SLSAMConfig(rho=0.1, cost_budget=1.0, design="depth")
     trainer = train_small(Watched, folder / "out", config)
-    return {**trainer.seen.report(), "budget": trainer.slsam.bandit.budget}, adapters(trainer)
+    return {**trainer.seen.report(), "budget": trainer.slsam.sampler.bandit.budget}, adapters(trainer)
 
 
 def resumed(folder):

@@ -146,6 +146,13 @@ class Step:
         return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
+def quotient(dividend: torch.Tensor | float, divisor: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """Divide two counts in a tensor's precision, on its device, without reading them; shape `()`."""
+    one = torch.ones((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    brought = [x.reshape(()).to(one) if isinstance(x, torch.Tensor) else x for x in (dividend, divisor)]
+    return one * brought[0] / brought[1]
+
+
 def _loss(returned: Any) -> torch.Tensor:
     if isinstance(returned, int | float):
         return torch.tensor(float(returned))
@@ -205,7 +212,7 @@ class PassRunner:
         self.accelerators = rng.accelerators_of(parameters)
         self._read: set[nn.Parameter] = set()  # seen to be read by their modules
         self._checked_blocks: set[int] = set()
-        self._separate = False
+        self._separate = self._ridden = False
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
@@ -282,6 +289,7 @@ class PassRunner:
                 loss = self._ride(step, pending, passes.riding, logged)
             except NotSeparableError as error:
                 self._stop_riding(error, pending)
+                logged = logged and not error.ran
             else:
                 step.descent_loss = _added(step.descent_loss, loss)
                 self._see_rode(step, passes)
@@ -353,22 +361,40 @@ class PassRunner:
         perturbation = step.perturbation
         if perturbation is None:
             return self._run(step, pending, closure)
-        # Until each parameter was seen to be read through the swap, earlier micro-batches' gradients are set aside.
-        unseen = [p for p in perturbation.offsets if p not in self.in_place and p not in self._read]
-        earlier = [(p, p.grad) for p in self.parameters if p.grad is not None] if unseen else []
-        if unseen:
-            self.clear()
-        with perturbation.applied():
-            loss = self._run(step, pending, closure)
-        if unseen:
-            bypassed = perturbation.swap.bypassed()
-            self._read |= perturbation.swap.read
-            if bypassed:
-                loss = self._again_in_place(step, pending, bypassed)
-            for parameter, gradient in earlier:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        if all(p in self.in_place or p in self._read for p in perturbation.offsets):
+            with perturbation.applied():
+                loss = self._run(step, pending, closure)
+        else:
+            with self._apart():
+                loss = self._watched(step, pending, closure, perturbation)
         pending.cached_states.clear()
         return loss
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Set earlier micro-batches' gradients aside inside the context, and afterwards add to them what it made."""
+        earlier = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        self.clear()
+        try:
+            yield
+        except BaseException:  # a pass that raised may be run again: nothing but the earlier ones' is left of it
+            self.clear()
+            for parameter, gradient in earlier:
+                parameter.grad = gradient
+            raise
+        for parameter, gradient in earlier:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+    def _watched(self, step: Step, pending: Pending, closure: Closure, perturbation: Perturbation) -> torch.Tensor:
+        """Run a descent pass and see whether every parameter was read through the swap; in place where it was not."""
+        passage = perturbation.swap.passage
+        passage.watch(p for p in perturbation.offsets if p not in self.in_place and p not in self._read)
+        with perturbation.applied():
+            loss = self._run(step, pending, closure)
+        missed = passage.missed()
+        self._read |= passage.read
+        passage.watch(())
+        return self._again_in_place(step, pending, missed) if missed else loss
 
     def _again_in_place(self, step: Step, pending: Pending, bypassed: Sequence[nn.Parameter]) -> torch.Tensor:
         """Move parameters in place that are not read by their modules, and run the pass again."""
@@ -403,14 +429,18 @@ class PassRunner:
             self._check_separate(riding, offsets)
         wanted = range(len(self.parameters)) if step.next_mask is None else self.members(step.next_mask)
         stack = Stack(self.pairs, offsets, riding.own, [self.parameters[i] for i in wanted])
+        if not self._ridden:
+            stack.passage.watch(p for pair in self.pairs for p in pair.weights)
         with stack.applied():
             loss = _loss(riding.logged() if logged else riding.unlogged())
-        if stack.bypassed():
-            raise NotSeparableError("an adapter's weight was used outside its module")
+        if stack.passage.missed():
+            raise NotSeparableError("an adapter's weight was used outside its module", ran=True)
+        self._ridden = True
         self.clear(~step.trained)
         found = {i: stack.riding[p] for i in wanted if (p := self.parameters[i]) in stack.riding}
         # What the trainer divides by is this step's; the ascent wants the mean loss of the sequences themselves.
-        factor = step.divisor / riding.items
+        divisor = step.count if pending.passes.divisor is None else pending.passes.divisor
+        factor = quotient(divisor, riding.items, next(iter(found.values()))) if found else loss
         step.riding = dict(zip(found, torch._foreach_mul(list(found.values()), factor), strict=True)) if found else {}
         return loss
 
@@ -431,7 +461,9 @@ class PassRunner:
                 losses.append(riding.both_losses().detach())
         rng.restore(after)
         seen = torch.stack([losses[1][0], losses[2][1]])
-        if not seen.is_meta and not torch.allclose(seen, losses[0], rtol=SEPARATE_RTOL, atol=0.0, equal_nan=True):
+        if not seen.is_meta and not bool(torch.isfinite(losses[0]).all()):
+            return  # nothing can be seen of a step that is void: the next one is looked at
+        if not seen.is_meta and not torch.allclose(seen, losses[0], rtol=SEPARATE_RTOL, atol=0.0):
             raise NotSeparableError(
                 "the loss of some tokens of a batch depends on the weights that the others run at "
                 f"({seen.tolist()} instead of {losses[0].tolist()})"

@@ -23,7 +23,7 @@ from slsam_peft.algorithm.arms import Arm, ArmNorms
 from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.memory import GradientMemory
-from slsam_peft.algorithm.passes import Closure, Cut, Passes, PassRunner, Pending, Step
+from slsam_peft.algorithm.passes import Closure, Cut, Passes, PassRunner, Pending, Step, quotient
 from slsam_peft.algorithm.radius import build_radius
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.stack import Pair
@@ -118,6 +118,8 @@ class SLSAM:
                 "ascent='ahead' runs sequences at w and at w + e in one pass, which only pairs of LoRA factors can "
                 "that hold everything that is trained; use ascent='auto' or 'partial', or train LoRA factors only."
             )
+        # What rides along is seen by every arm that the next step perturbs only where all of them are trained.
+        rideable = rideable and (config.descent == "all" or config.active_fraction == 1)
         name: Any = config.ascent if config.is_perturbed else None
         self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
         self.radius = build_radius(config)
@@ -329,7 +331,8 @@ class SLSAM:
         step.items = step.items + passes.items
         if self.ascent.exact:
             return passes.logged
-        if step.count == 1 and not self._said_whole:
+        rides = bool(self.runner.pairs)  # and then this is the first step of an epoch alone
+        if step.count == 1 and not rides and not self._said_whole:
             self._said_whole = True
             logger.warning(
                 "the ascent is made by the whole batch, which costs a second pass (2.0 plain steps): %s.",
@@ -347,19 +350,20 @@ class SLSAM:
         gradients = self._reduced(step)
         found = {i: g for i, g in enumerate(gradients) if g is not None}
         squared = self._norms.squared(gradients, self._device(gradients))
-        unit = self._unit(step, squared)
+        unit = self._share(step, squared)
+        scale = self.loss_scale() if self.loss_scale is not None else None
+        if scale is not None:
+            unit = unit / scale.reshape(()).to(unit.device)
         step.ascent_squared = squared * unit.square()
         if found:
             self._perturb(step, found, squared.sum().sqrt(), unit)
         self.runner.clear()
 
-    def _unit(self, step: Step, like: torch.Tensor) -> torch.Tensor:
-        """Return the factor that makes ascent gradients those of the ascent sequences' mean loss, shape `()`."""
-        unit = like.new_ones(())
-        if not self.ascent.exact:  # whose sequences are all of those that the loss is divided by
-            unit = unit * (step.divisor / step.items)
-        scale = self.loss_scale() if self.loss_scale is not None else None
-        return unit if scale is None else unit / scale.reshape(()).to(like.device)
+    def _share(self, step: Step, like: torch.Tensor) -> torch.Tensor:
+        """Return the factor that makes the ascent passes' loss the mean over their own sequences, shape `()`."""
+        if self.ascent.exact:  # its sequences are all of those that the loss is divided by
+            return like.new_ones(())
+        return quotient(step.divisor, step.items, like)
 
     def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
         weights = [self.runner.parameters[i].detach() for i in gradients]
@@ -381,7 +385,7 @@ class SLSAM:
         """Return each parameter's gradient, averaged over ranks; `None` where there is none.
 
         What a decision rests on must be the same on every rank: the losses travel with the descent gradients, the
-        number of items with those of the ascent.
+        number of items, as a share of what the loss is divided by, with those of the ascent.
         """
         gradients = [p.grad for p in self.runner.parameters]
         if self.reduce is None:
@@ -392,8 +396,8 @@ class SLSAM:
                 riding = step.riding.setdefault(i, torch.zeros_like(self.runner.parameters[i]))
                 sent.append(riding)
         if losses is None and isinstance(step.items, torch.Tensor):
-            step.items, step.divisor = step.items.double(), torch.as_tensor(step.divisor).double()
-            sent += [step.items, step.divisor]
+            step.items, step.divisor = quotient(step.items, step.divisor, step.items.double()), 1.0
+            sent.append(step.items)
         for i in self.runner.members(step.mask if losses is None else step.trained):  # the same tensors on every rank
             gradient = gradients[i]
             gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
@@ -454,10 +458,11 @@ class SLSAM:
                 parameter.grad = gradient.contiguous()
         squared = self._norms.squared(gradients, self._device(gradients))
         nothing = squared.new_full((), math.nan)
-        unit = (nothing if step.seen_loss is None else self._unit(step, squared)).to(losses.device)
+        unit = (nothing if step.seen_loss is None else self._share(step, squared)).to(losses.device)
         seen, before = step.rode_losses or (losses[2] * unit, losses[1] * unit)
+        factor = torch.ones((), device=squared.device) if scale is None else scale.reshape(()).to(squared.device)
         gathered = StepNumbers(
-            ascent_squared=squared if step.ascent_squared is None else step.ascent_squared,
+            ascent_squared=squared / factor.square() if step.ascent_squared is None else step.ascent_squared,
             descent_squared=squared,
             riding_norm=_joint_norm(step.riding.values(), squared.device),
             rho=nothing if step.rho is None else step.rho,
@@ -465,7 +470,7 @@ class SLSAM:
             part_loss=before,
             descent_loss=losses[0],
             ascent_loss=losses[1],
-            loss_scale=torch.ones((), device=squared.device) if scale is None else scale,
+            loss_scale=factor,
         )
         return StepNumbers.unpacked(self._read(gathered.packed()), len(self.arms))
 

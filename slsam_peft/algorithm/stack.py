@@ -17,11 +17,22 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from slsam_peft.algorithm.swap import Passage
+
 DISTURBANCE = 0.1  # of weights, in a check: far above rounding, far below overflow
 
 
 class NotSeparableError(RuntimeError):
-    """Tokens cannot be told apart here; nothing has been changed."""
+    """Tokens cannot be told apart here; nothing has been changed.
+
+    Args:
+        reason (`str`): A clause without a full stop.
+        ran (`bool`, *optional*, defaults to `False`): Whether a whole pass has run, which metrics have counted.
+    """
+
+    def __init__(self, reason: str, *, ran: bool = False) -> None:
+        super().__init__(reason)
+        self.ran = ran
 
 
 class Pair(NamedTuple):
@@ -52,7 +63,7 @@ class Stack:
 
     Attributes:
         riding (`dict[nn.Parameter, torch.Tensor]`): Gradients that riding tokens made, at w.
-        read (`set[nn.Parameter]`): Weights that a backward pass has reached.
+        passage (`Passage`): What has come through it.
     """
 
     OWN, RIDING = 0, 1
@@ -67,7 +78,7 @@ class Stack:
         self.pairs = pairs
         self.own = own
         self.riding: dict[nn.Parameter, torch.Tensor] = {}
-        self.read: set[nn.Parameter] = set()
+        self.passage = Passage()
         self._weights: list[Any] = [weight for pair in pairs for weight in pair.weights]
         self._wanted = set(self._weights if wanted is None else wanted)
         self._masks: dict[torch.device, torch.Tensor] = {}
@@ -146,9 +157,9 @@ class Stack:
         """Whether the riding gradient of a weight is wanted."""
         return weight in self._wanted
 
-    def keep(self, weight: Any, riding: torch.Tensor | None) -> None:
+    def keep(self, weight: Any, own: torch.Tensor, riding: torch.Tensor | None) -> None:
         """Note that a backward pass has reached a weight, and what riding tokens made."""
-        self.read.add(weight)
+        self.passage.see(weight, own)
         if riding is not None:
             before = self.riding.get(weight)
             self.riding[weight] = riding if before is None else before + riding
@@ -164,10 +175,6 @@ class Stack:
                 dim = 0 if stacked.shape[0] != weight.shape[0] else 1
                 stacked.unflatten(dim, (2, -1)).select(dim, half).add_(DISTURBANCE)
 
-    def bypassed(self) -> list[nn.Parameter]:
-        """Return the weights with a gradient that did not come through the stack."""
-        return [w for w in self._weights if w.grad is not None and w not in self.read]
-
 
 class _Both(torch.autograd.Function):
     """Two versions of a weight; the gradient of the first goes to the weight, that of the second is set aside."""
@@ -182,8 +189,9 @@ class _Both(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]  # noqa: D102
         own, riding = gradient.chunk(2, ctx.dim)
-        ctx.owner.keep(ctx.weight, riding if ctx.owner.wants(ctx.weight) else None)
-        return own.contiguous(), None, None, None
+        own = own.contiguous()
+        ctx.owner.keep(ctx.weight, own, riding if ctx.owner.wants(ctx.weight) else None)
+        return own, None, None, None
 
 
 class _Apart(torch.autograd.Function):
@@ -213,5 +221,6 @@ class _Apart(torch.autograd.Function):
         left, right = (thin, input) if ctx.side == 0 else (gradient, thin)
         found = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(ctx.dtypes[1])
         own, riding = found.chunk(2, ctx.side) if both else (found, None)
-        ctx.owner.keep(ctx.weight, riding)
-        return from_input, own.contiguous(), None, None, None
+        own = own.contiguous()
+        ctx.owner.keep(ctx.weight, own, riding)
+        return from_input, own, None, None, None

@@ -5,15 +5,18 @@ values of $w + e$ whose gradient goes to $w$ itself. There is no extra product, 
 hooks on $w$ fire, gradients of several micro-batches add up in `w.grad`, and an exception leaves $w$ untouched.
 
 What is read in another way (a list of weights that a recurrent layer keeps, a fused kernel that was given the
-parameter) does not see the swap. Then $w$ gets a gradient that did not come through it: `Swap.bypassed` tells.
+parameter) does not see the swap. Then $w$ gets a gradient that did not come through it: `Passage` tells.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+# How much of a gradient may come from nowhere: what sums in another order round.
+MORE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.03}
 
 
 class Site(NamedTuple):
@@ -58,6 +61,43 @@ def storage_key(parameter: torch.Tensor) -> Any:
     return parameter.device, parameter.untyped_storage().data_ptr()
 
 
+class Passage:
+    """Sees which parameters' gradients come through tensors that stand in their place, and through nothing else.
+
+    Attributes:
+        read (`set[nn.Parameter]`): Parameters that a backward pass has reached that way.
+    """
+
+    def __init__(self) -> None:
+        self.read: set[nn.Parameter] = set()
+        self._sums: dict[nn.Parameter, torch.Tensor | None] = {}
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up what comes through to parameters, until the next call; they have no gradient now."""
+        self._sums = dict.fromkeys(parameters)
+
+    def see(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take note of a gradient on its way to a parameter."""
+        self.read.add(parameter)
+        if parameter in self._sums:
+            before = self._sums[parameter]
+            self._sums[parameter] = gradient.detach() if before is None else before + gradient
+
+    def missed(self) -> list[nn.Parameter]:
+        """Return the watched parameters with a gradient of which not everything came through: they were read at w."""
+        return [p for p, through in self._sums.items() if p.grad is not None and self._has_more(p, through)]
+
+    def _has_more(self, parameter: nn.Parameter, through: torch.Tensor | None) -> bool:
+        """Whether a parameter's gradient is more than what has come through; not known where hooks change it."""
+        gradient = parameter.grad
+        if gradient is None or through is None:
+            return gradient is not None
+        if parameter.is_meta or parameter._backward_hooks:
+            return False
+        rest, share = (gradient - through).norm(), MORE.get(gradient.dtype, MORE[torch.float32])
+        return bool(rest > share * gradient.norm())
+
+
 class Swap:
     """The weights w + e of one step, ready to stand in the place of w.
 
@@ -67,12 +107,12 @@ class Swap:
         sites (`Sites`): Where each of them is read, see `sites_of`; every parameter needs at least one place.
 
     Attributes:
-        read (`set[nn.Parameter]`): Parameters that a backward pass has reached through the swap.
+        passage (`Passage`): What has come through it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], offsets: Sequence[torch.Tensor], sites: Sites) -> None:
         self.parameters = list(parameters)
-        self.read: set[nn.Parameter] = set()
+        self.passage = Passage()
         self._entries: list[tuple[Site, torch.Tensor]] = []
         with torch.no_grad():
             moved = self._moved(offsets, sites)
@@ -80,7 +120,7 @@ class Swap:
         for parameter in self.parameters:
             for site in sites[parameter]:
                 if site.parameter not in readable:
-                    readable[site.parameter] = _readable(site.parameter, moved[site.parameter], self.read.add)
+                    readable[site.parameter] = _readable(site.parameter, moved[site.parameter], self.passage)
                     self._entries += [
                         (s, readable[site.parameter]) for s in sites[parameter] if s.parameter is site.parameter
                     ]
@@ -118,28 +158,24 @@ class Swap:
             for site, _ in self._entries:
                 site.module._parameters[site.name] = site.parameter
 
-    def bypassed(self) -> list[nn.Parameter]:
-        """Return the parameters that have a gradient which did not come through the swap: they were read at w."""
-        return [p for p in self.parameters if p.grad is not None and p not in self.read]
-
 
 class _At(torch.autograd.Function):
     """The identity on w + e, whose gradient goes to w."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: torch.Tensor, moved: torch.Tensor, note: Callable[[Any], None]) -> torch.Tensor:
-        ctx.parameter, ctx.note = parameter, note
+    def forward(ctx: Any, parameter: torch.Tensor, moved: torch.Tensor, passage: Passage) -> torch.Tensor:
+        ctx.parameter, ctx.passage = parameter, passage
         return moved.view_as(moved)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
-        ctx.note(ctx.parameter)
+        ctx.passage.see(ctx.parameter, gradient)
         return gradient, None, None
 
 
-def _readable(parameter: nn.Parameter, moved: torch.Tensor, note: Callable[[Any], None]) -> torch.Tensor:
+def _readable(parameter: nn.Parameter, moved: torch.Tensor, passage: Passage) -> torch.Tensor:
     with torch.enable_grad():
-        return _At.apply(parameter, moved, note)
+        return _At.apply(parameter, moved, passage)
 
 
 def _whole_storage(parameter: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from slsam_peft.saving.atomic import write_atomically
 from slsam_peft.saving.checksum import BLANK, DamagedError, add_checksum, verified_metadata
 
 FILE_NAME = "slsam.safetensors"
-SCHEMA = 3
+SCHEMA = 4
 
 # Settings that do not change what a step computes.
 _FREE_SETTINGS = {"hidden_state_cache_limit_mib", "max_skipped_steps", "accept_state_mismatch", "trace"}

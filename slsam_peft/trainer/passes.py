@@ -14,6 +14,7 @@ from trl import DPOTrainer, RewardTrainer
 
 from slsam_peft.algorithm.ascents import Ascent
 from slsam_peft.algorithm.passes import Cut, Passes, Riding
+from slsam_peft.algorithm.stack import NotSeparableError
 from slsam_peft.trainer.cutting import (
     CannotCutError,
     ImageCounts,
@@ -175,14 +176,11 @@ class TrainerPasses:
 
         def own_loss() -> torch.Tensor:
             self._rode = self._watched(joined)
-            loss = self._loss_of(joined.own, num_items)
-            assert loss is not None
-            return loss
+            return _known(self._loss_of(joined.own, num_items))
 
         def both() -> torch.Tensor:
             forward(joined.inputs)
-            sums = [losses.of(joined.own), losses.of(~joined.own)]
-            return torch.stack([s for s in sums if s is not None])
+            return torch.stack([_known(losses.of(joined.own)), _known(losses.of(~joined.own))])
 
         return Riding(logged, unlogged, both, joined.own, joined.riding_items.clamp(min=1))
 
@@ -207,6 +205,17 @@ class TrainerPasses:
         if subject not in self._said:
             self._said.add(subject)
             logger.warning(message, reason)
+
+
+def _known(loss: torch.Tensor | None) -> torch.Tensor:
+    """Return a loss of some tokens of a pass.
+
+    Raises:
+        NotSeparableError: it is not known, since the model's output does not show the loss token by token.
+    """
+    if loss is None:
+        raise NotSeparableError("the model does not return its loss token by token")
+    return loss
 
 
 def _items(inputs: Batch) -> torch.Tensor:

@@ -140,7 +140,9 @@ class SLSAMMixin(_Base):
     @property
     def _may_ride(self) -> bool:
         config = self.slsam_config
-        return config.ascent in ("ahead", "auto") and config.is_perturbed and why_not(self) is None
+        ascent: Any = config.ascent
+        wanted = ascent in ("ahead", "auto") if isinstance(ascent, str) else bool(getattr(ascent, "rides", False))
+        return wanted and config.is_perturbed and why_not(self) is None
 
     def _begin_training(self) -> None:
         if not self._slsam_restored:

@@ -83,6 +83,6 @@ def test_the_last_step_is_like_the_fiftieth(name, record_property):
     assert live_tensors() <= tensors
     assert process.memory_info().rss - resident < GROWTH_BYTES
     assert hooks(model) == before
-    assert float(slsam.probabilities.sum()) == pytest.approx(slsam.bandit.mean * len(slsam.arms), abs=SUM)
+    assert float(slsam.probabilities.sum()) == pytest.approx(slsam.sampler.bandit.mean * len(slsam.arms), abs=SUM)
     first, last = statistics.median(seconds[WARM:1000]), statistics.median(seconds[-500 - WINDOW : -WINDOW])
     record_property("milliseconds per step, first and last", (1e3 * first, 1e3 * last))

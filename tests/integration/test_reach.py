@@ -95,7 +95,7 @@ def test_every_arm_is_trained_in_some_steps(name, tmp_path):
     config, _, _ = REACH[name]
     trainer, _ = train(SLSAMTrainer, folder=str(tmp_path), slsam_config=config)
     slsam = trainer.slsam
-    inclusion = slsam.design.inclusion(slsam.probabilities)
-    assert inclusion.min() >= config.min_probability * slsam.bandit.mean - 1e-12
-    drawn = torch.stack([slsam.design(slsam.probabilities, slsam.generator) for _ in range(400)])
+    inclusion = slsam.sampler.scheme.inclusion(slsam.probabilities)
+    assert inclusion.min() >= config.min_probability * slsam.sampler.bandit.mean - 1e-12
+    drawn = torch.stack([slsam.sampler.scheme(slsam.probabilities, slsam.sampler.generator) for _ in range(400)])
     assert drawn.any(0).all()

@@ -170,7 +170,7 @@ def test_a_cost_budget_stays_as_it_was_solved(tmp_path):
     """It is solved for the first batches of the run, which a resumed one does not see."""
     config = SLSAMConfig(rho=0.1, design="depth", cost_budget=1.2)
     for trainer in assert_goes_on(tmp_path, config, peft_config=lora(lora_dropout=0.2)):
-        assert trainer.slsam.bandit.budget != build(SLSAMTrainer, tmp_path, config).slsam.bandit.budget
+        assert trainer.slsam.sampler.bandit.budget != build(SLSAMTrainer, tmp_path, config).slsam.sampler.bandit.budget
 
 
 def test_going_on_from_the_last_checkpoint_that_transformers_finds(tmp_path):
@@ -277,10 +277,10 @@ def test_accepting_a_mismatch_solves_the_cost_budget_anew(tmp_path):
     config = SLSAMConfig(rho=0.2, design="depth", cost_budget=1.2, accept_state_mismatch=True)
     first = train(SLSAMTrainer, tmp_path, replace(config, rho=0.1), **common)
     other = build(SLSAMTrainer, tmp_path, config, **{**common, "max_steps": 4})
-    assumed = other.slsam.bandit.budget
+    assumed = other.slsam.sampler.bandit.budget
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert other.slsam.steps == 2
-    assert other.slsam.bandit.budget == first.slsam.bandit.budget != assumed
+    assert other.slsam.sampler.bandit.budget == first.slsam.sampler.bandit.budget != assumed
 
 
 def test_the_state_is_plain_data(checkpoint):

@@ -111,7 +111,7 @@ def test_the_budget_and_what_it_was_solved_for(tmp_path):
     trainer = train(SLSAMTrainer, tmp_path, config)
     plain = read_trace(tmp_path / FILE_NAME).plain
     assert plain["budget"] == 1.2
-    assert plain["fraction"] == trainer.slsam.bandit.mean
+    assert plain["fraction"] == trainer.slsam.sampler.bandit.mean
 
 
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["into another folder", "into its own folder"])

@@ -390,13 +390,16 @@ def _() -> None:
 
 @relied_on(
     "peft: factors are plain linear modules that are called",
-    "no additive branch: weights would be moved in place",
+    "no sequence would ride along in the pass of another batch",
 )
 def _() -> None:
     from slsam_peft import arms_of
+    from slsam_peft.trainer.riding import lora_pairs
 
     model = adapted()
-    assert all(linear is not None for arm in arms_of(model) for linear in arm.linears)
+    arms = arms_of(model)
+    assert all(sites for arm in arms for sites in arm.sites)
+    assert {w for pair in lora_pairs(model) for w in pair.weights} == {p for arm in arms for p in arm.parameters}
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     with counted(layer.lora_A["default"], "forward_hook") as a, counted(layer.lora_B["default"], "forward_hook") as b:
         model(input_ids=torch.arange(6)[None])

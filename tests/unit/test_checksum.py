@@ -116,10 +116,10 @@ def test_a_damaged_state_is_told_and_changes_nothing(tmp_path: Path, data: st.Da
 def test_a_state_of_another_schema_is_not_called_damaged(tmp_path: Path) -> None:
     path = save_state(trained(1), tmp_path)
     for schema in ("2", "9"):  # 2: its settings have the names of earlier versions
-        written = path.read_bytes().replace(b'"schema":"3"', f'"schema":"{schema}"'.encode())
+        written = path.read_bytes().replace(b'"schema":"4"', f'"schema":"{schema}"'.encode())
         path.write_bytes(add_checksum(written))
         with pytest.raises(
-            StateMismatchError, match=rf"has schema {schema}; this version reads schema 3\. Use the version"
+            StateMismatchError, match=rf"has schema {schema}; this version reads schema 4\. Use the version"
         ):
             load_state(trained(0), tmp_path)
         save_state(trained(1), tmp_path)

@@ -23,7 +23,7 @@ BAD = [
     ({"ascent_fraction": 2}, "ascent_fraction=2", "(0, 1]"),
     ({"cost_budget": 0}, "cost_budget=0", "> 0"),
     ({"cost_budget": -1.0}, "cost_budget=-1.0", "> 0"),
-    ({"cost_budget": 1.0, "active_fraction": 0.2}, "cost_budget=1.0", "leave active_fraction unset"),
+    ({"cost_budget": 1.0, "active_fraction": 0.2}, "cost_budget=1.0", "leave one of them unset"),
     ({"min_probability": 1.0}, "min_probability=1.0", "[0, 1)"),
     ({"bandit_rate": 0}, "bandit_rate=0", "> 0"),
     ({"hidden_state_cache_limit_mib": -1}, "hidden_state_cache_limit_mib=-1", ">= 0"),
@@ -36,7 +36,28 @@ BAD = [
     ({"descent": "al"}, "descent='al'", "Did you mean 'all'?"),
     ({"adapter_dtype": "float23"}, "adapter_dtype='float23'", "Did you mean 'float32'?"),
     ({"descent": "all", "ascent": "remembered"}, "descent='all'", "two_pass"),
-    ({"ascent": "ahead"}, "active_fraction=None", "set active_fraction=1"),
+    ({"ascent": "ahead"}, "active_fraction=None", "set descent='all', or active_fraction=1"),
+    ({"method": "atuo"}, "method='atuo'", "Did you mean 'auto'?"),
+    ({"method": all}, "method=<built-in function all>", "'auto', 'sam', 'paper', 'depth'"),
+    ({"loss_rise": 0}, "loss_rise=0", "> 0, in nats"),
+    ({"loss_rise": -0.1}, "loss_rise=-0.1", "> 0, in nats"),
+    ({"loss_rise": math.nan}, "loss_rise=nan", "> 0, in nats"),
+    ({"rho_max": 0.0}, "rho_max=0.0", "> 0"),
+    ({"rho_max": math.inf}, "rho_max=inf", "finite"),
+    ({"ascent_sequences": 0}, "ascent_sequences=0", "integer >= 1"),
+    ({"ascent_sequences": 1.5}, "ascent_sequences=1.5", "integer >= 1"),
+    ({"ascent_sequences": True}, "ascent_sequences=True", "integer >= 1"),
+    ({"rho": 0.1, "loss_rise": 0.2}, "rho=0.1 and loss_rise=0.2", "leave one of them unset"),
+    ({"rho": 0, "loss_rise": 0.2}, "rho=0 and loss_rise=0.2", "leave one of them unset"),
+    ({"ascent_sequences": 2, "ascent_fraction": 0.5}, "ascent_sequences=2 and ascent_fraction=0.5", "leave one of"),
+    ({"method": "auto", "cost_budget": 1.0}, "cost_budget=1.0 and method='auto'", "only method='depth'"),
+    ({"method": "sam", "ascent_sequences": 2}, "ascent_sequences=2", "use ascent='partial' or method='auto'"),
+    ({"method": "auto", "ascent": "remembered"}, "descent='all' (method='auto')", "use ascent='two_pass'"),
+    ({"method": "paper", "ascent": "ahead"}, "descent='active' (method='paper')", "set descent='all'"),
+    ({"radius": "lenght"}, "radius='lenght'", "Did you mean 'length'?"),
+    ({"radius": "length", "loss_rise": 0.3}, "radius='length' and loss_rise=0.3", "leave one unset"),
+    ({"radius": "loss_rise", "rho": 0.3}, "radius='loss_rise' and rho=0.3", "leave one unset"),
+    ({"ascent": object()}, "ascent=<object", "is not known"),
     ({"ascent": "ahead", "cost_budget": 1.0}, "active_fraction=None", "leave cost_budget unset"),
 ]
 
@@ -49,6 +70,86 @@ def test_a_bad_value_is_named_with_what_is_allowed(values, named, advice):
     assert advice in str(error.value)
 
 
+PARTS = ("active_fraction", "bandit", "design", "ascent", "descent", "ascent_sequences", "ascent_fraction")
+PARTS += ("rho", "loss_rise", "radius", "cost_budget")
+AUTO = (0.25, "scale_free", "fixed_size", "auto", "all", 1, None, None, 0.3, "loss_rise", None)
+ALONE = (None, "scale_free", "bernoulli", "two_pass", "active", None, 0.25, 0.05, None, "length", None)
+RESOLVED = [
+    ({}, "auto", AUTO),
+    ({"method": "auto"}, "auto", AUTO),
+    ({"seed": 3, "trace": False, "granularity": "module"}, "auto", AUTO),
+    ({"rho": 0.5}, "auto", (*AUTO[:7], 0.5, None, "length", None)),
+    ({"loss_rise": 0.5}, "auto", (*AUTO[:8], 0.5, "loss_rise", None)),
+    ({"radius": "length"}, "auto", (*AUTO[:7], 0.05, None, "length", None)),
+    ({"ascent_sequences": 2}, "auto", (*AUTO[:5], 2, *AUTO[6:])),
+    ({"method": "auto", "ascent_fraction": 0.5}, "auto", (*AUTO[:5], None, 0.5, *AUTO[7:])),
+    ({"method": "auto", "ascent": "two_pass"}, "auto", (*AUTO[:3], "two_pass", "all", None, *AUTO[6:])),
+    ({"method": "auto", "active_fraction": 0.5}, "auto", (0.5, *AUTO[1:])),
+    (
+        {"method": "sam"},
+        "sam",
+        (1.0, "uniform", "bernoulli", "two_pass", "all", None, None, 0.05, None, "length", None),
+    ),
+    (
+        {"method": "sam", "loss_rise": 0.2},
+        "sam",
+        (1.0, "uniform", "bernoulli", "two_pass", "all", None, None, None, 0.2, "loss_rise", None),
+    ),
+    (
+        {"method": "paper"},
+        "paper",
+        (0.2, "paper", "bernoulli", "two_pass", "active", None, None, 0.05, None, "length", None),
+    ),
+    (
+        {"method": "depth"},
+        "depth",
+        (None, "scale_free", "depth", "two_pass", "active", None, None, 0.05, None, "length", 1.0),
+    ),
+    (
+        {"method": "depth", "active_fraction": 0.3},
+        "depth",
+        (0.3, "scale_free", "depth", "two_pass", "active", None, None, 0.05, None, "length", None),
+    ),
+    ({"bandit": "scale_free"}, None, ALONE),
+    ({"active_fraction": 0.5}, None, (0.5, *ALONE[1:])),
+    ({"cost_budget": 1.0}, None, (*ALONE[:10], 1.0)),
+    (
+        {"ascent": "partial", "loss_rise": 0.1},
+        None,
+        (*ALONE[:3], "partial", *ALONE[4:7], None, 0.1, "loss_rise", None),
+    ),
+    ({"rho": 0}, "auto", (1.0, *AUTO[1:7], 0, None, "length", None)),
+    (
+        {"rho": 0, "method": "paper"},
+        "paper",
+        (1.0, "paper", "bernoulli", "two_pass", "all", None, None, 0, None, "length", None),
+    ),
+    (
+        {"rho": 0, "method": "depth"},
+        "depth",
+        (1.0, "scale_free", "depth", "two_pass", "all", None, None, 0, None, "length", None),
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "method", "parts"), RESOLVED, ids=[str(r[0]) for r in RESOLVED])
+def test_a_method_fills_in_what_is_not_set(values, method, parts):
+    resolved = SLSAMConfig(**values).resolved
+    assert resolved.method == method
+    assert tuple(getattr(resolved, name) for name in PARTS) == parts
+    assert resolved.resolved == resolved
+    assert SLSAMConfig.from_dict(resolved.to_dict()).resolved == resolved, "stored settings resolve to themselves"
+    assert resolved.is_perturbed is (values.get("rho") != 0)
+
+
+def test_a_record_without_a_method_holds_parts_alone(tmp_path):
+    """What it leaves out, and what was unset in it, has the defaults of the time."""
+    (tmp_path / RECORD_NAME).write_text(json.dumps({"schema": RECORD_SCHEMA, "method": {"name": "x", "rho": 0.1}}))
+    read = SLSAMConfig.from_pretrained(tmp_path).resolved
+    assert read == SLSAMConfig(rho=0.1, bandit="scale_free").resolved
+    assert (read.method, read.fraction, read.descent) == (None, 0.2, "active")
+
+
 def test_it_is_keyword_only_and_frozen():
     with pytest.raises(TypeError):
         SLSAMConfig(0.05)
@@ -58,7 +159,7 @@ def test_it_is_keyword_only_and_frozen():
 
 def test_it_round_trips_through_a_dict():
     config = SLSAMConfig(rho=0.3, cost_budget=1.0, design="depth", ascent="partial", seed=7)
-    assert SLSAMConfig.from_dict(config.to_dict()) == config
+    assert SLSAMConfig.from_dict(config.to_dict()) == config.resolved
 
 
 def test_an_unknown_key_is_named_with_the_nearest_match():
@@ -116,7 +217,7 @@ def written(folder, config=None, **changes):
 def test_it_is_read_from_the_folder_of_an_adapter_or_from_the_file(tmp_path):
     config = SLSAMConfig(rho=0.3, cost_budget=1.0, design="depth", ascent="partial", seed=7)
     file = written(tmp_path, config)
-    assert SLSAMConfig.from_pretrained(tmp_path) == SLSAMConfig.from_pretrained(str(file)) == config
+    assert SLSAMConfig.from_pretrained(tmp_path) == SLSAMConfig.from_pretrained(str(file)) == config.resolved
 
 
 def test_a_folder_without_a_record_is_named(tmp_path):

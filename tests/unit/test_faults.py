@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.algorithm import horizon, passes, perturbation
+from slsam_peft.algorithm import horizon, perturbation, swap
 from slsam_peft.algorithm.passes import Passes
+from slsam_peft.algorithm.swap import Swap
 from slsam_peft.saving.checkpoint import FILE_NAME, load_state, save_state
 from tests.decoders import batch, closures, decoder
 
@@ -22,10 +23,12 @@ class Training:
     """A small decoder with dropout, its optimizer, SL-SAM and random state; `closure` counts its calls."""
 
     def __init__(self, adapter, **settings):
-        self.model = decoder(checkpointing=False, use_dora=adapter == "in place", target_modules=["q_proj", "up_proj"])
+        self.model = decoder(checkpointing=False, target_modules=["q_proj", "up_proj"])
         config = {"rho": 0.2, "active_fraction": 0.5, "design": "depth", "seed": 5, **settings}
         self.slsam = SLSAM(arms_of(self.model), SLSAMConfig(**config))
         self.slsam.cost = lambda step: 1.0
+        if adapter == "in place":
+            self.slsam.runner.in_place.update(self.slsam.runner.parameters)
         self.optimizer = torch.optim.AdamW([p for arm in self.slsam.arms for p in arm.parameters], lr=0.01)
         self.block = next(m for n, m in self.model.named_modules() if n.endswith("layers.4"))
         self.calls, self.at_call = 0, {}
@@ -47,7 +50,7 @@ class Training:
     def update(self):
         """One step, of two micro-batches, from where the last one left torch's generator; no optimizer's step."""
         torch.set_rng_state(self.random)
-        passes = Passes(self.closure, self.closure, None, self.forward_only)
+        passes = Passes(self.closure, self.closure, self.forward_only)
         try:
             return torch.stack([self.slsam.accumulate(passes, i, 2) for i in range(2)])
         finally:
@@ -65,6 +68,7 @@ def tensors(training):
         **{f"weight.{n}": p.detach().clone() for n, p in model.named_parameters()},
         **{f"state.{n}": v for n, v in copy.deepcopy(slsam.state_dict()).items()},
         **{f"moment.{k}.{n}": v.clone() for k, s in training.optimizer.state.items() for n, v in s.items()},
+        "parameters": [(n, id(p)) for n, p in model.named_parameters()],
         "gradients": [n for n, p in model.named_parameters() if p.grad is not None],
         "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
         "pinned": [n for n, p in model.named_parameters() if "requires_grad_" in vars(p)],
@@ -130,36 +134,37 @@ def in_backward(call):
 
 def after_learning(training, monkeypatch):
     """The bandit has already learnt when it raises."""
-    learn = training.slsam.bandit.update
+    learn = training.slsam.sampler.bandit.update
 
     def faulty(*args):
         learn(*args)
         monkeypatch.undo()
         raise Fault
 
-    monkeypatch.setattr(training.slsam.bandit, "update", faulty)
+    monkeypatch.setattr(training.slsam.sampler.bandit, "update", faulty)
 
 
 # Two micro-batches of two passes each: the ascents are calls 1 and 2, the descents 3 and 4.
 POINTS = {
-    "draw": once(lambda t: t.slsam.design, "inclusion"),
+    "draw": once(lambda t: t.slsam.sampler.scheme, "inclusion"),
     "ascent forward": in_forward(1),
     "second ascent forward": in_forward(2),
     "ascent backward": in_backward(1),
     "second ascent backward": in_backward(2),
     "entering the lowest active block": once(horizon, "_split"),
     "ascent norms": once(lambda t: t.slsam._norms, "squared"),
-    "between the passes": once(passes, "ascent_offsets"),
+    "between the passes": once(lambda t: t.slsam.radius, "offsets"),
     "perturbing": once(perturbation, "_moved"),
     "cache cleared": once(torch, "clear_autocast_cache"),
-    "branch hook": once(perturbation.F, "linear"),
+    "swapping": once(swap, "_readable", after=3),
+    "swapped": once(Swap, "applied"),
     "descent forward": in_forward(3),
     "second descent forward": in_forward(4),
     "descent backward": in_backward(3),
     "second descent backward": in_backward(4),
     "descent norms": once(lambda t: t.slsam._norms, "squared", after=1),
     "numbers read": once(lambda t: t.slsam, "_read"),
-    "bandit": once(lambda t: t.slsam.bandit, "update"),
+    "bandit": once(lambda t: t.slsam.sampler.bandit, "update"),
     "bandit, afterwards": after_learning,
     "cost": once(lambda t: t.slsam, "cost"),
     "watch": once(lambda t: t.slsam._watch, "see"),
@@ -172,7 +177,7 @@ IN_PLACE = [
     "second descent backward",
     "bandit",
 ]
-CASES = [("branch", point) for point in POINTS if point != "cache cleared"] + [("in place", p) for p in IN_PLACE]
+CASES = [("swap", point) for point in POINTS if point != "cache cleared"] + [("in place", p) for p in IN_PLACE]
 
 
 def assert_unmoved_by(fault, disturbed, other, monkeypatch):
@@ -220,15 +225,15 @@ REMEMBERED = {
 
 @pytest.mark.parametrize("point", REMEMBERED)
 def test_a_fault_forgets_no_stale_gradient(point, monkeypatch):
-    """With one pass per step, and which linears ran known from the step before."""
-    disturbed, other = (Training("branch", ascent="remembered") for _ in range(2))
+    """With one pass per step, and what is read through the swap known from the step before."""
+    disturbed, other = (Training("swap", ascent="remembered") for _ in range(2))
     assert_unmoved_by(REMEMBERED[point], disturbed, other, monkeypatch)
     assert torch.equal(disturbed.slsam.probabilities, other.slsam.probabilities)
 
 
 def test_an_optimizer_that_raises(monkeypatch):
     """Its step lies outside: weights and hooks are as before, the sampler has learnt, and the next step works."""
-    training = Training("branch")
+    training = Training("swap")
     training.update()
     learnt = training.slsam.probabilities.clone()
     weights = [p.detach().clone() for p in training.model.parameters()]
@@ -244,7 +249,7 @@ def test_an_optimizer_that_raises(monkeypatch):
     assert training.slsam.steps == 2
 
 
-@pytest.mark.parametrize("adapter", ["branch", "in place"])
+@pytest.mark.parametrize("adapter", ["swap", "in place"])
 @pytest.mark.parametrize("call", [1, 3])
 def test_low_precision_copies_do_not_outlive_a_fault(adapter, call):
     """Inside one autocast context, which keeps copies of the weights, the loss is what it was."""
@@ -263,7 +268,7 @@ def test_low_precision_copies_do_not_outlive_a_fault(adapter, call):
 
 def test_a_full_disk_leaves_the_old_state(tmp_path):
     """The system refuses to write more than half of the file."""
-    training = Training("branch")
+    training = Training("swap")
     training.update()
     save_state(training.slsam, tmp_path)
     content = (tmp_path / FILE_NAME).read_bytes()

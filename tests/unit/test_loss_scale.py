@@ -17,6 +17,7 @@ class Run:
         torch.manual_seed(0)
         layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)]
         self.model = nn.Sequential(*layers).double()
+        self.parameters = list(self.model.parameters())  # a pass at w + e has other tensors in their place
         self.x = torch.randn(8, 4, dtype=torch.float64)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
@@ -32,7 +33,7 @@ class Run:
         loss = (self.model(self.x) - 1).square().mean()
         self.scaler.scale(loss).backward()
         if self.passes in self.overflows:
-            for p in self.model.parameters():
+            for p in self.parameters:
                 if p.grad is not None:
                     p.grad.flatten()[0] = math.inf
         return loss

@@ -134,8 +134,8 @@ def test_encoder_and_decoder_run_whole_and_exact(granularity, descent):
 
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
-def test_factors_that_are_read_without_their_module_are_moved_in_place(granularity):
-    """PEFT's `target_parameters` multiplies the factors of an expert weight itself: no hook would fire."""
+def test_factors_that_are_read_without_their_module_being_called_are_swapped(granularity):
+    """PEFT's `target_parameters` multiplies the factors of an expert weight itself, and reads them from the module."""
     torch.manual_seed(0)
     config = MixtralConfig(**_SHAPE, intermediate_size=48, num_hidden_layers=4, num_local_experts=4)
     model = adapted(
@@ -147,11 +147,8 @@ def test_factors_that_are_read_without_their_module_are_moved_in_place(granulari
     mask = torch.arange(len(arms)) >= len(arms) // 2
     slsam = SLSAM(arms, SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask))
     assert_step_is_exact(slsam, mask, *closures(model, batch()))
-    fired = slsam.runner.fired()
-    names = [name for arm in arms for name in arm.parameter_names]
-    on = mask[slsam.runner.owner]
-    assert {f for f, n, a in zip(fired.tolist(), names, on.tolist(), strict=True) if a and "experts" in n} == {False}
-    assert {f for f, n, a in zip(fired.tolist(), names, on.tolist(), strict=True) if a and "q_proj" in n} == {True}
+    assert any("experts" in name for arm in arms for name in arm.parameter_names)
+    assert not slsam.runner.in_place
 
 
 class Skipping(nn.Module):

@@ -5,7 +5,9 @@ import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm.passes import Passes
+from slsam_peft.trainer.riding import lora_pairs
 from tests.decoders import batch, decoder
+from tests.look_ahead import exact_norms, first_rows, gradients_at, look_ahead_passes, mean_gradients
 from tests.reference import reference_step
 from tests.tolerances import TRAJECTORY
 
@@ -23,6 +25,8 @@ def micro_batches(step):
 
 
 def passes_of(model, inputs, tokens):
+    """Return the passes over a micro-batch of a step of so many scored tokens."""
+
     def run():
         loss = model(**inputs, num_items_in_batch=tokens).loss
         loss.backward()
@@ -32,7 +36,8 @@ def passes_of(model, inputs, tokens):
         with torch.no_grad():
             return model(**inputs, num_items_in_batch=tokens).loss
 
-    return Passes(run, run, None, forward_only)
+    own = int((inputs["labels"][:, 1:] != -100).sum())
+    return Passes(run, run, forward_only, items=own, divisor=tokens)
 
 
 def optimizer(model):
@@ -125,7 +130,10 @@ def two_passes(slsam, ascent, descent):
 
 
 def assert_partial_step(slsam, got, losses, expected, share):
-    """Check gradients `got` and `losses` of a step against what `two_passes` returned."""
+    """Check gradients `got` and `losses` of a step against what `two_passes` returned.
+
+    `share` is the ascent sequences' of what their loss was divided by.
+    """
     loss, gradients, norm = expected
     for g, e in zip(got, gradients, strict=True):
         if g is not None:
@@ -135,6 +143,13 @@ def assert_partial_step(slsam, got, losses, expected, share):
     assert float(sum(losses)) == pytest.approx(float(loss), rel=TRAJECTORY)
     assert slsam.metrics["grad_norm_ascent"] == pytest.approx(float(norm) / share, rel=TRAJECTORY)
     assert "sharpness" not in slsam.metrics, "the loss at w is never computed on the whole batch"
+    arms = [0.0] * len(slsam.arms)
+    for i, g in zip(slsam.runner.owner.tolist(), gradients, strict=True):
+        arms[i] += float(g.square().sum())
+    if slsam.config.descent == "all":  # every arm's descent gradient is seen: full information
+        assert slsam.norms.square().tolist() == pytest.approx(arms, rel=TRAJECTORY)
+    else:
+        assert (slsam.norms > 0).tolist() == slsam.active.tolist()
 
 
 PARTIAL = [("bernoulli", "active"), ("depth", "active"), ("depth", "all")]
@@ -142,7 +157,7 @@ PARTIAL = [("bernoulli", "active"), ("depth", "active"), ("depth", "all")]
 
 @pytest.mark.parametrize(("design", "descent"), PARTIAL)
 def test_partial_ascent_on_micro_batches(design, descent):
-    """e from the first of three micro-batches, g' from all of them; the bandit sees norms on the scale of all."""
+    """e from the first of three micro-batches, g' from all of them; the ascent's norm is of its own mean loss."""
     config = SLSAMConfig(
         rho=RHO, active_fraction=0.6, ascent="partial", ascent_fraction=0.3, design=design, descent=descent
     )
@@ -154,7 +169,7 @@ def test_partial_ascent_on_micro_batches(design, descent):
         losses = [slsam.accumulate(p, i, 3) for i, p in enumerate(passes)]
         got = [p.grad for arm in slsam.arms for p in arm.parameters]
         expected = two_passes(slsam, passes[0].logged, lambda p=passes: sum(x.logged() for x in p))
-        assert_partial_step(slsam, got, losses, expected, share=1 / 3)
+        assert_partial_step(slsam, got, losses, expected, share=parts[0]["labels"][:, 1:].numel() / tokens)
     assert slsam.horizon.peak_bytes > 0
 
 
@@ -173,98 +188,60 @@ def test_partial_ascent_on_part_of_a_lone_batch(design, descent):
         assert_partial_step(slsam, got, losses, two_passes(slsam, part, whole.logged), share=1)
 
 
-def summed_loss(model, ids, tokens):
-    """Run forward and backward on the summed loss of the sequences over `tokens`, in float64 throughout."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / tokens
-    loss.backward()
-    return loss.detach()
-
-
 @pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "checkpointed"])
-def test_ascent_ahead_follows_its_definition(checkpointing):
-    """e_t from the gradient, one step earlier, of a sequence of batch t; one pass, whose other sequences make g'."""
-    config = SLSAMConfig(rho=RHO, active_fraction=1.0, ascent="ahead")
-    models = [decoder("llama", checkpointing, dropout=0.0) for _ in range(2)]
-    slsam = SLSAM(arms_of(models[0]), config)
-    bases, memory = [optimizer(m) for m in models], {}
-    members = [p for arm in arms_of(models[1]) for p in arm.parameters]
-    batches = [(batch(2, 9)["input_ids"] + 7 * step) % 61 + 3 for step in range(STEPS)]
+@pytest.mark.parametrize("radius", [{"rho": RHO}, {"loss_rise": 0.05}], ids=["length", "loss rise"])
+def test_look_ahead_trainings_follow_the_slow_reference(radius, checkpointing):
+    """e_t from the gradient, one step earlier, of a sequence of batch t; an epoch's first step makes its own.
+
+    Two epochs of batches of two sequences, one and one: the last of an epoch has a single sequence.
+    """
+    config = SLSAMConfig(method="auto", active_fraction=0.4, **radius)
+    models = [exact_norms(decoder("llama", checkpointing, dropout=0.0)) for _ in range(2)]
+    slsam = SLSAM(arms_of(models[0]), config, pairs=lora_pairs(models[0]))
+    bases = [optimizer(m) for m in models]
+    arms = arms_of(models[1])
+    epoch = [micro_batches(0)[0][1], first_rows(micro_batches(1)[0][0], 1), first_rows(micro_batches(2)[0][2], 1)]
+    epoch = [{**b, "labels": torch.where(b["attention_mask"] == 0, -100, b["labels"])} for b in epoch]
+    batches = [*epoch, *epoch]
+    memory, perturbed = {}, 0
     for step, own in enumerate(batches):
-        coming = batches[step + 1][:1] if step + 1 < STEPS else own[:0]
-        both = torch.cat([own, coming])
-        before = [p.detach().clone() for p in models[0].parameters()]
-        tokens = own[:, 1:].numel()
-        loss = slsam.update(
-            lambda both=both, tokens=tokens: summed_loss(models[0], both, tokens), sequences=(len(own), len(coming))
-        )
-        assert all(torch.equal(p, w) for p, w in zip(models[0].parameters(), before, strict=True))
+        following = batches[step + 1] if step % 3 < 2 else None
+        loss = slsam.accumulate(look_ahead_passes(models[0], own, following))
         bases[0].step()
 
-        ascent = {}
-        expected = 0.0
-        if len(coming):
-            expected = float(summed_loss(models[1], coming, tokens))
-            ascent = {p: p.grad.bfloat16().double() for p in members}
-            models[1].zero_grad()
-        norm = torch.stack([torch.zeros((), dtype=torch.float64), *(g.norm() for g in memory.values())]).norm()
-        saved = [p.detach().clone() for p in members]
-        with torch.no_grad():
-            for p, g in memory.items():
-                p.add_(RHO * g / (norm + 1e-12))
-        expected += float(summed_loss(models[1], own, tokens))
-        with torch.no_grad():
-            for p, w in zip(members, saved, strict=True):
-                p.copy_(w)
-        memory = ascent
-        assert float(loss) == pytest.approx(expected, rel=TRAJECTORY)
-        got = [p.grad for arm in slsam.arms for p in arm.parameters]
-        for p, g in zip(members, got, strict=True):
-            torch.testing.assert_close(g, p.grad, rtol=TRAJECTORY, atol=TRAJECTORY)
+        # The ascent: fresh where no sequence has ridden along, else what was kept.
+        mask, parameters = slsam.active, [p for arm in arms for p in arm.parameters]
+        drawn = [i for i, owner in enumerate(slsam.runner.owner.tolist()) if mask[owner]]
+        ascent = {i: memory[i] for i in drawn if i in memory}
+        if step % 3 == 0:
+            assert not ascent
+            fresh = mean_gradients(models[1], first_rows(own, 1))
+            ascent = {i: fresh[parameters[i]] for i in drawn}
+        assert len(ascent) == len(drawn), "a drawn arm is not perturbed"
+        perturbed += len(ascent)
+        riding = None if following is None else mean_gradients(models[1], first_rows(following, 1))
+        norm = torch.stack([g.norm() for g in ascent.values()]).norm()
+        rho = RHO if "rho" in radius else min(config.loss_rise / float(norm), config.rho_max)
+        expected, gradients = gradients_at(
+            models[1], own, {parameters[i]: rho * g / (norm + 1e-12) for i, g in ascent.items()}
+        )
+        for p in parameters:
+            p.grad = gradients[p]
         bases[1].step()
-        bases[1].zero_grad()
-    assert slsam.memory.gradients == {}, "no sequences come after the last step"
+        following_mask = None if slsam.sampler.upcoming is None else slsam.sampler.upcoming.mask
+        memory = {}
+        if riding is not None:
+            kept = [i for i, owner in enumerate(slsam.runner.owner.tolist()) if following_mask[owner]]
+            memory = {i: riding[parameters[i]].bfloat16().double() for i in kept}
+        assert slsam.memory.gradients.keys() == memory.keys()
+        assert float(loss) == pytest.approx(expected, rel=TRAJECTORY)
+        assert slsam.metrics["rho"] == pytest.approx(rho, rel=TRAJECTORY)
+        assert slsam.metrics["grad_norm_ascent"] == pytest.approx(float(norm), rel=TRAJECTORY)
+        for p, q in zip(slsam.runner.parameters, parameters, strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=TRAJECTORY, atol=TRAJECTORY)
+    assert perturbed
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p, q, rtol=TRAJECTORY, atol=TRAJECTORY)
-
-
-def test_an_overflow_in_the_look_ahead_gradient_voids_the_step_for_a_gradient_scaler():
-    """The descent gradient is finite: a scaler would step on it and not lower its scale."""
-    model = decoder("llama", dropout=0.0)
-    slsam = SLSAM(arms_of(model), SLSAMConfig(rho=RHO, active_fraction=1.0, ascent="ahead"))
-    slsam.loss_scale = lambda: torch.tensor(1024.0)
-    ids = batch(3, 9)["input_ids"]
-
-    def overflowing():
-        logits = model(input_ids=ids, use_cache=False).logits
-        logits.register_hook(lambda g: torch.cat([g[:2], g[2:] * torch.inf]))
-        loss = logits.square().mean()
-        loss.backward()
-        return loss.detach()
-
-    slsam.update(overflowing, sequences=(2, 1))
-    assert slsam.skipped == 1
-    assert slsam.memory.gradients == {}
-    assert any(p.grad.isnan().any() for p in slsam.runner.parameters)
-
-
-@pytest.mark.parametrize("settings", [{}, {"ascent": "partial"}, {"ascent": "ahead", "rho": 0.0}])
-def test_sequences_belong_to_a_look_ahead_ascent(settings):
-    model = decoder("llama", dropout=0.0)
-    slsam = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0, **settings))
-    ids = batch(3, 9)["input_ids"]
-
-    def closure():
-        return summed_loss(model, ids, 16)
-
-    with pytest.raises(ValueError, match=r"sequences=\(2, 1\) belong to ascent='ahead'"):
-        slsam.update(closure, closure, sequences=(2, 1))
-    ahead = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0, ascent="ahead"))
-    with pytest.raises(ValueError, match=r"needs .* its sequences="):
-        ahead.update(closure)
-    with pytest.raises(ValueError, match=r"where sequences=\(3, 1\) are 4 sequences"):
-        ahead.update(closure, sequences=(3, 1))
-    assert not any("forward" in vars(linear) for linear in ahead.runner.linears)
 
 
 def test_a_stale_ascent_follows_its_definition():
