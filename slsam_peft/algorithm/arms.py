@@ -57,12 +57,20 @@ class Arms(Sequence[Arm]):
             parameters; empty where there is none or more than one (encoder-decoder models).
         above (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules with trainable parameters that are taken
             to run after the stack.
+        buffered (`Sequence[nn.Module]`, *optional*, defaults to `()`): The model's modules that own buffers.
     """
 
-    def __init__(self, arms: Sequence[Arm], blocks: Sequence[nn.Module] = (), above: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        blocks: Sequence[nn.Module] = (),
+        above: Sequence[nn.Module] = (),
+        buffered: Sequence[nn.Module] = (),
+    ) -> None:
         self._arms = tuple(arms)
         self.blocks = tuple(blocks)
         self.above = tuple(above)
+        self.buffered = tuple(buffered)
 
     def __len__(self) -> int:
         return len(self._arms)
@@ -130,9 +138,11 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     arms = [_arm(name, members, in_place) for name, members in groups.items()]
     if granularity in ("block", "module") and stacks:
         arms.sort(key=lambda arm: -1 if arm.depth is None else arm.depth)  # stable
+    buffered = [module for module in model.modules() if module._buffers]
     if len(stacks) != 1:
-        return Arms(arms)
-    return Arms(arms, stacks[0], list(dict.fromkeys(p.owner for p in places if p.depth == len(stacks[0]))))
+        return Arms(arms, buffered=buffered)
+    above = list(dict.fromkeys(p.owner for p in places if p.depth == len(stacks[0])))
+    return Arms(arms, stacks[0], above, buffered)
 
 
 def _arm_name(place: _Place, granularity: Granularity) -> str:

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 Closure = Callable[[], torch.Tensor]
 
-REUSE_RTOL = 1e-5  # loss with and without the cache; the same kernels give the same bits, others float32 rounding
+# Loss with and without the cache; the same kernels give the same bits, others round otherwise.
+REUSE_RTOL = {torch.float64: 1e-12}
+REUSE_RTOL_ELSE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class PassRunner:
         owner (`torch.Tensor`): Arm index of each, shape `(P,)`.
         linears (`Sequence[nn.Module | None]`): For each its linear module, or `None`.
         horizon (`Horizon` or `None`): Cuts the passes; `None` runs them whole.
+        buffered (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules whose buffers the second pass must find
+            as the first one did.
     """
 
     def __init__(
@@ -119,13 +123,14 @@ class PassRunner:
         owner: torch.Tensor,
         linears: Sequence[nn.Module | None],
         horizon: Horizon | None,
+        buffered: Sequence[nn.Module] = (),
     ) -> None:
         self.parameters = parameters
         self.owner = owner
         self.linears = linears
         self.horizon = horizon
         self.firings = Firings()
-        self.accelerators = rng.accelerators_of(parameters)
+        self.accelerators = rng.sources_of(parameters, buffered)
         self._checked_blocks: set[int] = set()
 
     def members(self, arms: torch.Tensor) -> list[int]:
@@ -211,7 +216,7 @@ class PassRunner:
         if step.count == 1:
             self.clear()  # what a closure that accumulates gathered before the forward that raised the error
         rng.restore(pending.state)
-        logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", error)
+        logger.warning("passes are not cut: %s. Every pass runs whole, and costs what that costs.", error)
 
     def _ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         # Keep what enters the lowest active block if the descent pass may start from it.
@@ -312,7 +317,7 @@ class PassRunner:
                 horizon.noting_kept(step.lowest_active),
             ):
                 again = _loss(forward_only())
-            same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
+            same = torch.allclose(again, loss, rtol=REUSE_RTOL.get(loss.dtype, REUSE_RTOL_ELSE), atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
         except Exception as error:  # noqa: BLE001 - such a stack may fail in any way; the plain pass has just run
             same, reason = False, f"it raised {type(error).__name__}: {error}"
@@ -324,7 +329,7 @@ class PassRunner:
         if not same:
             horizon.reuse = False
             pending.cached_states = []
-            logger.info(
+            logger.warning(
                 "the hidden-state cache is off: started from the hidden state that enters block %d, %s, so the blocks "
                 "pass on more than a hidden state. Second passes run whole.",
                 step.lowest_active,

@@ -112,6 +112,7 @@ class SLSAM:
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
             [linear for arm in arms for linear in arm.linears],
             self.horizon,
+            getattr(arms, "buffered", ()),
         )
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
