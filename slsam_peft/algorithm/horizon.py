@@ -77,7 +77,7 @@ class _Pass:
     cuts: list[torch.Tensor] = field(default_factory=list)  # what the lowest active block was given, where watched
     tail: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # as given to the model, and as kept
     states: list[rng.State] = field(default_factory=list)  # behind each block below, in this forward
-    sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by id: given, and passed on
+    sides: dict[int, tuple[torch.Tensor, list]] = field(default_factory=dict)  # by id: itself, and leaves it needs
     side_channels: SideChannels = field(default_factory=SideChannels)
     starts: int = 0  # times that the first block ran
     forwards: int = 0
@@ -356,16 +356,18 @@ class Horizon:
         if not side.requires_grad:
             return side
         if id(side) not in run.sides:
-            wanted = {id(leaf) for leaf in (*run.leaves, *run.side_channels.leaves)}
+            own = {id(leaf) for leaf in (*run.leaves, *run.side_channels.leaves)}
             found = list(leaves(side))
-            foreign = all(x is not None and not isinstance(x, nn.Parameter) and id(x) not in wanted for x in found)
-            run.sides[id(side)] = (side, side.detach() if foreign else side)
-            if not foreign and index >= run.lowest_active:
-                modules = (*self.blocks[run.lowest_active :], *self.above)
-                here = {id(p) for module in modules for p in module.parameters()}
-                here |= {id(cut) for cut in run.cuts}
-                run.entangled = run.entangled or any(x is None or id(x) not in here for x in found)
-        return run.sides[id(side)][1]
+            needed = any(x is None or isinstance(x, nn.Parameter) or id(x) in own for x in found)
+            run.sides[id(side)] = (side, found if needed else [])
+        _, found = run.sides[id(side)]
+        if not found:
+            return side.detach()
+        if index >= run.lowest_active and run.sparse and not run.entangled:
+            upper = {id(p) for module in (*self.blocks[run.lowest_active :], *self.above) for p in module.parameters()}
+            upper |= {id(cut) for cut in run.cuts}
+            run.entangled = any(x is None or id(x) not in upper for x in found)
+        return side
 
     def _settle_tail(self, run: _Pass, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep of the tail behind the kept hidden state what the next block is given."""
@@ -447,7 +449,7 @@ class Horizon:
         if run.sparse:
             pairs = zip(tensors(copies), tensors(originals), strict=True)
             cached.sources = {id(copy): original for copy, original in pairs if original.requires_grad}
-        self._count([cached.hidden])
+        self._count([hidden])
 
 
 def _resumer(cursor: _Cursor, *, last: bool) -> Callable[..., None]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
+from slsam_peft.algorithm.buffers import Buffers
 from slsam_peft.algorithm.horizon import CachedHiddenState, Horizon
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError
 from slsam_peft.algorithm.perturbation import Firings, Shift, ascent_offsets, perturbed, split
@@ -22,6 +23,10 @@ Closure = Callable[[], torch.Tensor]
 # Loss with and without the cache; the same kernels give the same bits, others round otherwise.
 REUSE_RTOL = {torch.float64: 1e-12}
 REUSE_RTOL_ELSE = 1e-5
+
+NO_GRADIENT = (
+    "does not require grad and does not have a grad_fn"  # torch, of a loss that nothing trained had a part in
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Pending:
     passes: Passes
     state: rng.State
     cached_states: list[CachedHiddenState] = field(default_factory=list)
+    idle: torch.Tensor | None = None  # the loss, where nothing that is switched on takes part in it
 
 
 @dataclass(eq=False)
@@ -91,6 +97,16 @@ def _loss(returned: Any) -> torch.Tensor:
     return returned.detach()
 
 
+def _loss_with_gradient(closure: Closure, on: torch.Tensor) -> torch.Tensor | None:
+    """Run a closure and return its loss; `None` where none of the arms that are on, not all there are, took part."""
+    try:
+        return _loss(closure())
+    except RuntimeError as error:
+        if NO_GRADIENT not in str(error) or bool(on.all()):
+            raise
+        return None
+
+
 def _ignore_requires_grad_(parameter: nn.Parameter) -> None:
     """Let `parameter.requires_grad_(...)` change nothing: an attribute of the instance hides the class's method."""
 
@@ -105,6 +121,14 @@ def _heed_requires_grad_(parameter: nn.Parameter) -> None:
     vars(parameter).pop("requires_grad_", None)
 
 
+def _close(now: torch.Tensor | None, before: torch.Tensor | None) -> bool:
+    """Whether two passes left the same in a buffer."""
+    if now is None or before is None:
+        return now is before
+    tolerance = REUSE_RTOL.get(before.dtype, REUSE_RTOL_ELSE)
+    return now.shape == before.shape and torch.allclose(now, before, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 class PassRunner:
     """Runs ascent and descent passes with the arms of a step switched on.
 
@@ -113,8 +137,8 @@ class PassRunner:
         owner (`torch.Tensor`): Arm index of each, shape `(P,)`.
         linears (`Sequence[nn.Module | None]`): For each its linear module, or `None`.
         horizon (`Horizon` or `None`): Cuts the passes; `None` runs them whole.
-        buffered (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules whose buffers the second pass must find
-            as the first one did.
+        buffered (`Mapping[str, nn.Module]`, *optional*): Modules, by name, whose buffers a second pass must find as
+            the first one did.
     """
 
     def __init__(
@@ -123,7 +147,7 @@ class PassRunner:
         owner: torch.Tensor,
         linears: Sequence[nn.Module | None],
         horizon: Horizon | None,
-        buffered: Sequence[nn.Module] = (),
+        buffered: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.parameters = parameters
         self.owner = owner
@@ -132,6 +156,7 @@ class PassRunner:
         self.firings = Firings()
         self.accelerators = rng.sources_of(parameters, buffered)
         self._checked_blocks: set[int] = set()
+        self._idle = False
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
@@ -165,6 +190,8 @@ class PassRunner:
         found = next((p.grad for p in self.parameters if p.grad is not None), None)
         if found is not None:
             found.fill_(math.nan)
+        else:
+            self.parameters[0].grad = torch.full_like(self.parameters[0], math.nan)
 
     def shifts(
         self, members: Sequence[int], gradients: Sequence[torch.Tensor], norm: torch.Tensor, rho: float
@@ -228,8 +255,14 @@ class PassRunner:
         )
         context = horizon.truncated(step.lowest_active, step.lowest_trained, keep=keep) if horizon else nullcontext([])
         with self.firings.watch(self.watched_linears(step.mask)), context as cached_states:
-            loss = _loss(closure())
+            loss = _loss_with_gradient(closure, step.mask)
+        if loss is None:
+            cached_states.clear()
+            loss = self._idle_loss(pending, closure)
+            if torch.equal(step.mask, step.trained) and closure is not pending.passes.part:
+                pending.idle = loss
         self.clear(~step.mask)
+        self._check_replay(pending, closure, loss)
         # The first time, check that it does give the same loss.
         if horizon is not None and keep and step.lowest_active > 0:
             pending.cached_states = cached_states
@@ -241,6 +274,9 @@ class PassRunner:
     def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         if step.ascents:
             rng.restore(pending.state)
+        if pending.idle is not None:  # there is no gradient at w + e either
+            step.descent_loss = pending.idle if step.descent_loss is None else step.descent_loss + pending.idle
+            return pending.idle
         # Start from the cache where there is one, and stop where nothing below is trained.
         horizon = self._horizon(step)
         if horizon is None:
@@ -252,7 +288,8 @@ class PassRunner:
         # Run at w + e; sequences of the next step, where some ride along, run at w.
         if pending.passes.sequences is None:
             with perturbed(step.shifts), context:
-                loss = _loss(closure())
+                loss = _loss_with_gradient(closure, step.trained)
+            loss = self._idle_loss(pending, closure) if loss is None else loss
         else:
             with context:
                 loss = self._run_split(step, pending.passes.sequences, closure)
@@ -260,6 +297,56 @@ class PassRunner:
         self.clear(~step.trained)
         step.descent_loss = loss if step.descent_loss is None else step.descent_loss + loss
         return loss
+
+    def _idle_loss(self, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Return the loss of a pass in which nothing that is switched on took part; NaN where it cannot be had."""
+        if not self._idle:
+            self._idle = True
+            logger.warning(
+                "none of the drawn arms takes part in the loss of a batch (blocks that are skipped at random, as "
+                "layerdrop does, or batches without what an arm works on): its gradient is 0. Steps without any "
+                "gradient are skipped, and counted in slsam/skipped."
+            )
+        forward_only = pending.passes.forward_only
+        if forward_only is None or closure is pending.passes.part:
+            return torch.full((), math.nan, device=self.parameters[0].device)
+        rng.restore(pending.state)
+        return _loss(forward_only())
+
+    def _check_replay(self, pending: Pending, closure: Closure, loss: torch.Tensor) -> None:
+        """Check, once and where a pass changes buffers, that it does so again from the same random state.
+
+        Raises:
+            ValueError: it does not: what the second pass of a step would see is other noise than the first one's.
+        """
+        buffers = self.accelerators.buffers
+        if buffers.settled or loss.is_meta:
+            return
+        buffers.settled = True
+        changed = buffers.changed(pending.state[Buffers][1])
+        if not changed:
+            return
+        first = [None if b.now is None else b.now.detach().clone() for b in changed]
+        gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self.parameters]
+        after = rng.snapshot(self.accelerators)
+        try:
+            rng.restore(pending.state)
+            again = pending.passes.forward_only or (
+                pending.passes.unlogged if closure is pending.passes.logged else closure
+            )
+            again()
+            pairs = zip(changed, first, strict=True)
+            other = [b.name for b, f in pairs if not _close(b.now, f)]
+        finally:
+            rng.restore(after)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        if other:
+            raise ValueError(
+                f"{other[0]}{f' and {len(other) - 1} buffers more' if len(other) > 1 else ''} change in each forward "
+                "pass by noise that torch's, Python's and NumPy's generators do not make, so the second pass of a "
+                "step would see other noise than the first. Use another adapter, turn that noise off, or set rho=0."
+            )
 
     def _run_split(self, step: Step, sequences: tuple[int, int], closure: Closure) -> torch.Tensor:
         """Run a pass at w + e on the sequences of this step and, for the next one's ascent, at w on the others."""

@@ -6,7 +6,7 @@ and augments in some models, and that of NumPy where it is loaded (SpecAugment),
 
 import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,9 @@ def accelerators_of(parameters: Iterable[torch.Tensor]) -> tuple[torch.device, .
     return tuple({p.device for p in parameters if p.device.type not in ("cpu", "meta")})
 
 
-def sources_of(parameters: Iterable[torch.Tensor], buffered: Sequence[nn.Module] = ()) -> Sources:
-    """Return the sources of noise of a model with these parameters, and with these modules that own buffers."""
-    return Sources(accelerators_of(parameters), Buffers(buffered))
+def sources_of(parameters: Iterable[torch.Tensor], buffered: Mapping[str, nn.Module] | None = None) -> Sources:
+    """Return the sources of noise of a model with these parameters, and these modules with buffers, by name."""
+    return Sources(accelerators_of(parameters), Buffers(buffered or {}))
 
 
 def snapshot(sources: Sources | Iterable[torch.device]) -> State:

@@ -11,7 +11,8 @@ r"""SL-SAM composes one step out of the bandit, a sampling scheme, the perturbat
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from slsam_peft.algorithm.arms import Arm, ArmNorms
 from slsam_peft.algorithm.bandit import Bandit
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.memory import GradientMemory
+from slsam_peft.algorithm.order import watched_order
 from slsam_peft.algorithm.passes import Closure, Passes, PassRunner, Pending, Step
 from slsam_peft.algorithm.perturbation import Shift
 from slsam_peft.algorithm.sampling import build_scheme
@@ -112,7 +114,7 @@ class SLSAM:
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
             [linear for arm in arms for linear in arm.linears],
             self.horizon,
-            getattr(arms, "buffered", ()),
+            getattr(arms, "buffered", None),
         )
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
@@ -131,6 +133,7 @@ class SLSAM:
         self._before: dict[str, Any] = {}
         self._fired_before: set[torch.nn.Module] = set()
         self._random_before: rng.State = {}
+        self._behind: dict[torch.nn.Module, bool] = {}
 
     def _fraction(self, solved: float | None) -> float:
         config, count = self.config, len(self.arms)
@@ -219,7 +222,7 @@ class SLSAM:
             step = self._begin(count, passes) if index == 0 else self._current
             if step is None:
                 raise RuntimeError(f"micro-batch {index} of {count} came before the first; start a step with 0.")
-            with self.runner.switched(step.trained):
+            with self.runner.switched(step.trained), self._watched_order():
                 loss = self._micro_batch(step, passes, index)
                 if index == count - 1:
                     self._finish(step)
@@ -240,6 +243,7 @@ class SLSAM:
         self._before, self._fired_before = state.sampler(self), set(self.runner.firings.fired)
         self.runner.clear()
         self._check_passes(passes, count)
+        self._settle_order(passes)
         # Draw the arms. A mean probability of 1 leaves nothing to draw.
         mask = self.design(self.probabilities, self.generator)
         if self.bandit.mean == 1.0:
@@ -262,6 +266,39 @@ class SLSAM:
             step.shifts = self._recalled(mask)
         self._current = step
         return step
+
+    @contextmanager
+    def _watched_order(self) -> Iterator[None]:
+        """Note which modules run behind the blocks, as long as that is a guess for some."""
+        unsure = getattr(self.arms, "unsure", {})
+        if not unsure:
+            yield
+            return
+        modules = [module for modules in unsure.values() for module in modules]
+        with watched_order(self.arms.all_blocks, modules) as behind:  # type: ignore[attr-defined]
+            yield
+        self._behind |= behind
+
+    def _settle_order(self, passes: Passes) -> None:
+        """Set the depth of arms by what runs behind the blocks: seen in a pass to spare, or else in the last step."""
+        if not getattr(self.arms, "unsure", None):
+            return
+        if passes.forward_only is not None:
+            with self._watched_order():
+                passes.forward_only()
+            rng.restore(self._random_before)
+        if not self._behind:
+            return
+        arms: Any = self.arms
+        if not arms.confirm(self._behind):
+            return
+        depths = [arm.depth for arm in arms]
+        self._depths = torch.tensor([-1 if depth is None else depth for depth in depths])
+        drawn_so_far = self.design.state_dict()
+        self.design = build_scheme(self.config, depths)
+        self.design.load_state_dict(drawn_so_far)
+        if self.horizon is not None:
+            self.horizon.above = arms.above
 
     def _check_passes(self, passes: Passes, count: int) -> None:
         """Refuse micro-batches that the ascent cannot be made of."""
@@ -362,13 +399,16 @@ class SLSAM:
         self.loss = float(numbers.ascent_loss if self.config.ascent == "two_pass" else numbers.descent_loss)
         # The bandit learns from the arms whose gradient was seen, unless the step is void.
         seen = step.mask if step.ascent_squared is not None else step.trained & step.mask
-        if not numbers.finite:
+        idle = self._is_idle(gradients, numbers)
+        if idle:  # nothing that was drawn takes part in the loss
+            self._skip_idle()
+        elif not numbers.finite:
             self._skip(numbers)
         elif bool(self.norms[seen].any()):
             self.bandit.update(seen, self.norms, step.inclusion)
         # The metrics count a skipped step among those skipped in a row; only a good one ends the row.
         self.metrics = step_metrics(self, step, numbers)
-        if numbers.finite:
+        if numbers.finite and not idle:
             self.skipped_in_a_row = 0
         if "ascent_gain" in self.metrics:
             self._watch.see(self.metrics["ascent_gain"])
@@ -398,6 +438,18 @@ class SLSAM:
     def _read(self, values: torch.Tensor) -> torch.Tensor:
         """Copy the step's numbers to the host: the one synchronisation of a step."""
         return values.to("cpu", torch.float64)
+
+    def _is_idle(self, gradients: Sequence[torch.Tensor | None], numbers: StepNumbers) -> bool:
+        """Whether nothing that was drawn takes part in the loss; ranks send zeros then."""
+        nowhere = self.reduce is not None or all(gradient is None for gradient in gradients)
+        return nowhere and float(numbers.descent_squared) == 0.0
+
+    def _skip_idle(self) -> None:
+        """Make a step void in which no drawn arm has a gradient. It says nothing about divergence."""
+        self.skipped += 1
+        self.runner.clear()  # the optimizer changes nothing
+        if self.loss_scale is not None and self.loss_scale() is not None:
+            self.runner.void()  # a gradient scaler wants to see one
 
     def _skip(self, numbers: StepNumbers) -> None:
         """Make the step void, and end the training where too many in a row were.
