@@ -317,13 +317,12 @@ def test_blocks_that_are_skipped_at_random_are_skipped_in_both_passes(descent, s
     )
     closure, forward_only = passes_of(lambda: model(x))
     exact = 0
-    for step in range(60):
+    for step in range(32):
         lowest[0] = step % 4
         state = torch.get_rng_state()
         try:
-            loss, expected = reference_step(
-                slsam.arms, mask(), RHO, closure, torch.ones(4) > 0 if descent == "all" else None
-            )
+            trained = torch.ones(4, dtype=torch.bool) if descent == "all" else None
+            loss, expected = reference_step(slsam.arms, mask(), RHO, closure, trained)
         except RuntimeError:  # the plain pass has no gradient either
             loss = None
         torch.set_rng_state(state)
@@ -331,7 +330,7 @@ def test_blocks_that_are_skipped_at_random_are_skipped_in_both_passes(descent, s
             continue
         got = slsam.update(closure, forward_only=forward_only if spare else None)
         gradients = [p.grad for arm in slsam.arms for p in arm.parameters]
-        if loss is None:
+        if loss is None or all(e is None for e in expected):
             assert all(g is None for g in gradients)
             continue
         assert float(got) == float(loss)
@@ -340,7 +339,7 @@ def test_blocks_that_are_skipped_at_random_are_skipped_in_both_passes(descent, s
             if e is not None:
                 torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
         exact += 1
-    assert exact > 30
+    assert exact > 16
 
 
 def test_a_step_whose_arms_take_no_part_is_skipped_and_counted(caplog):
