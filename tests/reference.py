@@ -1,5 +1,6 @@
 """The two-pass step written plainly: clone, run, move, run, put back. Slow, and easy to check against the paper."""
 
+import numpy.random as np_random  # noqa: TID251 - some models draw from it
 import torch
 
 from tests.tolerances import EXACT_FLOAT64
@@ -24,19 +25,19 @@ def reference_step(arms, mask, rho, closure, trained=None):
             p.grad = None
 
     clear()
-    random_state = torch.get_rng_state()
+    random_state = torch.get_rng_state(), np_random.get_state()
     loss = closure().detach()
     ascent = [(p, p.grad.clone()) for p, on, _ in rows if on and p.grad is not None]
-    after = torch.get_rng_state()
+    after = torch.get_rng_state(), np_random.get_state()
     norm = torch.stack([torch.zeros((), dtype=loss.dtype), *((g**2).sum() for _, g in ascent)]).sum().sqrt()
     clear()
     saved = [p.detach().clone() for p, _ in ascent]
     with torch.no_grad():
         for p, g in ascent:
             p.add_(rho * g / (norm + 1e-12))
-    torch.set_rng_state(random_state)
+    _set_random_state(random_state)
     closure()
-    torch.set_rng_state(after)
+    _set_random_state(after)
     with torch.no_grad():
         for (p, _), w in zip(ascent, saved, strict=True):
             p.copy_(w)
@@ -45,15 +46,20 @@ def reference_step(arms, mask, rho, closure, trained=None):
     return loss, gradients
 
 
+def _set_random_state(state):
+    torch.set_rng_state(state[0])
+    np_random.set_state(state[1])
+
+
 def assert_step_is_exact(slsam, mask, closure, forward_only):
     """Check one step that draws `mask` against the reference: loss, gradients, weights, random state, switches."""
     parameters = [p for arm in slsam.arms for p in arm.parameters]
     trained = torch.ones_like(mask) if slsam.config.descent == "all" else mask
-    state = torch.get_rng_state()
+    state = torch.get_rng_state(), np_random.get_state()
     loss, expected = reference_step(slsam.arms, mask, slsam.config.rho, closure, trained)
     after = torch.get_rng_state()
     weights = [p.detach().clone() for p in parameters]
-    torch.set_rng_state(state)
+    _set_random_state(state)
     got = slsam.update(closure, forward_only=forward_only)
     assert torch.equal(slsam.active, mask)
     assert float(got) == float(loss)

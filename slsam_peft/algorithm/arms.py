@@ -7,8 +7,8 @@ Blocks and adapter modules are found by structure, never by their names:
   adapts (entries of module and parameter dictionaries, where PEFT keeps further adapters, do not count).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -57,12 +57,52 @@ class Arms(Sequence[Arm]):
             parameters; empty where there is none or more than one (encoder-decoder models).
         above (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules with trainable parameters that are taken
             to run after the stack.
+        buffered (`Mapping[str, nn.Module]`, *optional*): The model's modules that own buffers, by name.
+        unsure (`Mapping[str, Sequence[nn.Module]]`, *optional*): The modules of arms, by name, whose depth, below or
+            above the blocks, is a guess until a forward pass has shown it.
+        all_blocks (`Sequence[nn.Module]`, *optional*): The blocks of all stacks; `blocks` where it is missing.
     """
 
-    def __init__(self, arms: Sequence[Arm], blocks: Sequence[nn.Module] = (), above: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        blocks: Sequence[nn.Module] = (),
+        above: Sequence[nn.Module] = (),
+        buffered: Mapping[str, nn.Module] | None = None,
+        unsure: Mapping[str, Sequence[nn.Module]] | None = None,
+        all_blocks: Sequence[nn.Module] | None = None,
+    ) -> None:
         self._arms = tuple(arms)
         self.blocks = tuple(blocks)
         self.above = tuple(above)
+        self.buffered = dict(buffered or {})
+        self.unsure = dict(unsure or {})
+        self.all_blocks = self.blocks if all_blocks is None else tuple(all_blocks)
+
+    def confirm(self, behind: Mapping[nn.Module, bool]) -> bool:
+        """Settle what is unsure by what a forward pass has shown; return whether any depth has changed.
+
+        Args:
+            behind (`Mapping[nn.Module, bool]`): Whether a module runs behind the blocks; those that did not run keep
+                their guess.
+        """
+        found = {
+            name: all(seen)
+            for name, modules in self.unsure.items()
+            if (seen := [behind[m] for m in modules if m in behind])
+        }
+        depths = [
+            arm.depth if arm.name not in found else len(self.all_blocks) if found[arm.name] else -1 for arm in self
+        ]
+        changed = depths != [arm.depth for arm in self]
+        self._arms = tuple(replace(arm, depth=depth) for arm, depth in zip(self, depths, strict=True))
+        # A cut is checked against what is taken to lie above it.
+        moved = {m for name, above in found.items() if above for m in self.unsure[name]}
+        below = {m for name, above in found.items() if not above for m in self.unsure[name]}
+        if self.blocks:
+            self.above = tuple(m for m in dict.fromkeys((*self.above, *moved)) if m not in below)
+        self.unsure = {}
+        return changed
 
     def __len__(self) -> int:
         return len(self._arms)
@@ -89,6 +129,7 @@ class _Place:
     module_name: str  # the adapter module, or the owner
     depth: int | None
     shared: bool
+    unsure: bool  # whether the depth, below or above the blocks, is a guess
 
 
 def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
@@ -130,9 +171,13 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     arms = [_arm(name, members, sites) for name, members in groups.items()]
     if granularity in ("block", "module") and stacks:
         arms.sort(key=lambda arm: -1 if arm.depth is None else arm.depth)  # stable
+    buffered = {name: module for name, module in model.named_modules() if module._buffers}
+    guessed = {n: [m.owner for m in members] for n, members in groups.items() if all(m.unsure for m in members)}
+    blocks = [block for stack in stacks for block in stack]
     if len(stacks) != 1:
-        return Arms(arms)
-    return Arms(arms, stacks[0], list(dict.fromkeys(p.owner for p in places if p.depth == len(stacks[0]))))
+        return Arms(arms, (), (), buffered, guessed, blocks)
+    above = list(dict.fromkeys(p.owner for p in places if p.depth == len(blocks)))
+    return Arms(arms, blocks, above, buffered, guessed)
 
 
 def _arm_name(place: _Place, granularity: Granularity) -> str:
@@ -171,6 +216,7 @@ def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]
     modules = dict(model.named_modules(remove_duplicate=False))
     order = {name: i for i, name in enumerate(modules)}
     first_block = min((order[name] for name in block_names), default=0)
+    bodies = _bodies(modules)
     base_leaves = _BaseLeaves()
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -184,9 +230,23 @@ def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]
         inside = _block_of(path, block_index)
         if inside is not None:
             return block_index[inside]
-        # What is not certainly above the stack counts as below it: that only costs time.
-        below = _is_embedding(path, modules) or order[path] < first_block
+        # What is not known to lie above the stack counts as below it: that only costs time.
+        below = _is_embedding(path, modules) or (order[path] < first_block and not is_head(path))
         return -1 if below else len(block_names)
+
+    def is_head(path: str) -> bool:
+        """Whether a model that names its body (`base_model_prefix`) has the module outside, and the blocks inside."""
+        return any(
+            path.startswith(f"{around}." if around else "")
+            and not f"{path}.".startswith(f"{body}.")
+            and all(name.startswith(f"{body}.") for name in block_names)
+            for around, body in bodies
+        )
+
+    def is_unsure(name: str) -> bool:
+        path = name.rpartition(".")[0]
+        outside = bool(block_names) and _block_of(path, block_index) is None
+        return outside and order[path] < first_block and not _is_embedding(path, modules)
 
     places = []
     for parameter, names in owners.items():
@@ -206,9 +266,20 @@ def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]
                 module_name=_adapter_module(path, modules, block_index, base_leaves) or name,
                 depth=min(depths) if depths else None,
                 shared=len(names) > 1,
+                unsure=len(names) == 1 and is_unsure(name),
             )
         )
     return places, [tuple(stack) for _, stack in stacks]
+
+
+def _bodies(modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
+    """Return the names of modules that name the child which is their body, and those of the bodies."""
+    found = []
+    for name, module in modules.items():
+        prefix = getattr(module, "base_model_prefix", None)
+        if isinstance(prefix, str) and prefix in module._modules:
+            found.append((name, f"{name}.{prefix}" if name else prefix))
+    return found
 
 
 def _block_of(path: str, block_index: dict[str, int]) -> str | None:

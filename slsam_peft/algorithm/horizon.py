@@ -8,8 +8,9 @@ Blocks are run through forward hooks, which lie outside gradient checkpointing i
 `forward` is shadowed on the instance only while a pass that skips it runs.
 """
 
+import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,19 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
-from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut
+from slsam_peft.algorithm.leaks import CrossLayerDependencyError, SideChannels, check_cut, leaves
+from slsam_peft.algorithm.outputs import (
+    hidden_of,
+    is_immutable,
+    joined,
+    mapped,
+    split,
+    tensors,
+    with_hidden,
+    with_sides,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -27,22 +40,67 @@ class CachedHiddenState:
 
     Args:
         hidden (`torch.Tensor` or `None`): The hidden state, detached; `None` where it is not kept (over the limit, or
-            the block returned more than one tensor).
-        state (`dict`): Random state at that moment.
-        tail (`tuple` or `None`): What follows the hidden state in a block's output, all `None`; `None` where blocks
-            return the bare tensor.
-        source (`torch.Tensor`, *optional*): The hidden state with the graph of the blocks below.
+            the block below returns a container beside it).
+        tail (`tuple` or `None`): What follows the hidden state in a block's output, detached, with `None` in the place
+            of tensors that no block takes in; `None` where blocks return the bare tensor.
+        states (`Sequence[rng.State]`): Random state behind each block below, in order: what skips blocks at random
+            skips them again.
+        sources (`dict[int, torch.Tensor]`): The same tensors with the graph of the blocks below, where that graph is
+            needed; by the `id` of the detached ones.
     """
 
-    hidden: torch.Tensor | None
-    state: rng.State
-    tail: tuple | None
-    source: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    tail: tuple | None = None
+    states: Sequence[rng.State] = ()
+    sources: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One cut pass, and what has been seen of it.
+
+    Args:
+        lowest_active (`int`): As in `Horizon.truncated`.
+        lowest_trained (`int`): As in `Horizon.truncated`.
+        keep (`bool`): As in `Horizon.truncated`.
+        watched (`bool`): Whether to look for side channels and for stacks that run on their own output.
+        cached_states (`list[CachedHiddenState]`): One per forward.
+        leaves (`list[torch.Tensor]`): Tensors whose gradient is wanted, beside parameters.
+    """
+
+    lowest_active: int
+    lowest_trained: int
+    keep: bool = False
+    watched: bool = False
+    cached_states: list[CachedHiddenState] = field(default_factory=list)
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    cuts: list[torch.Tensor] = field(default_factory=list)  # what the lowest active block was given, where watched
+    tail: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # as given to the model, and as kept
+    states: list[rng.State] = field(default_factory=list)  # behind each block below, in this forward
+    sides: dict[int, tuple[torch.Tensor, list]] = field(default_factory=dict)  # by id: itself, and leaves it needs
+    side_channels: SideChannels = field(default_factory=SideChannels)
+    starts: int = 0  # times that the first block ran
+    forwards: int = 0
+    last: int = -1  # the block that ran last
+    entangled: bool = False  # blocks above the cut take in what has a graph in common with those below
 
     @property
-    def bytes(self) -> int:
-        """Memory of the kept hidden state."""
-        return 0 if self.hidden is None else self.hidden.numel() * self.hidden.element_size()
+    def sparse(self) -> bool:
+        """Whether blocks below the lowest active one are trained, so that their graph is needed later."""
+        return self.lowest_trained < self.lowest_active
+
+    @property
+    def cut(self) -> tuple[int, bool, bool]:
+        """What a pass is watched for once."""
+        return self.lowest_active, self.sparse, self.keep
+
+    def see(self, index: int) -> None:
+        """Take note that the block at `index` is about to run."""
+        self.starts += index == 0
+        if index <= self.last or self.forwards == 0:
+            self.forwards += 1
+            self.states = []
+        self.last = index
 
 
 @dataclass(eq=False)
@@ -51,6 +109,7 @@ class _Cursor:
 
     cached_states: Sequence[CachedHiddenState]
     index: int = 0
+    block: int = 0  # how many blocks of this forward have been skipped
     leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
@@ -58,6 +117,13 @@ class _Cursor:
         if self.index < len(self.cached_states) and self.cached_states[self.index].hidden is not None:
             return self.cached_states[self.index]
         return None
+
+    def leave_block(self, *, last: bool) -> None:
+        """Go on behind a block, with the random state of the first pass; behind the last one to the next forward."""
+        cached = self.current
+        if cached is not None and self.block < len(cached.states):
+            rng.restore(cached.states[self.block])
+        self.index, self.block = (self.index + 1, 0) if last else (self.index, self.block + 1)
 
 
 class Horizon:
@@ -89,6 +155,8 @@ class Horizon:
         self.shares = False
         self.kept_bytes = 0
         self.peak_bytes = 0
+        self._watched: dict[tuple[int, bool, bool], int] = {}  # how often the first block ran, by where it was cut
+        self._said: set[str] = set()
 
     def release(self) -> None:
         """Forget that any hidden state is kept; the cached hidden states belong to the caller."""
@@ -98,6 +166,9 @@ class Horizon:
     def truncated(self, lowest_active: int, lowest_trained: int, *, keep: bool) -> Iterator[list[CachedHiddenState]]:
         """Run a pass whose backward stops at block `lowest_active`.
 
+        The first one that is cut there also looks whether anything but the hidden state leaves the blocks below: by
+        the graph, so that it is seen however little it counts.
+
         Args:
             lowest_active (`int`): Lowest block whose gradient this pass takes, in [0, L]; L: none.
             lowest_trained (`int`): Lowest block that builds a graph. Equal to `lowest_active`, or below it where the
@@ -106,20 +177,53 @@ class Horizon:
             keep (`bool`): Whether to cache the hidden states that enter `lowest_active`, for `resumed`.
 
         Yields:
-            `list[CachedHiddenState]`: One per forward of the stack, filled as they run.
+            `list[CachedHiddenState]`: One per forward of the stack, filled as they run; empty after the context where
+            no second pass may start from them.
 
         Raises:
             CrossLayerDependencyError: the pass cannot be cut; it must run whole.
         """
-        cached_states: list[CachedHiddenState] = []
-        starts: list[None] = []
-        recorder = self._recorder(lowest_active, lowest_trained, cached_states, keep, starts)
-        counter = self.blocks[0].register_forward_pre_hook(lambda module, args: starts.append(None))
-        try:
-            with self._without_graph(lowest_trained), self._hooked(lowest_active, recorder):
-                yield cached_states
-        finally:
-            counter.remove()
+        run = _Pass(lowest_active, lowest_trained, keep and self.reuse)
+        run.watched = lowest_active > 0 and (run.keep or run.sparse) and run.cut not in self._watched
+        with ExitStack() as stack:
+            self._guard(stack, run)
+            for block in self.blocks[: max(lowest_active - 1, 0)]:
+                stack.callback(block.register_forward_hook(self._passing(run)).remove)
+            if lowest_active > 0:
+                below = self.blocks[lowest_active - 1]
+                stack.callback(below.register_forward_hook(self._recorder(run), with_kwargs=True).remove)
+            yield run.cached_states
+        self._judge(run)
+
+    def _judge(self, run: _Pass) -> None:
+        """Learn from a pass that has run, forward and backward, what later ones may do."""
+        run.side_channels.close()
+        if run.watched:
+            self._watched[run.cut] = run.starts
+            for cut in run.cuts:
+                cut.grad = None
+        if run.side_channels.found:
+            self._stop_reuse(
+                run,
+                f"the loss depends on more of the blocks below block {run.lowest_active} than the hidden state that "
+                "enters it (as losses of routers and losses on hidden states do)",
+            )
+        elif run.entangled and run.sparse:
+            self._stop_reuse(run, "blocks are fed from the side by something trained, or checkpointed reentrantly")
+        elif run.forwards != len(run.cached_states):  # a block was skipped at random: what it returns is not there
+            run.cached_states.clear()
+
+    def _stop_reuse(self, run: _Pass, reason: str) -> None:
+        run.cached_states.clear()
+        if run.keep:
+            self.reuse = False
+            logger.warning("the hidden-state cache is off: %s. Second passes run whole.", reason)
+
+    def _say(self, message: str, *values: Any) -> None:
+        """Warn, once per message."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message, *values)
 
     @contextmanager
     def resumed(
@@ -138,14 +242,13 @@ class Horizon:
         Raises:
             RuntimeError: the pass entered the lowest active block another number of times than the first one.
         """
-        cursor = _Cursor(cached_states)
-        through = lowest_trained < lowest_active
+        run, cursor = _Pass(lowest_active, lowest_trained), _Cursor(cached_states)
         with ExitStack() as stack:
-            stack.enter_context(self._without_graph(lowest_trained))
+            self._guard(stack, run)
             for index, block in enumerate(self.blocks[:lowest_active]):
-                skip = _skipping(block, cursor, last=index == lowest_active - 1, through=through)
-                stack.enter_context(_shadowed_forward(block, skip))
-            stack.enter_context(self._hooked(lowest_active, self._resumer(lowest_active, cursor, through)))
+                last = index == lowest_active - 1
+                stack.enter_context(_shadowed_forward(block, _skipping(block, cursor, run, last=last)))
+                stack.callback(block.register_forward_hook(_resumer(cursor, last=last)).remove)
             yield
         if cursor.index != len(cached_states):
             raise RuntimeError(
@@ -168,7 +271,7 @@ class Horizon:
         returned: list[weakref.ref[torch.Tensor]] = []
 
         def note(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden, _ = _split(output)
+            hidden, _ = split(output)
             if hidden is not None:
                 returned.append(weakref.ref(hidden))
 
@@ -182,101 +285,183 @@ class Horizon:
             stack.callback(self.blocks[-1].register_forward_hook(look).remove)
             yield
 
-    @contextmanager
-    def _hooked(self, lowest_active: int, hook: Any) -> Iterator[None]:
-        """Install `hook` where the hidden state enters the lowest active block: at the output of the block below."""
-        if lowest_active == 0:
-            yield
-            return
-        handle = self.blocks[lowest_active - 1].register_forward_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _guard(self, stack: ExitStack, run: _Pass) -> None:
+        """Turn checkpointing off in blocks that need no graph, and see to what every block is given."""
+        # Reentrant checkpointing wraps whatever it is given, and complains when nothing requires grad.
+        for block in self.blocks[: max(run.lowest_trained, 0)]:
+            if getattr(block, "gradient_checkpointing", False):
+                stack.callback(setattr, block, "gradient_checkpointing", True)
+                setattr(block, "gradient_checkpointing", False)  # noqa: B010 - a module's own attribute, not torch's
+        for index, block in enumerate(self.blocks):
+            stack.callback(block.register_forward_pre_hook(self._entering(index, run), with_kwargs=True).remove)
 
-    @contextmanager
-    def _without_graph(self, lowest_trained: int) -> Iterator[None]:
-        """Keep the blocks below `lowest_trained`, and the stack's input, from building a graph; at -1 nothing changes.
+    def _entering(self, index: int, run: _Pass) -> Callable[..., Any]:
+        """Return the hook that runs before the block at `index`."""
+        below = index < run.lowest_trained
+        # What is left there is an input that requires grad (`enable_input_require_grads`). Reentrant checkpointing of
+        # the first block relies on it.
+        cuts = below or (index == run.lowest_trained == 0 and not _is_reentrant(self.blocks[0]))
+        place = f"block {index}" if index else "the blocks"
 
-        Parameters below are off already. What is left is an input that requires grad (`enable_input_require_grads`),
-        and reentrant checkpointing, which wraps whatever it is given and complains when nothing requires grad.
-        """
-        if lowest_trained < 0 or (lowest_trained == 0 and _is_reentrant(self.blocks[0])):
-            yield
-            return
-        # Checkpointing is off in the blocks below while they run: they need no graph.
-        checkpointed: list[Any] = [
-            b for b in self.blocks[:lowest_trained] if getattr(b, "gradient_checkpointing", False)
-        ]
-        for block in checkpointed:
-            block.gradient_checkpointing = False
-
-        # The stack's input is checked, and cut from its graph, when it enters the first block.
-        def check(hidden: torch.Tensor) -> None:
-            check_cut(hidden, (*self.blocks, *self.above), "the blocks")
-
-        handle = self.blocks[0].register_forward_pre_hook(
-            lambda module, args, kwargs: _cut_input(args, kwargs, check), with_kwargs=True
-        )
-        try:
-            yield
-        finally:
-            # The blocks are put back as they were, also after an error.
-            handle.remove()
-            for block in checkpointed:
-                block.gradient_checkpointing = True
-
-    def _recorder(
-        self,
-        lowest_active: int,
-        lowest_trained: int,
-        cached_states: list[CachedHiddenState],
-        keep: bool,
-        starts: list[None],
-    ):
-        needs_grad = lowest_active < len(self.blocks) and _is_reentrant(self.blocks[lowest_active])
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            self.shares = self.shares or not _immutable((args, *kwargs.values()))
-            hidden, tail = _split(output)
-            if hidden is None:  # more than a hidden state leaves the block: the second pass cannot start here
-                cached_states.append(CachedHiddenState(None, {}, None))
-                return None
-            above = (*self.blocks[lowest_active:], *self.above)
-            check_cut(hidden, above, f"block {lowest_active}", opaque=lowest_trained == lowest_active)
-            # A second entry without a new start: what was cut the last time comes from below again.
-            if lowest_trained < lowest_active and len(cached_states) == len(starts):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            run.see(index)
+            hidden = hidden_of(args, kwargs)
+            if not isinstance(hidden, torch.Tensor):
+                if run.lowest_trained < 0 and run.lowest_active == 0:
+                    return None
                 raise CrossLayerDependencyError(
-                    f"block {lowest_active} is entered again, and the first block has not run in between"
+                    "the blocks take their hidden state neither first nor as `hidden_states`"
                 )
-            cut, size = hidden.detach(), hidden.numel() * hidden.element_size()
-            if keep and self.reuse and self.kept_bytes + size <= self.limit_bytes:
-                source = hidden if lowest_trained < lowest_active and hidden.requires_grad else None
-                cached_states.append(CachedHiddenState(cut, rng.snapshot(self.accelerators), tail, source))
-                self.kept_bytes += size
-                self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
-            else:
-                cached_states.append(CachedHiddenState(None, {}, tail))
-            return _joined(cut.detach().requires_grad_(needs_grad and torch.is_grad_enabled()), tail)
+            if index >= run.lowest_active:
+                self._settle_tail(run, args, kwargs)
+            if not torch.is_grad_enabled():
+                return None
+            args, kwargs = with_sides(lambda side: self._side(side, index, run), args, kwargs)
+            if index == 0:
+                self._check_start(hidden, run)
+            # Below what is trained no graph is wanted, and above it reentrant checkpointing builds none by itself.
+            if cuts and hidden.requires_grad:
+                check_cut(hidden, (*self.blocks, *self.above), place)
+                hidden = hidden.detach()
+            if run.watched and index < run.lowest_active:
+                hidden = run.side_channels.watched(hidden)
+            elif not below and not hidden.requires_grad and _is_reentrant(module):
+                hidden = hidden.detach().requires_grad_()
+            return with_hidden(hidden, args, kwargs)
 
         return hook
 
-    def _resumer(self, lowest_active: int, cursor: "_Cursor", through: bool):
-        needs_grad = lowest_active < len(self.blocks) and _is_reentrant(self.blocks[lowest_active])
+    def _check_start(self, hidden: torch.Tensor, run: _Pass) -> None:
+        """Check that the stack does not run on what has left it: cutting that has hidden where it came from.
+
+        Raises:
+            CrossLayerDependencyError: it does, or it may.
+        """
+        if not run.sparse or not run.cached_states:
+            return
+        if run.watched:
+            check_cut(hidden, (), "the blocks", opaque=False, cuts=run.cuts)
+        elif run.starts > self._watched.get(run.cut, 0):
+            raise CrossLayerDependencyError(
+                f"the blocks run {run.starts} times in this pass, and only {self._watched.get(run.cut, 0)} times have "
+                "been seen not to run on their own output"
+            )
+
+    def _side(self, side: torch.Tensor, index: int, run: _Pass) -> torch.Tensor:
+        """Return what the block at `index` takes in beside the hidden state, cut from a graph without a parameter.
+
+        A backward through such a graph (of a frozen encoder whose input requires grad) makes nothing that is wanted,
+        and could not be made twice.
+        """
+        if not side.requires_grad:
+            return side
+        if id(side) not in run.sides:
+            own = {id(leaf) for leaf in (*run.leaves, *run.side_channels.leaves)}
+            found = list(leaves(side))
+            needed = any(x is None or isinstance(x, nn.Parameter) or id(x) in own for x in found)
+            run.sides[id(side)] = (side, found if needed else [])
+        _, found = run.sides[id(side)]
+        if not found:
+            return side.detach()
+        if index >= run.lowest_active and run.sparse and not run.entangled:
+            upper = {id(p) for module in (*self.blocks[run.lowest_active :], *self.above) for p in module.parameters()}
+            upper |= {id(cut) for cut in run.cuts}
+            run.entangled = any(x is None or id(x) not in upper for x in found)
+        return side
+
+    def _settle_tail(self, run: _Pass, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep of the tail behind the kept hidden state what the next block is given."""
+        if not run.tail:
+            return
+        given = {id(tensor) for tensor in tensors((args, kwargs))}
+        wanted = {id(kept) for passed, kept in run.tail if id(passed) in given}
+        run.tail = []
+        cached = run.cached_states[-1]
+        cached.tail = mapped(cached.tail, lambda tensor: tensor if id(tensor) in wanted else None)
+        cached.sources = {key: source for key, source in cached.sources.items() if key in wanted | {id(cached.hidden)}}
+        self._count(tensors(cached.tail))
+
+    def _count(self, kept: Iterable[torch.Tensor]) -> None:
+        self.kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
+
+    def _passing(self, run: _Pass) -> Callable[..., None]:
+        """Return the hook behind a block that lies below the cut and not next to it."""
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if run.keep:
+                run.states.append(rng.snapshot(self.accelerators))
+
+        return hook
+
+    def _recorder(self, run: _Pass) -> Callable[..., Any]:
+        """Return the hook where the hidden state enters the lowest active block: behind the block below."""
+        above = (*self.blocks[run.lowest_active :], *self.above)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            cached, cursor.index = cursor.current, cursor.index + 1
-            if cached is not None:
-                rng.restore(cached.state)
-            hidden, tail = _split(output)
-            if hidden is None or through:
+            self.shares = self.shares or not is_immutable((args, *kwargs.values()))
+            hidden, tail = split(output)
+            if hidden is None:  # what leaves the block cannot be told: the second pass cannot start here
+                run.cached_states.append(CachedHiddenState())
+                self._say(
+                    "passes are not cut at %s: it returns a container (a cache of keys and values, as use_cache=True "
+                    "makes) beside its hidden state. Second passes run whole.",
+                    type(module).__name__,
+                )
                 return None
-            return _joined(hidden.detach().requires_grad_(needs_grad and torch.is_grad_enabled()), tail)
+            for tensor in tensors((hidden, tail)):
+                check_cut(tensor, above, f"block {run.lowest_active}", opaque=not run.sparse)
+            # A second entry without a new start: what was cut the last time comes from below again.
+            if run.sparse and len(run.cached_states) == run.starts:
+                raise CrossLayerDependencyError(
+                    f"block {run.lowest_active} is entered again, and the first block has not run in between"
+                )
+            self._record(run, hidden, tail)
+            cut, *rest = mapped((hidden, *(tail or ())), torch.Tensor.detach)
+            if run.watched and run.sparse and torch.is_grad_enabled():
+                run.cuts.append(cut.requires_grad_())
+            run.tail = list(zip(tensors(rest), tensors(run.cached_states[-1].tail), strict=False))
+            if run.lowest_active == len(self.blocks):
+                self._settle_tail(run, (), {})
+            return joined(cut, None if tail is None else tuple(rest))
 
         return hook
 
+    def _record(self, run: _Pass, hidden: torch.Tensor, tail: tuple | None) -> None:
+        """Cache a hidden state, if it is to be kept and there is room."""
+        cached = CachedHiddenState()
+        run.cached_states.append(cached)
+        size = hidden.numel() * hidden.element_size()
+        if not run.keep:
+            return
+        if self.kept_bytes + size > self.limit_bytes:
+            if self.limit_bytes > 0:
+                self._say(
+                    "hidden states take more than hidden_state_cache_limit_mib=%g MiB: second passes of what does not "
+                    "fit run whole.",
+                    self.limit_bytes / 2**20,
+                )
+            return
+        originals = (hidden, *(tail or ()))
+        cached.hidden, *rest = copies = mapped(originals, torch.Tensor.detach)
+        cached.tail = None if tail is None else tuple(rest)
+        cached.states = [*run.states, rng.snapshot(self.accelerators)]
+        if run.sparse:
+            pairs = zip(tensors(copies), tensors(originals), strict=True)
+            cached.sources = {id(copy): original for copy, original in pairs if original.requires_grad}
+        self._count([hidden])
 
-def _skipping(block: nn.Module, cursor: _Cursor, *, last: bool, through: bool):
+
+def _resumer(cursor: _Cursor, *, last: bool) -> Callable[..., None]:
+    """Return the hook behind a block that a resumed pass skips."""
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        cursor.leave_block(last=last)
+
+    return hook
+
+
+def _skipping(block: nn.Module, cursor: _Cursor, run: _Pass, *, last: bool) -> Callable[..., Any]:
     """Return a stand-in for `block.forward` that passes the hidden state on, the kept one from the last such block."""
     original = block.forward
 
@@ -285,11 +470,16 @@ def _skipping(block: nn.Module, cursor: _Cursor, *, last: bool, through: bool):
         if cached is None or cached.hidden is None:
             return original(*args, **kwargs)
         if not last:
-            return _joined(args[0] if args else kwargs["hidden_states"], cached.tail)
-        hidden = cached.hidden.detach()
-        if through and cached.source is not None and torch.is_grad_enabled():
-            cursor.leaves.append((cached.source, hidden.requires_grad_()))
-        return _joined(hidden, cached.tail)
+            return joined(hidden_of(args, kwargs), mapped(cached.tail, lambda tensor: None))
+
+        def leaf(kept: torch.Tensor) -> torch.Tensor:
+            given = kept.detach()
+            if run.sparse and id(kept) in cached.sources and torch.is_grad_enabled():
+                cursor.leaves.append((cached.sources[id(kept)], given.requires_grad_()))
+                run.leaves.append(given)
+            return given
+
+        return joined(leaf(cached.hidden), mapped(cached.tail, leaf))
 
     return forward
 
@@ -306,35 +496,6 @@ def _shadowed_forward(block: nn.Module, forward: Any) -> Iterator[None]:
             block.__dict__["forward"] = own
         else:
             del block.__dict__["forward"]
-
-
-def _cut_input(args: tuple, kwargs: dict[str, Any], check: Callable[[torch.Tensor], None]):
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, torch.Tensor):
-        raise CrossLayerDependencyError("the blocks take their hidden state neither first nor as `hidden_states`")
-    check(hidden)
-    if args:
-        return (hidden.detach(), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden.detach()}
-
-
-def _immutable(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_immutable(x) for x in value)
-    return value is None or isinstance(value, torch.Tensor | bool | int | float | str)
-
-
-def _split(output: Any) -> tuple[torch.Tensor | None, tuple | None]:
-    """Return the hidden state and what follows it; no hidden state where anything else comes with it."""
-    if isinstance(output, torch.Tensor):
-        return output, None
-    if isinstance(output, tuple) and output and all(x is None for x in output[1:]):
-        return output[0], output[1:]
-    return None, None
-
-
-def _joined(hidden: torch.Tensor, tail: tuple | None) -> Any:
-    return hidden if tail is None else (hidden, *tail)
 
 
 def _is_reentrant(block: nn.Module) -> bool:

@@ -1,11 +1,12 @@
-"""Refuses a pass that is cut at a block and feeds what lies below the cut on something trained above it.
+"""Finds what passes a cut at a block by another way than the hidden state.
 
 A cut drops the gradient of whatever enters below it, and a second pass that starts there takes what entered to be the
-same. Two kinds of model break that, and show it only when they run: those that run blocks more than once, on their own
-output, and those whose blocks are fed from the side by a module that lies behind them (a projector of images).
+same. Three kinds of model break that, and show it only when they run: those that run blocks more than once, on their
+own output; those whose blocks are fed from the side by something trained; and those whose loss, or upper blocks, read
+more of the lower blocks than their hidden state (losses of routers, long skips, losses on hidden states).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,14 @@ class CrossLayerDependencyError(RuntimeError):
     """A pass that was cut would have dropped part of the gradient. Raised in the forward, before that happens."""
 
 
-def check_cut(hidden: torch.Tensor, above: Sequence[nn.Module], place: str, *, opaque: bool = True) -> None:
+def check_cut(
+    hidden: torch.Tensor,
+    above: Sequence[nn.Module],
+    place: str,
+    *,
+    opaque: bool = True,
+    cuts: Sequence[torch.Tensor] = (),
+) -> None:
     """Check that a hidden state may be cut from its graph.
 
     Args:
@@ -27,23 +35,68 @@ def check_cut(hidden: torch.Tensor, above: Sequence[nn.Module], place: str, *, o
         place (`str`): Where the cut is, for the message.
         opaque (`bool`, *optional*, defaults to `True`): Whether reentrant checkpointing counts as such a
             parameter; `False` where blocks below the cut are trained, and checkpointed, too.
+        cuts (`Sequence[torch.Tensor]`, *optional*, defaults to `()`): Leaves that must have had no part in it either:
+            what was cut before.
 
     Raises:
         CrossLayerDependencyError: one of them had.
     """
-    if hidden.grad_fn is None:  # as good as always
+    if not hidden.requires_grad:  # as good as always
         return
-    trained = {p for module in above for p in module.parameters() if p.requires_grad}
-    waiting: list[Any] = [hidden.grad_fn]
+    forbidden = {id(leaf) for leaf in (*(p for m in above for p in m.parameters() if p.requires_grad), *cuts)}
+    if any(opaque if leaf is None else id(leaf) in forbidden for leaf in leaves(hidden)):
+        raise CrossLayerDependencyError(
+            f"what enters {place} depends on parameters above it (blocks that run on their own output, or are fed "
+            "from the side by something trained)"
+        )
+
+
+def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor | None]:
+    """Yield the leaves of the graph that made a tensor, and `None` for what reentrant checkpointing hides."""
+    if tensor.grad_fn is None:
+        yield tensor
+        return
+    waiting: list[Any] = [tensor.grad_fn]
     seen = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if getattr(node, "variable", None) in trained or (opaque and node.name() == REENTRANT):
-            raise CrossLayerDependencyError(
-                f"what enters {place} depends on parameters above it (blocks that run on their own output, or are fed "
-                "from the side by something trained)"
-            )
+        if node.name() == REENTRANT:
+            yield None
+        elif (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
+
+
+class SideChannels:
+    """Notes whether the backward of a pass that is cut at a block reaches what lies below the cut.
+
+    The hidden state is cut there, so whatever is reached left the blocks below another way, however small its part in
+    the loss: the second pass must not leave those blocks out.
+
+    Attributes:
+        found (`bool`): Whether it did.
+        leaves (`list[torch.Tensor]`): The hidden states that stand for what lies below, where they were cut.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+        self._open = True
+        self.leaves: list[torch.Tensor] = []  # those made here
+
+    def watched(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return a hidden state that enters a block below the cut, such that a gradient for it is noticed."""
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+            self.leaves.append(hidden)
+        hidden.register_hook(self._notice)
+        return hidden
+
+    def close(self) -> None:
+        """Notice nothing more: a backward through the blocks below is to come."""
+        self._open = False
+
+    def _notice(self, gradient: torch.Tensor) -> None:
+        self.found = self.found or self._open

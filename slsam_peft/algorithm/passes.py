@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
+from slsam_peft.algorithm.buffers import Buffers
 from slsam_peft.algorithm.horizon import CachedHiddenState, Horizon
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError
 from slsam_peft.algorithm.perturbation import Perturbation
@@ -22,8 +23,14 @@ logger = logging.getLogger(__name__)
 
 Closure = Callable[[], torch.Tensor]
 
-REUSE_RTOL = 1e-5  # loss with and without the cache; the same kernels give the same bits, others float32 rounding
+# Loss with and without the cache; the same kernels give the same bits, others round otherwise.
+REUSE_RTOL = {torch.float64: 1e-12}
+REUSE_RTOL_ELSE = 1e-5
 SEPARATE_RTOL = 1e-5  # loss of own tokens beside riding ones at two weights: the same kernels on the same numbers
+
+NO_GRADIENT = (
+    "does not require grad and does not have a grad_fn"  # torch, of a loss that nothing trained had a part in
+)
 
 
 class Cut(NamedTuple):
@@ -101,6 +108,7 @@ class Pending:
     whole: bool = False  # its ascent pass ran on all of it
     cut: Cut | None = None  # what its ascent pass ran on, where that was a part
     cached_states: list[CachedHiddenState] = field(default_factory=list)
+    idle: torch.Tensor | None = None  # the loss, where nothing that is switched on takes part in it
 
 
 @dataclass(eq=False)
@@ -166,6 +174,16 @@ def _added(total: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor:
     return loss if total is None else total + loss
 
 
+def _loss_with_gradient(closure: Closure, on: torch.Tensor) -> torch.Tensor | None:
+    """Run a closure and return its loss; `None` where none of the arms that are on, not all there are, took part."""
+    try:
+        return _loss(closure())
+    except RuntimeError as error:
+        if NO_GRADIENT not in str(error) or bool(on.all()):
+            raise
+        return None
+
+
 def _ignore_requires_grad_(parameter: nn.Parameter) -> None:
     """Let `parameter.requires_grad_(...)` change nothing: an attribute of the instance hides the class's method."""
 
@@ -180,6 +198,14 @@ def _heed_requires_grad_(parameter: nn.Parameter) -> None:
     vars(parameter).pop("requires_grad_", None)
 
 
+def _close(now: torch.Tensor | None, before: torch.Tensor | None) -> bool:
+    """Whether two passes left the same in a buffer."""
+    if now is None or before is None:
+        return now is before
+    tolerance = REUSE_RTOL.get(before.dtype, REUSE_RTOL_ELSE)
+    return now.shape == before.shape and torch.allclose(now, before, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 class PassRunner:
     """Runs ascent and descent passes with the arms of a step switched on.
 
@@ -190,6 +216,8 @@ class PassRunner:
         horizon (`Horizon` or `None`): Cuts the passes; `None` runs them whole.
         pairs (`Sequence[Pair]`, *optional*, defaults to `()`): The low-rank pairs that hold all parameters, where
             sequences of the next step may ride along.
+        buffered (`Mapping[str, nn.Module]`, *optional*): Modules, by name, whose buffers a second pass must find as
+            the first one did.
 
     Attributes:
         in_place (`set[nn.Parameter]`): Parameters that are moved in place, since a pass read them past their modules.
@@ -202,6 +230,7 @@ class PassRunner:
         sites: Sites,
         horizon: Horizon | None,
         pairs: Sequence[Pair] = (),
+        buffered: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.parameters = parameters
         self.owner = owner
@@ -209,10 +238,11 @@ class PassRunner:
         self.horizon = horizon
         self.pairs = tuple(pairs)
         self.in_place = {p for p in parameters if not sites.get(p)}
-        self.accelerators = rng.accelerators_of(parameters)
+        self.accelerators = rng.sources_of(parameters, buffered)
         self._read: set[nn.Parameter] = set()  # seen to be read by their modules
         self._checked_blocks: set[int] = set()
         self._separate = self._ridden = False
+        self._idle = False
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
@@ -260,6 +290,8 @@ class PassRunner:
         found = next((p.grad for p in self.parameters if p.grad is not None), None)
         if found is not None:
             found.fill_(math.nan)
+        else:
+            self.parameters[0].grad = torch.full_like(self.parameters[0], math.nan)
 
     def perturbation(self, members: Sequence[int], offsets: Sequence[torch.Tensor]) -> Perturbation:
         """Return the perturbation of the parameters at the given positions."""
@@ -321,7 +353,7 @@ class PassRunner:
         if step.count == 1:
             self.clear()  # what a closure that accumulates gathered before the forward that raised the error
         rng.restore(pending.state)
-        logger.info("passes are not cut: %s. Every pass runs whole, and costs what that costs.", error)
+        logger.warning("passes are not cut: %s. Every pass runs whole, and costs what that costs.", error)
 
     def _stop_riding(self, error: NotSeparableError, pending: Pending) -> None:
         """Let this step, of which nothing is left, and all later ones make their ascents in passes of their own."""
@@ -344,8 +376,14 @@ class PassRunner:
         )
         context = horizon.truncated(step.lowest_active, step.lowest_trained, keep=keep) if horizon else nullcontext([])
         with context as cached_states:
-            loss = _loss(closure())
+            loss = _loss_with_gradient(closure, step.mask)
+        if loss is None:
+            cached_states.clear()
+            loss = self._idle_loss(pending, pending.passes.forward_only if pending.whole else None)
+            if torch.equal(step.mask, step.trained) and pending.whole:
+                pending.idle = loss
         self.clear(~step.mask)
+        self._check_replay(pending, closure, loss)
         # The first time, check that it does give the same loss.
         if horizon is not None and keep and step.lowest_active > 0:
             pending.cached_states = cached_states
@@ -358,6 +396,8 @@ class PassRunner:
         """Run a descent pass, a second time where a parameter turns out to be read past its module."""
         if step.ascents:
             rng.restore(pending.state)
+        if pending.idle is not None:  # there is no gradient at w + e either
+            return pending.idle
         perturbation = step.perturbation
         if perturbation is None:
             return self._run(step, pending, closure)
@@ -416,9 +456,59 @@ class PassRunner:
         else:  # it stops where nothing below is trained
             context = horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
         with context:
-            loss = _loss(closure())
+            loss = _loss_with_gradient(closure, step.trained)
+        loss = self._idle_loss(pending, pending.passes.forward_only) if loss is None else loss
         self.clear(~step.trained)
         return loss
+
+    def _idle_loss(self, pending: Pending, forward_only: Closure | None) -> torch.Tensor:
+        """Return the loss of a pass in which nothing that is switched on took part; NaN where it cannot be had."""
+        if not self._idle:
+            self._idle = True
+            logger.warning(
+                "none of the drawn arms takes part in the loss of a batch (blocks that are skipped at random, as "
+                "layerdrop does, or batches without what an arm works on): its gradient is 0. Steps without any "
+                "gradient are skipped, and counted in slsam/skipped."
+            )
+        if forward_only is None:
+            return torch.full((), math.nan, device=self.parameters[0].device)
+        rng.restore(pending.state)
+        return _loss(forward_only())
+
+    def _check_replay(self, pending: Pending, closure: Closure, loss: torch.Tensor) -> None:
+        """Check, once and where a pass changes buffers, that it does so again from the same random state.
+
+        Raises:
+            ValueError: it does not: what the second pass of a step would see is other noise than the first one's.
+        """
+        buffers = self.accelerators.buffers
+        if buffers.settled or loss.is_meta or not pending.whole:
+            return
+        buffers.settled = True
+        changed = buffers.changed(pending.state[Buffers][1])
+        if not changed:
+            return
+        first = [None if b.now is None else b.now.detach().clone() for b in changed]
+        gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self.parameters]
+        after = rng.snapshot(self.accelerators)
+        try:
+            rng.restore(pending.state)
+            again = pending.passes.forward_only or (
+                pending.passes.unlogged if closure is pending.passes.logged else closure
+            )
+            again()
+            pairs = zip(changed, first, strict=True)
+            other = [b.name for b, f in pairs if not _close(b.now, f)]
+        finally:
+            rng.restore(after)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        if other:
+            raise ValueError(
+                f"{other[0]}{f' and {len(other) - 1} buffers more' if len(other) > 1 else ''} change in each forward "
+                "pass by noise that torch's, Python's and NumPy's generators do not make, so the second pass of a "
+                "step would see other noise than the first. Use another adapter, turn that noise off, or set rho=0."
+            )
 
     def _ride(self, step: Step, pending: Pending, riding: Riding, logged: bool) -> torch.Tensor:
         """Run a pass at w + e on own tokens and, for the next step's ascent, at w on those that ride along."""
@@ -504,7 +594,7 @@ class PassRunner:
                 horizon.noting_kept(step.lowest_active),
             ):
                 again = _loss(forward_only())
-            same = torch.allclose(again, loss, rtol=REUSE_RTOL, atol=0.0)
+            same = torch.allclose(again, loss, rtol=REUSE_RTOL.get(loss.dtype, REUSE_RTOL_ELSE), atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
         except Exception as error:  # noqa: BLE001 - such a stack may fail in any way; the plain pass has just run
             same, reason = False, f"it raised {type(error).__name__}: {error}"
@@ -516,7 +606,7 @@ class PassRunner:
         if not same:
             horizon.reuse = False
             pending.cached_states = []
-            logger.info(
+            logger.warning(
                 "the hidden-state cache is off: started from the hidden state that enters block %d, %s, so the blocks "
                 "pass on more than a hidden state. Second passes run whole.",
                 step.lowest_active,

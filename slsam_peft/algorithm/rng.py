@@ -1,12 +1,37 @@
-"""Saves and restores the random state of a model's devices, so a second pass can replay the first one's dropout."""
+"""Saves and restores what a forward pass draws its noise from, so a second pass can replay the first one's.
 
-from collections.abc import Iterable
+That is the random state of torch on the CPU and on the model's devices, that of Python's `random`, which skips blocks
+and augments in some models, and that of NumPy where it is loaded (SpecAugment), and buffers that forwards change.
+"""
+
+import random
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
-State = dict[torch.device, torch.Tensor]
+from slsam_peft.algorithm.buffers import Buffers
+
+State = dict[Any, Any]
 
 CPU = torch.device("cpu")
+_PYTHON, _NUMPY = "random", "numpy.random"
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """What the noise of a model's passes comes from.
+
+    Args:
+        devices (`tuple[torch.device, ...]`): Those that have a random generator of their own, the CPU left out.
+        buffers (`Buffers`): The model's buffers.
+    """
+
+    devices: tuple[torch.device, ...]
+    buffers: Buffers
 
 
 def accelerators_of(parameters: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
@@ -14,18 +39,39 @@ def accelerators_of(parameters: Iterable[torch.Tensor]) -> tuple[torch.device, .
     return tuple({p.device for p in parameters if p.device.type not in ("cpu", "meta")})
 
 
-def snapshot(accelerators: Iterable[torch.device]) -> State:
-    """Return the state of the CPU's generator and of each accelerator's."""
-    state = {CPU: torch.get_rng_state()}
-    for device in accelerators:
+def sources_of(parameters: Iterable[torch.Tensor], buffered: Mapping[str, nn.Module] | None = None) -> Sources:
+    """Return the sources of noise of a model with these parameters, and these modules with buffers, by name."""
+    return Sources(accelerators_of(parameters), Buffers(buffered or {}))
+
+
+def snapshot(sources: Sources | Iterable[torch.device]) -> State:
+    """Return the state of the CPU's generators, of each accelerator's and of the buffers that forwards change.
+
+    Args:
+        sources (`Sources` or `Iterable[torch.device]`): What `sources_of` returned; devices alone leave buffers out.
+    """
+    devices = sources.devices if isinstance(sources, Sources) else sources
+    state: State = {CPU: torch.get_rng_state(), _PYTHON: random.getstate()}
+    for device in devices:
         state[device] = torch.get_device_module(device).get_rng_state(device)
+    if (numpy := sys.modules.get(_NUMPY)) is not None:  # nobody draws from it before it is loaded
+        state[_NUMPY] = numpy.get_state(legacy=False)
+    if isinstance(sources, Sources):
+        state[Buffers] = (sources.buffers, sources.buffers.snapshot())
     return state
 
 
 def restore(state: State) -> None:
     """Put back what `snapshot` returned."""
-    for device, value in state.items():
-        if device == CPU:
+    for source, value in state.items():
+        if source == CPU:
             torch.set_rng_state(value)
+        elif source == _PYTHON:
+            random.setstate(value)
+        elif source == _NUMPY:
+            sys.modules[_NUMPY].set_state(value)
+        elif source is Buffers:
+            buffers, saved = value
+            buffers.restore(saved)
         else:
-            torch.get_device_module(device).set_rng_state(value, device)
+            torch.get_device_module(source).set_rng_state(value, source)

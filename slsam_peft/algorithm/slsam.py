@@ -12,7 +12,8 @@ r"""SL-SAM composes one step out of the sampler, the ascent, the radius and the 
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +24,11 @@ from slsam_peft.algorithm.arms import Arm, ArmNorms
 from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.memory import GradientMemory
+from slsam_peft.algorithm.order import watched_order
 from slsam_peft.algorithm.passes import Closure, Cut, Passes, PassRunner, Pending, Step, quotient
 from slsam_peft.algorithm.radius import build_radius
 from slsam_peft.algorithm.sampler import Draw, Sampler
+from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
 from slsam_peft.config import SLSAMConfig
@@ -132,6 +135,7 @@ class SLSAM:
             {p: sites for arm in arms for p, sites in zip(arm.parameters, arm.sites, strict=True)},
             self.horizon,
             pairs if rideable and self.ascent.rides else (),
+            getattr(arms, "buffered", None),
         )
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
@@ -150,6 +154,7 @@ class SLSAM:
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
         self._random_before: rng.State = {}
+        self._behind: dict[torch.nn.Module, bool] = {}
         if config.method is None:
             logger.info(
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
@@ -231,7 +236,7 @@ class SLSAM:
             step = self._begin(count, passes) if index == 0 else self._current
             if step is None:
                 raise RuntimeError(f"micro-batch {index} of {count} came before the first; start a step with 0.")
-            with self.runner.switched(step.trained):
+            with self.runner.switched(step.trained), self._watched_order():
                 loss = self._micro_batch(step, passes, index)
                 if index == count - 1:
                     self._finish(step)
@@ -251,6 +256,7 @@ class SLSAM:
         self._before = state.sampler(self)
         self.runner.clear()
         self._check_passes(passes, count)
+        self._settle_order(passes)
         # Draw the arms; frozen ones are left alone.
         thawed = self.runner.thawed()
         draw = self._draw(thawed)
@@ -270,6 +276,39 @@ class SLSAM:
             self._recall(step)
         self._current = step
         return step
+
+    @contextmanager
+    def _watched_order(self) -> Iterator[None]:
+        """Note which modules run behind the blocks, as long as that is a guess for some."""
+        unsure = getattr(self.arms, "unsure", {})
+        if not unsure:
+            yield
+            return
+        modules = [module for modules in unsure.values() for module in modules]
+        with watched_order(self.arms.all_blocks, modules) as behind:  # type: ignore[attr-defined]
+            yield
+        self._behind |= behind
+
+    def _settle_order(self, passes: Passes) -> None:
+        """Set the depth of arms by what runs behind the blocks: seen in a pass to spare, or else in the last step."""
+        if not getattr(self.arms, "unsure", None):
+            return
+        if passes.forward_only is not None:
+            with self._watched_order():
+                passes.forward_only()
+            rng.restore(self._random_before)
+        if not self._behind:
+            return
+        arms: Any = self.arms
+        if not arms.confirm(self._behind):
+            return
+        depths = [arm.depth for arm in arms]
+        self._depths = torch.tensor([-1 if depth is None else depth for depth in depths])
+        drawn_so_far = self.sampler.scheme.state_dict()
+        self.sampler.scheme = build_scheme(self.config, depths)
+        self.sampler.scheme.load_state_dict(drawn_so_far)
+        if self.horizon is not None:
+            self.horizon.above = arms.above
 
     def _draw(self, thawed: torch.Tensor) -> Draw:
         """Draw arms of which at least one is not frozen."""
@@ -421,13 +460,16 @@ class SLSAM:
         # The sampler learns from the arms whose gradient was seen, unless the step is void.
         seen, self.norms = self._seen(step, numbers)
         self.drawn = step.draw.probabilities
-        if not numbers.finite:
+        idle = self._is_idle(numbers)
+        if idle:  # nothing that was drawn takes part in the loss
+            self._skip_idle()
+        elif not numbers.finite:
             self._skip(numbers)
         elif bool(self.norms[seen].any()):
             self.sampler.learn(step.draw, seen, self.norms)
         # The metrics count a skipped step among those skipped in a row; only a good one ends the row.
         self.metrics = step_metrics(self, step, numbers)
-        if numbers.finite:
+        if numbers.finite and not idle:
             self.skipped_in_a_row = 0
         self._watch.see(self.metrics)
         # The step is complete: what belongs to it alone goes, what the next one needs stays.
@@ -488,6 +530,18 @@ class SLSAM:
         alone = Pending(_alone(pending.passes), pending.state)
         self.runner.descend(step, alone, logged=False)
         return self._numbers(step, scale)
+
+    def _is_idle(self, numbers: StepNumbers) -> bool:
+        """Whether nothing that was drawn takes part in the loss; ranks send zeros then."""
+        nowhere = self.reduce is not None or all(p.grad is None for p in self.runner.parameters)
+        return nowhere and float(numbers.descent_squared.sum()) == 0.0
+
+    def _skip_idle(self) -> None:
+        """Make a step void in which no drawn arm has a gradient. It says nothing about divergence."""
+        self.skipped += 1
+        self.runner.clear()  # the optimizer changes nothing
+        if self.loss_scale is not None and self.loss_scale() is not None:
+            self.runner.void()  # a gradient scaler wants to see one
 
     def _skip(self, numbers: StepNumbers) -> None:
         """Make the step void, and end the training where too many in a row were.

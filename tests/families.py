@@ -1,0 +1,249 @@
+"""Tiny models of families that run in ways of their own, built from configs, in float64, and batches for them."""
+
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+WORDS = 64
+
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_BASE = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    **_TOKENS,
+}
+_DECODER = {**_BASE, "num_key_value_heads": 2, "head_dim": 8}
+_EXPERTS = {
+    **_DECODER,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.001,
+}
+_SEQ2SEQ = {
+    "vocab_size": WORDS,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "decoder_start_token_id": 2,
+    **_TOKENS,
+}
+_SPEECH = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [16, 16, 16],
+    "conv_stride": [5, 2, 2],
+    "conv_kernel": [10, 3, 3],
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_length": 2,
+    "pad_token_id": 0,
+}
+
+# Class, without its ending, of model and config; settings; where LoRA goes.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_EXPERTS, "decoder_sparse_step": 1}, ["q_proj"]),
+    "qwen3-moe every other": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**_EXPERTS, "decoder_sparse_step": 2},
+        ["q_proj"],
+    ),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _EXPERTS, ["q_proj"]),
+    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", _EXPERTS, ["q_proj"]),
+    "jamba": (
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **_EXPERTS,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+        ["q_proj", "x_proj"],
+    ),
+    "qwen3-next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {
+            **_EXPERTS,
+            "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        ["q_proj", "out_proj"],
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 4, "n_head": 4, **_TOKENS},
+        ["query_key_value"],
+    ),
+    "mpt": (
+        "MptForCausalLM",
+        "MptConfig",
+        {"vocab_size": WORDS, "d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64},
+        ["Wqkv"],
+    ),
+    "falcon": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**{k: v for k, v in _BASE.items() if k != "intermediate_size"}, "attn_implementation": "eager"},
+        ["query_key_value"],
+    ),
+    "gpt-neo": (
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        {
+            "vocab_size": WORDS,
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 4,
+            "max_position_embeddings": 64,
+            **_TOKENS,
+        },
+        ["q_proj", "v_proj"],
+    ),
+    "roformer": (
+        "RoFormerForSequenceClassification",
+        "RoFormerConfig",
+        {**_BASE, "embedding_size": 32, "num_labels": 3},
+        ["query", "value"],
+    ),
+    "megatron-bert": (
+        "MegatronBertForSequenceClassification",
+        "MegatronBertConfig",
+        {**_BASE, "num_labels": 3},
+        ["query", "value"],
+    ),
+    "deberta": (
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        {**_BASE, "num_labels": 3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        ["query_proj", "value_proj"],
+    ),
+    "xlnet": (
+        "XLNetForSequenceClassification",
+        "XLNetConfig",
+        {"vocab_size": WORDS, "d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 48, "num_labels": 3},
+        ["layer_1", "layer_2"],
+    ),
+    "albert": (
+        "AlbertForSequenceClassification",
+        "AlbertConfig",
+        {**_BASE, "embedding_size": 16, "num_labels": 3},
+        ["query", "value", "embedding_hidden_mapping_in"],
+    ),
+    "roberta": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**_BASE, "num_labels": 3},
+        ["query", "value"],
+    ),
+    "xlm-roberta": (
+        "XLMRobertaForSequenceClassification",
+        "XLMRobertaConfig",
+        {**_BASE, "num_labels": 3},
+        ["query", "value"],
+    ),
+    "camembert": (
+        "CamembertForSequenceClassification",
+        "CamembertConfig",
+        {**_BASE, "num_labels": 3},
+        ["query", "value"],
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {**_SEQ2SEQ, "max_position_embeddings": 64},
+        r".*decoder.*(q_proj|v_proj)",
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32},
+        r".*decoder.*(q_proj|v_proj)",
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": WORDS,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_decoder_layers": 4,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+            **_TOKENS,
+        },
+        r".*decoder.*\.(q|v)",
+    ),
+    "wav2vec2": ("Wav2Vec2ForCTC", "Wav2Vec2Config", _SPEECH, ["q_proj", "v_proj"]),
+}
+
+
+def model_of(family, checkpointing=None, lora=None, **settings):
+    """Return a model in training mode with non-zero adapters.
+
+    Args:
+        family: A key of `FAMILIES`.
+        checkpointing: `None`, or `use_reentrant` of gradient checkpointing.
+        lora: More arguments of `LoraConfig`.
+        settings: More settings of the model's config.
+    """
+    torch.manual_seed(0)
+    name, config, base, targets = FAMILIES[family]
+    eager = {"experts_implementation": "eager"} if "num_experts" in base else {}
+    settings = {**base, **settings}
+    model = getattr(transformers, name)._from_config(getattr(transformers, config)(**settings), **eager).double()
+    task = {"task_type": "SEQ_CLS"} if "num_labels" in base else {}
+    adapter = LoraConfig(**{"r": 2, "target_modules": targets, **task, **(lora or {})})
+    model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    if checkpointing is not None:
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def batch_of(family):
+    """Return a batch of three sequences for a family."""
+    generator = torch.Generator().manual_seed(1)
+    _, _, settings, _ = FAMILIES[family]
+    ids = torch.randint(3, WORDS, (3, 8), generator=generator)
+    if family == "wav2vec2":
+        return {"input_values": torch.randn(3, 800, generator=generator).double(), "labels": ids[:, :4] % 29 + 3}
+    if family == "whisper":
+        return {"input_features": torch.randn(3, 8, 40, generator=generator).double(), "labels": ids}
+    if "num_labels" in settings:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
