@@ -19,7 +19,7 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
-_WORD = re.compile(rf"(?<![^-._ 0-9/])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?![^-._ 0-9/])")
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?![a-z])")
 
 
 def files_by_split(folder: Path, config: str | None = None) -> dict[str, list[Path]]:

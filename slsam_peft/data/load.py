@@ -6,14 +6,16 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.data.columns import Columns, features, stored, widened
+from slsam_peft.data.columns import features, stored
 from slsam_peft.data.files import SUFFIXES, Table, check_files, check_rows, read_rows, suffix_of
 from slsam_peft.data.folders import OTHER_DATA, files_by_split
-from slsam_peft.data.rows import TEMPLATE_OPTIONS, RowError
-from slsam_peft.data.spellings import Converter, deciding_columns
+from slsam_peft.data.rows import TEMPLATE_OPTIONS
+from slsam_peft.data.spellings import Converter, Row, deciding_columns
+from slsam_peft.data.tables import changed, is_table
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -214,7 +216,7 @@ def _in_form(data: Any, where: str, text_field: str) -> Any:
     """
     convert = Converter(text_field)
     rows = data
-    if hasattr(data, "num_rows"):
+    if is_table(data):
         deciding = [name for name in data.column_names if name in deciding_columns(text_field)]
         rows = data.select_columns(deciding or data.column_names)
     numbered = ((f"{where}, row {i}", dict(row)) for i, row in enumerate(rows, 1))
@@ -248,42 +250,18 @@ def _decoded_texts(declared: Mapping[str, Any], text_field: str) -> list[str]:
 
 def _is_padded(data: Any, text_field: str) -> bool:
     """Return whether columns without any value would make TRL take the rows for others than they are."""
-    if data.column_names is None or not hasattr(data, "num_rows"):  # a stream, of which one row has been seen
+    if data.column_names is None or not is_table(data):  # a stream, of which one row has been seen
         return True
     _, made = Converter(text_field)(next(iter(data)))
     return set(made) != set(data.column_names) or TEMPLATE_OPTIONS in made
 
 
 def _converted(data: Any, text_field: str) -> Any:
-    """Convert the rows of a data set whose columns have types already."""
-    convert = Converter(text_field)
-    if not hasattr(data, "num_rows"):
-        return data.map(lambda row: convert(row)[1], remove_columns=data.column_names)
-    # The columns that are read or changed are stored by the types of all rows; the others as they are.
-    deciding = [name for name in data.column_names if name in deciding_columns(text_field)]
-    columns: Columns = {}
-    for number, row in enumerate(data.select_columns(deciding), 1):
-        try:
-            columns = widened(columns, convert(row)[1])
-        except RowError as error:
-            raise UserError(f"row {number}: {error.sentence}") from None
-    return data.map(
-        _convert_typed,
-        fn_kwargs={"columns": columns, "text_field": text_field},
-        features=_with_others(data, deciding, columns),
-        remove_columns=deciding,
-    )
+    return changed(data, partial(_as_trained, text_field), deciding_columns(text_field))
 
 
-def _convert_typed(row: Mapping[str, Any], columns: Columns, text_field: str) -> dict[str, Any]:
-    return stored(Converter(text_field)({k: row[k] for k in row if k in deciding_columns(text_field)})[1], columns)
-
-
-def _with_others(data: Any, changed: Sequence[str], columns: Columns) -> Any:
-    from datasets import Features
-
-    kept = {name: kind for name, kind in data.features.items() if name not in changed}
-    return Features(kept | dict(features(columns)))
+def _as_trained(text_field: str, row: Mapping[str, Any]) -> Row:
+    return Converter(text_field)(row)[1]
 
 
 def _say(where: str, sentences: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 `find_model` turns a name into what `from_pretrained` takes; everything else here takes that.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,12 @@ def find_model(name: str, tell: Tell = lambda _: None) -> str:
         tell (callable, *optional*): Is told of a download.
 
     Raises:
-        UserError: the name is spelled as a path and there is no such folder, or SmolLM2 cannot be fetched.
+        UserError: the name is spelled as a path and there is no such folder, the folder holds an adapter, or SmolLM2
+            cannot be fetched.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _refuse_adapter(folder)
         return str(folder)
     if name == SMOLLM2:
         return str(fetch_smollm2(tell))
@@ -42,6 +45,22 @@ def find_model(name: str, tell: Tell = lambda _: None) -> str:
             f"Hub, or {SMOLLM2}."
         )
     return name
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter and no model, by the name of the adapter's base."""
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    of = f" of the base model {base}" if base else ""
+    raise UserError(
+        f"{folder} holds an adapter{of}, not a model. Name {base or 'its base model'}; to train on from the adapter, "
+        f"merge it first: slsam-peft export {folder} --merge --output FOLDER, and name that folder."
+    )
 
 
 def is_path(name: str) -> bool:
