@@ -61,7 +61,9 @@ def make_model(folder: str = "model", **changes: Any) -> None:
 def test_answers_that_are_all_cut_off_are_refused_with_the_length_that_would_do(which: str) -> None:
     cut, kept = rows(LONG, LONG | {"prompt": "w1 " + LONG["prompt"]}), rows(SHORT)
     data, held_out = (cut, kept) if which == "training" else (kept, cut)
-    with pytest.raises(ValueError, match=rf"all 2 {which} rows have no answer within max_length=8; .*length=22, .*length=24\."):
+    with pytest.raises(
+        ValueError, match=rf"all 2 {which} rows have no answer within max_length=8; .*length=22, .*length=24\."
+    ):
         trainer(data, parts={"eval_dataset": held_out}, eval_strategy="steps", max_length=8)
 
 
