@@ -36,6 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tokens and head": {"trainable_token_indices": {"embed_tokens": NEW}, "modules_to_save": ["lm_head"]},
     "head alone": {"modules_to_save": ["lm_head"]},
     "nothing of them": {},
+    "tied, nothing of them": {},
 }
 
 
@@ -45,7 +46,7 @@ def trained(
 ) -> tuple[Path, Path, torch.Tensor]:
     """A base, an adapter trained on it with added tokens, and the logits it had."""
     folder = tmp_path_factory.mktemp("added")
-    llama().save_pretrained(folder / "base")
+    llama(tie_word_embeddings=request.param.startswith("tied")).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     model.resize_token_embeddings(WORDS + ADDED)
@@ -64,27 +65,30 @@ def test_it_is_loaded_exactly_on_the_base_it_names(trained: tuple[Path, Path, to
         assert torch.equal(model(IDS).logits, logits)
 
 
-@pytest.mark.parametrize("base", ["named", "resized"])
 def test_every_tool_takes_it(
-    trained: tuple[Path, Path, torch.Tensor], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, out, logits = trained
-    model = []
-    if base == "resized":
-        resized = AutoModelForCausalLM.from_pretrained(folder)
-        resized.resize_token_embeddings(WORDS + ADDED)
-        resized.save_pretrained(tmp_path / "resized")
-        tokenizer().save_pretrained(tmp_path / "resized")
-        model = ["--model", str(tmp_path / "resized")]
-    assert main(["check", str(out), *model]) == 0, capsys.readouterr().out
+    _, out, logits = trained
+    assert main(["check", str(out)]) == 0, capsys.readouterr().out
     assert main(["inspect", str(out)]) == 0
     assert "Structure from the adapter's own names" not in capsys.readouterr().out
-    assert main(["chat", str(out), "--prompt", "w1", "--max_new_tokens", "2", *model]) == 0
+    assert main(["chat", str(out), "--prompt", "w1", "--max_new_tokens", "2"]) == 0
     merged = tmp_path / "merged"
-    assert main(["export", str(out), "--output", str(merged), "--merge", *model]) == 0
+    assert main(["export", str(out), "--output", str(merged), "--merge", "--no_measure"]) == 0
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(merged)(IDS).logits
     torch.testing.assert_close(found, logits, atol=MERGED_LOGITS, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config.s `base_model_name_or_path`:UserWarning")
+def test_it_is_loaded_on_a_base_that_was_resized(trained: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
+    folder, out, logits = trained
+    resized = AutoModelForCausalLM.from_pretrained(folder)
+    resized.resize_token_embeddings(WORDS + ADDED)
+    resized.save_pretrained(tmp_path / "resized")
+    model, _ = load_adapted(open_adapter(out, str(tmp_path / "resized")))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, logits)
 
 
 def test_its_arms_are_told_without_its_base(
@@ -132,18 +136,17 @@ def run_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
     return run
 
 
-@pytest.mark.parametrize("brings", [True, False], ids=["added tokens", "the same tokens"])
+@pytest.mark.parametrize("template", ["other", "other/chat_template.jinja"], ids=["of a model", "of a file"])
 def test_the_lines_that_sft_prints_load_its_adapter(
-    run_sft: Callable[..., int], brings: bool, capsys: pytest.CaptureFixture[str]
+    run_sft: Callable[..., int], template: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tokenizer()
-    if brings:
-        other.add_tokens([f"new{i}" for i in range(ADDED)])
+    other.add_tokens([f"new{i}" for i in range(ADDED)])
     other.save_pretrained("other")
-    assert run_sft("--chat_template_path", "other") == 0
+    assert run_sft("--chat_template_path", template) == 0
     said = capsys.readouterr().out
     lines = said[said.index("Load it:") + len("Load it:") :].strip().splitlines()
-    assert len(lines) == (3 if brings else 1)
+    assert len(lines) == (3 if template == "other" else 1)
     names: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}
     exec("\n".join(lines[:-1]), names)  # noqa: S102
     model = eval(lines[-1], names)  # noqa: S307
