@@ -8,11 +8,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
+from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.adapters.vocabulary import as_trained, is_copy, resize, tensor_of
-from slsam_peft.config import RECORD_NAME
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import find_model, is_path, load_config, load_model, load_tokenizer
 from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
@@ -240,34 +240,14 @@ def load_adapted(
     config = check_fit(adapter)
     recorded = None if adapter.record is None else getattr(torch, adapter.record["base"]["dtype"])
     dtype = dtype or recorded
-    base = load_model(adapter.base, dtype, _quantization(adapter, dtype), attention)
+    quantization = settings_of(adapter.quantization, config, dtype, adapter.base)
+    base = load_model(adapter.base, dtype, quantization, attention)
     resize(base, config)
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the adapter {adapter.folder} cannot be loaded: {brief(error)}") from error
     return model.eval(), adapter_tokenizer(adapter)
-
-
-def _quantization(adapter: Adapter, dtype: torch.dtype | None) -> BitsAndBytesConfig | None:
-    """Return how the base was quantised in training, for a model that computes in `dtype`.
-
-    Raises:
-        UserError: the record holds settings that bitsandbytes does not take.
-    """
-    if adapter.quantization is None:
-        return None
-    settings = dict(adapter.quantization)
-    if dtype is not None:
-        settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    try:
-        made: Any = BitsAndBytesConfig.from_dict(settings)
-    except (TypeError, ValueError, AttributeError) as error:  # all of them are raised for values of odd types
-        raise UserError(
-            f"base model {adapter.base} cannot be quantised as recorded: {brief(error)}. Delete {RECORD_NAME} beside "
-            "the adapter: it then counts as one on a base that was not quantised."
-        ) from error
-    return made
 
 
 def adapter_tokenizer(adapter: Adapter) -> Any:

@@ -95,7 +95,7 @@ def load_tokenizer(source: str) -> Any:
 def load_model(
     source: str,
     dtype: torch.dtype | None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: Any = None,
     attention: str | None = None,
 ) -> Any:
     """Load a causal language model onto the GPU, or the CPU where there is none.
@@ -103,7 +103,7 @@ def load_model(
     Args:
         source (`str`): From `find_model`.
         dtype (`torch.dtype` or `None`): Of its weights; `None` keeps that of its files.
-        quantization (`BitsAndBytesConfig`, *optional*): How its linear layers are quantised.
+        quantization (`QuantizationConfigMixin`, *optional*): How its linear layers are quantised.
         attention (`str`, *optional*): The attention's implementation, as transformers names it.
 
     Raises:

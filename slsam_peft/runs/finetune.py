@@ -233,7 +233,7 @@ def load_data(script: ScriptArguments, args: SFTConfig) -> tuple[Any, Any]:
     """
     if not script.dataset_name:
         raise UserError(
-            "there is no data set; give a .json, .jsonl or .parquet file, a folder of them or a name on the Hub: "
+            "there is no data set; give a .json, .jsonl or .parquet file, a folder of them, or a name on the Hub: "
             "--dataset_name NAME."
         )
     options = {

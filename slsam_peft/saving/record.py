@@ -201,6 +201,8 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or parameter.is_meta or not parameter.is_floating_point():
             continue  # trained, elsewhere, or packed
+        if type(parameter.data) is not torch.Tensor:
+            continue  # packed by a library whose tensors look like plain ones
         if not name.startswith(adapters):
             yield base_name(name), parameter
 
