@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from slsam_peft.adapters.skeleton import Shapes, skeleton_of
+from slsam_peft.adapters.vocabulary import as_trained
 from slsam_peft.algorithm.arms import Arms, arms_of
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import load_config
@@ -99,7 +100,7 @@ def _in_base(config: Any, shapes: Shapes) -> tuple[_Placed | None, str]:
     base = config.base_model_name_or_path
     try:
         with _without_warnings():
-            shape = load_config(str(base), local=True)
+            shape = as_trained(load_config(str(base), local=True), shapes)
             shape.quantization_config = None
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)

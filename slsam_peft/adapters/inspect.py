@@ -19,6 +19,7 @@ from slsam_peft.adapters.arms import (
     safe_file,
     shapes_in,
 )
+from slsam_peft.adapters.load import below
 from slsam_peft.algorithm.arms import Arm, Arms
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import is_path
@@ -83,9 +84,9 @@ def inspect(name: str, granularity: str) -> Inspection:
     if (folder / SETTINGS).is_file():
         return _inspect_adapter(folder, granularity)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        below = sorted(str(path.parent) for path in folder.glob(f"*/{SETTINGS}"))
-        hint = f" There are adapters in: {', '.join(below[:4])}." if below else ""
-        raise UserError(f"{folder} holds neither {SETTINGS} nor config.json; name an adapter or a model.{hint}")
+        raise UserError(
+            f"{folder} holds neither {SETTINGS} nor config.json; name an adapter or a model.{below(folder)}"
+        )
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder it is in.")
     if not folder.exists() and is_path(name):

@@ -8,10 +8,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
-from slsam_peft.config import RECORD_NAME
+from slsam_peft.adapters.quantization import settings_of
+from slsam_peft.adapters.vocabulary import as_trained, is_copy, resize, tensor_of
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import find_model, is_path, load_config, load_model, load_tokenizer
 from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
@@ -80,7 +81,9 @@ def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
         raise UserError(f"adapter folder {folder} does not exist (from {Path.cwd()}).")
     if not (path / SETTINGS).is_file():
         what = "a full model, not an adapter" if (path / "config.json").is_file() else "no adapter"
-        raise UserError(f"{folder} holds {what}: {SETTINGS} is missing. Name the folder an adapter was saved in.")
+        raise UserError(
+            f"{folder} holds {what}: {SETTINGS} is missing. Name the folder an adapter was saved in.{below(path)}"
+        )
     try:
         config: Any = PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -93,6 +96,12 @@ def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
         )
     shapes = _header(path / WEIGHTS)
     return Adapter(path, config, shapes, read_record(path), _base_of(config, model))
+
+
+def below(folder: Path) -> str:
+    """Return a sentence on the adapters in the folders below one, such as PEFT makes for those with a name."""
+    found = sorted(str(path.parent) for path in folder.glob(f"*/{SETTINGS}"))
+    return f" There are adapters in: {', '.join(found[:4])}." if found else ""
 
 
 def _header(path: Path) -> Shapes:
@@ -126,15 +135,16 @@ def _base_of(config: Any, given: str | None) -> str:
 
 
 def base_config(adapter: Adapter) -> Any:
-    """Return the config of an adapter's base model.
+    """Return the config of an adapter's base model, with as many embeddings as it had in training.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: it cannot be found or read, or some of the embeddings it had are nowhere.
     """
     try:
-        return load_config(adapter.base)
+        config = load_config(adapter.base)
     except UserError as error:
         raise UserError(f"base {error}") from error
+    return as_trained(config, adapter.shapes)
 
 
 def fit(adapter: Adapter, config: Any) -> Fit:
@@ -165,6 +175,7 @@ def fit(adapter: Adapter, config: Any) -> Fit:
     places: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     # Embeddings that are adapted or were resized are saved in full beside the adapter.
     known = places | {key: own[name] for key in adapter.shapes if (name := base_name(key)) in own}
+    known |= {key: own[tensor_of(key)] for key in adapter.shapes if is_copy(key, known) and tensor_of(key) in own}
     return Fit(
         shape=shape,
         unused=sorted(adapter.shapes.keys() - known.keys()),
@@ -226,36 +237,17 @@ def load_adapted(
     Raises:
         UserError: the base cannot be read, or the adapter does not fit it.
     """
-    check_fit(adapter)
+    config = check_fit(adapter)
     recorded = None if adapter.record is None else getattr(torch, adapter.record["base"]["dtype"])
     dtype = dtype or recorded
-    base = load_model(adapter.base, dtype, _quantization(adapter, dtype), attention)
+    quantization = settings_of(adapter.quantization, config, dtype, adapter.base)
+    base = load_model(adapter.base, dtype, quantization, attention)
+    resize(base, config)
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the adapter {adapter.folder} cannot be loaded: {brief(error)}") from error
     return model.eval(), adapter_tokenizer(adapter)
-
-
-def _quantization(adapter: Adapter, dtype: torch.dtype | None) -> BitsAndBytesConfig | None:
-    """Return how the base was quantised in training, for a model that computes in `dtype`.
-
-    Raises:
-        UserError: the record holds settings that bitsandbytes does not take.
-    """
-    if adapter.quantization is None:
-        return None
-    settings = dict(adapter.quantization)
-    if dtype is not None:
-        settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    try:
-        made: Any = BitsAndBytesConfig.from_dict(settings)
-    except (TypeError, ValueError, AttributeError) as error:  # all of them are raised for values of odd types
-        raise UserError(
-            f"base model {adapter.base} cannot be quantised as recorded: {brief(error)}. Delete {RECORD_NAME} beside "
-            "the adapter: it then counts as one on a base that was not quantised."
-        ) from error
-    return made
 
 
 def adapter_tokenizer(adapter: Adapter) -> Any:

@@ -162,14 +162,18 @@ def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 def _replaced(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what the adapter's file holds in full: saved modules, resized embeddings, trained biases."""
+    saved_names = set()
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             saved: Any = module.modules_to_save[ADAPTER_NAME]
             for name, parameter in saved.named_parameters():
+                saved_names.add(base_name(f"{path}.{name}"))
                 yield base_name(f"{path}.{name}"), parameter.detach()
     prefixes = adapter_prefixes(model)
     for name, parameter in model.named_parameters():
         if any(parameter.stride()) and not name.startswith(prefixes):  # no longer an expanded zero
+            if base_name(name) in saved_names:
+                continue  # what the module that was trained stood beside; PEFT saves embeddings with both
             yield base_name(name), parameter.detach()
 
 

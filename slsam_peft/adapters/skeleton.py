@@ -10,6 +10,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX = "base_model.model."
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_BASES = ("original_module",)
 _EMBEDDINGS = ("embed", "wte", "wpe")  # in names, where no shape tells
 
 
@@ -47,6 +48,8 @@ def skeleton_of(shapes: Shapes) -> nn.Module:
     # The tensors of each layer, by the layer's path.
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
+        if any(part in name.split(".") for part in _BASES):
+            continue  # what the adapter was trained beside
         parts = [
             part for part in name.removeprefix(PREFIX).split(".") if part not in ("base_layer", "modules_to_save")
         ]

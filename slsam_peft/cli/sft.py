@@ -59,7 +59,7 @@ def _train(settings: Settings) -> None:
 
     trainer = finetune(settings.script, settings.training, settings.model, settings.slsam)
     if trainer.is_world_process_zero():
-        _report(settings)
+        _report(settings, trainer.model.get_input_embeddings().weight.shape[0])
     trainer.accelerator.end_training()
 
 
@@ -119,13 +119,29 @@ def _without_debug(argv: list[str]) -> list[str]:
     return [word for i, word in enumerate(argv) if word != "--debug" or (i < last and not argv[i + 1].startswith("-"))]
 
 
-def _report(settings: Settings) -> None:
+def _report(settings: Settings, embeddings: int) -> None:
+    """Say where the result is, and print lines of Python that load it.
+
+    Args:
+        settings (`Settings`): What was asked for.
+        embeddings (`int`): How many the model has now; a template of another model may have brought tokens along.
+    """
+    from transformers import AutoConfig
+
     folder, base = settings.training.output_dir, settings.model.model_name_or_path
-    if settings.model.use_peft:
-        loaded = f'AutoModelForCausalLM.from_pretrained("{base}")'
-        _say(f'The adapter is in {folder}. Load it: PeftModel.from_pretrained({loaded}, "{folder}")')
-    else:
+    if not settings.model.use_peft:
         _say(f'The model is in {folder}. Load it: AutoModelForCausalLM.from_pretrained("{folder}")')
+        return
+    revision, trusted = settings.model.model_revision, settings.training.trust_remote_code
+    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trusted)
+    loaded = f'AutoModelForCausalLM.from_pretrained("{base}")'
+    if embeddings == config.get_text_config().vocab_size:
+        _say(f'The adapter is in {folder}. Load it: PeftModel.from_pretrained({loaded}, "{folder}")')
+        return
+    _say(f"The adapter is in {folder}, with the tokens that were added to the base. Load it:")
+    _say(f"base = {loaded}")
+    _say(f"base.resize_token_embeddings({embeddings}, mean_resizing=False)  # the adapter has their values")
+    _say(f'PeftModel.from_pretrained(base, "{folder}")')
 
 
 def _say(text: str) -> None:

@@ -1,10 +1,14 @@
 """Turns the rows of a data set into tokens, of which those of the answers count, or all of a plain text."""
 
+import logging
 from typing import Any
 
 from slsam_peft.data.load import load_eval_split, load_split
+from slsam_peft.data.parts import without_parts
 from slsam_peft.data.scoring import Tokens, pair_of, tokenize
 from slsam_peft.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def load_examples(
@@ -23,8 +27,9 @@ def load_examples(
         UserError: the data cannot be read, are of a kind that has no answer to predict, or no answer is left.
     """
     data = load_split(name) if held_out is None else load_eval_split(name, held_out)
+    data = without_parts(data, tokenizer)
     where = name if held_out is None else held_out
-    found = []
+    found, number = [], 0
     for number, row in enumerate(data, 1):
         tokens = _tokens(tokenizer, dict(row), f"{where}, row {number}", max_length)
         if max(tokens.prompt, 1) < len(tokens.ids):
@@ -33,6 +38,14 @@ def load_examples(
             break
     if not found:
         raise UserError(f"{where}: no row has an answer within {max_length} tokens; raise --max_length.")
+    if len(found) < number:
+        logger.warning(
+            "%s: %d of the first %d rows have no answer within %d tokens and are left out; raise --max_length.",
+            where,
+            number - len(found),
+            number,
+            max_length,
+        )
     return found
 
 

@@ -1,30 +1,62 @@
 """Reads local JSON, JSON Lines and Parquet files row by row, with the line each row stands on.
 
-The `datasets` library fills columns that a row lacks with nulls and names no line when a file is malformed, so files
-are checked here before it reads them.
+The `datasets` library fills columns that a row lacks with nulls, guesses their types from the first rows and names no
+line when a file is malformed. So files are checked here, and those of JSON are read here alone.
 """
 
 import codecs
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from slsam_peft.data.rows import COLUMNS, RowError, kind_of, needed_columns, type_name
+from slsam_peft.data.columns import Columns, widened
+from slsam_peft.data.rows import RowError, needed_columns, type_name
+from slsam_peft.data.spellings import Converter, Row, deciding_columns
 from slsam_peft.errors import UserError
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".ndjson")
+ALLOWED = f"{', '.join(SUFFIXES)}, and JSON packed by gzip, .jsonl.gz"
 
 _JSON_FORM = "a file holds one JSON object per line, or one list of objects"
 
-Located = tuple[str, dict[str, Any]]  # ("line 3", row)
+Located = tuple[str, Row]  # ("line 3", row)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of the rows of some files once all of them have been read.
+
+    Args:
+        kind (`str`): Their kind, see `kind_of`.
+        columns (`dict[str, Kind]`): Their columns as they are trained on; empty for Parquet, which has its own.
+        said (`list[str]`): What was converted or left out, as sentences.
+    """
+
+    kind: str
+    columns: Columns
+    said: list[str]
+
+
+def suffix_of(path: Path) -> str:
+    """Return what a data file's name says that it is: one of `SUFFIXES`, or an empty text."""
+    name = path.name.lower()
+    packed = name.removesuffix(".gz")
+    suffix = Path(packed).suffix
+    if suffix not in SUFFIXES or (packed != name and suffix not in JSON_SUFFIXES):
+        return ""
+    return suffix
 
 
 def check_file(path: Path, text_field: str = "text") -> str:
     """Check every row of a local data file and return their kind.
 
     Args:
-        path (`Path`): A `.json`, `.jsonl` or `.parquet` file.
+        path (`Path`): A `.json`, `.jsonl`, `.ndjson` or `.parquet` file; those of JSON may be packed by gzip.
         text_field (`str`, *optional*, defaults to `"text"`): Name of the plain text column.
 
     Returns:
@@ -34,47 +66,88 @@ def check_file(path: Path, text_field: str = "text") -> str:
         UserError: the file is missing, of another type, unreadable, malformed or empty, a row lacks its columns, or
             rows are of different kinds. The message names the file and the line (the row, for Parquet).
     """
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist; check the path, which is relative to {Path.cwd()}.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"data file {path}: the extension '{path.suffix}' is not known; allowed: {', '.join(SUFFIXES)}. "
-            "Convert the file, or rename it if it is one of these."
-        )
-    try:
-        kind = _kind_of_all(path, text_field)
-    except OSError as error:
-        raise UserError(f"data file {path} cannot be read: {error.strerror or error}.") from None
-    if not kind:
-        raise UserError(f"data file {path} is empty; it needs at least one row with {needed_columns(text_field)}.")
-    return kind
+    return check_files([path], text_field).kind
 
 
-def _kind_of_all(path: Path, text_field: str) -> str:
-    """Return the kind of all rows of a file; empty where there is none."""
+def check_files(paths: Sequence[Path], text_field: str = "text") -> Table:
+    """Check every row of local data files, which must all be of one kind; see `check_file`."""
+    for path in paths:
+        _check_name(path)
+    convert = Converter(text_field)
+    found = check_rows(_located(paths, text_field), convert, typed=suffix_of(paths[0]) == ".parquet")
+    if not found.kind:
+        which = f"data file {paths[0]} is" if len(paths) == 1 else f"data files {', '.join(map(str, paths[:3]))} are"
+        raise UserError(f"{which} empty; at least one row with {needed_columns(text_field)} is needed.")
+    return found
+
+
+def check_rows(rows: Iterable[Located], convert: Converter, *, typed: bool) -> Table:
+    """Check rows, which must all be of one kind.
+
+    Args:
+        rows (`Iterable[tuple[str, dict]]`): Where each row is, and the row.
+        convert (`Converter`): Turns rows into what is trained on.
+        typed (`bool`): The rows come from a table, whose columns have types of their own.
+
+    Raises:
+        UserError: a row is none, is of another kind than the first, or cannot be stored. The message says where it is.
+    """
     kind = first = ""
-    for where, row in _rows(path, text_field):
+    columns: Columns = {}
+    for where, row in rows:
         try:
-            found = kind_of(row, text_field)
+            found, made = convert(row)
+            if not typed:
+                columns = widened(columns, made)
         except RowError as error:
-            raise UserError(f"{path}, {where}: {error.sentence}") from None
+            raise UserError(f"{where}: {error.sentence}") from None
         if kind and found != kind:
             raise UserError(
-                f"{path}, {where}: a {found} row, but {first} is a {kind} row; a file holds rows of one kind. "
+                f"{where}: a {found} row, but {first} is a {kind} row; all rows must be of one kind. "
                 "Split the file, or bring all rows into one form."
             )
-        kind, first = kind or found, first or where
-    return kind
+        kind, first = kind or found, first or where.rpartition(", ")[2]
+    return Table(kind, columns, convert.sentences())
 
 
-def _rows(path: Path, text_field: str) -> Iterator[Located]:
-    if path.suffix.lower() == ".parquet":
+def _check_name(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"data file {path} does not exist; check the path, which is relative to {Path.cwd()}.")
+    if not suffix_of(path):
+        raise UserError(
+            f"data file {path}: the extension '{path.suffix}' is not known; allowed: {ALLOWED}. "
+            "Convert the file, or rename it if it is one of these."
+        )
+
+
+def _located(paths: Sequence[Path], text_field: str) -> Iterator[Located]:
+    for path in paths:
+        try:
+            for where, row in read_rows(path, text_field):
+                yield f"{path}, {where}", row
+        except (OSError, EOFError, zlib.error) as error:
+            what = getattr(error, "strerror", None) or error
+            raise UserError(f"data file {path} cannot be read: {what}.") from None
+
+
+def read_rows(path: Path, text_field: str = "text") -> Iterator[Located]:
+    """Yield the rows of a file as they stand there, with their places; of Parquet, only columns that decide.
+
+    Raises:
+        UserError: it is malformed. The message names the file and the line.
+        OSError, EOFError, zlib.error: it cannot be read.
+    """
+    if suffix_of(path) == ".parquet":
         return _parquet_rows(path, text_field)
     return _json_list(path) if _starts_list(path) else _json_lines(path)
 
 
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
 def _starts_list(path: Path) -> bool:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for line in file:
             text = line.removeprefix(codecs.BOM_UTF8).strip()
             if text:
@@ -83,29 +156,30 @@ def _starts_list(path: Path) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[Located]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, raw in enumerate(file, 1):
             text = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, path, number)
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = json.loads(text, parse_constant=_refuse_constant)
+            except (ValueError, RecursionError) as error:
                 raise _malformed(path, number, error) from None
             yield f"line {number}", _require_object(row, path, number)
 
 
 def _json_list(path: Path) -> Iterator[Located]:
     """Yield the rows of a list one by one, so that each has its line."""
-    text = _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1)
-    decoder = json.JSONDecoder()
+    with _open(path) as file:
+        text = _decode(file.read().removeprefix(codecs.BOM_UTF8), path, 1)
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     # Each turn reads one row and what separates it from the next; `counted` is how far newlines have been counted.
     at, line, counted = _skip_space(text, text.index("[") + 1), 1, 0
     while not text.startswith("]", at):
         line, counted = line + text.count("\n", counted, at), at
         try:
             row, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise _malformed(path, getattr(error, "lineno", line), error) from None
         yield f"line {line}", _require_object(row, path, line)
         at = _skip_space(text, at)
@@ -126,6 +200,10 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON; write null instead")
+
+
 def _decode(raw: bytes, path: Path, first_line: int) -> str:
     try:
         return raw.decode("utf-8")
@@ -137,7 +215,7 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
 
 
 def _malformed(path: Path, line: int, error: Exception) -> UserError:
-    detail = "nested too deeply"
+    detail = str(error) if isinstance(error, ValueError) else "nested too deeply"
     if isinstance(error, json.JSONDecodeError):
         detail = f"{error.msg[:1].lower()}{error.msg[1:]} at column {error.colno}"
     return UserError(f"{path}, line {line}: not valid JSON: {detail}; {_JSON_FORM}.")
@@ -157,7 +235,7 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[Located]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             # Only the columns that decide are read: a file may have other, large ones.
-            read = [name for name in names if name in (*COLUMNS, text_field)] or names[:1]
+            read = [name for name in names if name in deciding_columns(text_field)] or names[:1]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=read):
                 for row in batch.to_pylist():

@@ -7,6 +7,22 @@ from slsam_peft.config import hint_at
 
 COLUMNS = ("input_ids", "prompt", "completion", "messages", "conversations")
 
+# Columns of which each kind consists. What else a row has under one of these names would make TRL take it for a row
+# of another kind, or add the end token to the wrong text.
+FORMS: dict[str, tuple[str, ...]] = {
+    "tokenized": ("input_ids",),
+    "prompt-completion": ("prompt", "completion"),
+    "conversational prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+}
+TEMPLATE_OPTIONS = "chat_template_kwargs"  # a column: what a row's chat template is given
+
+# The roles that chat templates know: everybody's, Llama's name of a tool, Granite's parts of a prompt.
+ROLES = ("system", "user", "assistant", "tool", "ipython", "control", "document")
+
+# Columns with one value for each token.
+PER_TOKEN = ("labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "token_type_ids")
+
 
 class RowError(ValueError):
     """A row is of no kind that supervised fine-tuning takes; the message says why, without a place."""
@@ -26,30 +42,44 @@ def kind_of(row: Mapping[str, Any], text_field: str = "text") -> str:
     """Return what kind of training row this is, by the same order of columns as TRL's `SFTTrainer`.
 
     Args:
-        row (`Mapping[str, Any]`): Column name to value; `None` counts as absent.
+        row (`Mapping[str, Any]`): Column name to value; `None` counts as absent. Other spellings than TRL's are turned
+            into its own before, by `slsam_peft.data.spellings`.
         text_field (`str`, *optional*, defaults to `"text"`): Name of the plain text column.
 
     Returns:
-        `str`: `"tokenized"`, `"prompt-completion"`, `"conversational prompt-completion"`, `"messages"`,
-        `"conversations"` or `"text"`.
+        `str`: `"tokenized"`, `"prompt-completion"`, `"conversational prompt-completion"`, `"messages"` or `"text"`.
 
     Raises:
         RowError: the row has none of these forms; the message says what is wrong.
     """
     present = {name: value for name, value in row.items() if value is not None}
+    _check_template_columns(present)
     if "input_ids" in present:
-        _check_token_ids(present["input_ids"])
+        _check_token_ids(present)
         return "tokenized"
     if "prompt" in present or "completion" in present:
         return _prompt_completion(present)
-    for name in ("messages", "conversations"):
-        if name in present:
-            _check_messages(name, present[name])
-            return name
+    if "messages" in present:
+        _check_messages("messages", present["messages"])
+        return "messages"
     if text_field in present:
         _require_text(text_field, present[text_field])
         return "text"
     raise RowError(_no_columns(row, text_field))
+
+
+def columns_of(kind: str, text_field: str = "text") -> tuple[str, ...]:
+    """Return the columns that a row of a kind consists of."""
+    return (text_field,) if kind == "text" else FORMS[kind]
+
+
+def left_out(names: Mapping[str, Any], kind: str, text_field: str = "text") -> list[str]:
+    """Return which of a row's columns are a part of another kind of row, and must not come with it."""
+    if kind == "tokenized":  # TRL looks at nothing else
+        return []
+    kept = columns_of(kind, text_field)
+    parts = {*COLUMNS, text_field, "chosen", "rejected", *PER_TOKEN}
+    return [name for name in names if name in parts and name not in kept]
 
 
 def _no_columns(row: Mapping[str, Any], text_field: str) -> str:
@@ -83,30 +113,74 @@ def _require_text(name: str, value: Any) -> None:
         raise RowError(f"'{name}' must be a text, not {type_name(value)}")
 
 
-def _check_token_ids(value: Any) -> None:
-    if not isinstance(value, list) or not value or not all(type(token) is int for token in value):
+def _check_template_columns(row: Mapping[str, Any]) -> None:
+    if not isinstance(row.get(TEMPLATE_OPTIONS, {}), dict):
+        raise RowError(f"'{TEMPLATE_OPTIONS}' must be an object, not {type_name(row[TEMPLATE_OPTIONS])}")
+
+
+def _check_token_ids(row: Mapping[str, Any]) -> None:
+    """Check that there are tokens, and one value for each of them in the columns beside them."""
+    value = row["input_ids"]
+    if not _is_integers(value) or not value:
         raise RowError("'input_ids' must be a list of one or more integers")
+    if min(value) < 0:
+        raise RowError(f"'input_ids' holds {min(value)}; a token's id is 0 or more")
+    for name in PER_TOKEN:
+        if name in row and not (_is_integers(row[name]) and len(row[name]) == len(value)):
+            raise RowError(f"'{name}' must be a list of {len(value)} integers, one for each of 'input_ids'")
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(entry) is int for entry in value)
 
 
 def _check_messages(name: str, value: Any) -> None:
+    for position, message in enumerate(require_messages(name, value), 1):
+        _check_message(f"'{name}', message {position}", message)
+
+
+def require_messages(name: str, value: Any) -> list[dict[str, Any]]:
+    """Return a column's messages.
+
+    Raises:
+        RowError: it is no list of one or more objects.
+    """
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else type_name(value)
         raise RowError(f"'{name}' must be a list of one or more messages, not {what}")
     for position, message in enumerate(value, 1):
         if not isinstance(message, dict):
             raise RowError(f"'{name}', message {position} must be an object, not {type_name(message)}")
-        _check_message(f"'{name}', message {position}", message)
+    return value
 
 
 def _check_message(where: str, message: Mapping[str, Any]) -> None:
-    role, content = ("from", "value") if message.get("from") is not None else ("role", "content")
-    if not isinstance(message.get(role), str):
+    # Who speaks.
+    role = message.get("role")
+    if not isinstance(role, str):
         found = ", ".join(repr(key) for key in message) or "none"
-        raise RowError(f"{where} needs a '{role}' that is a text; its keys are {found}")
-    value = message.get(content)
+        raise RowError(f"{where} needs a 'role' that is a text; its keys are {found}")
+    if role not in ROLES:
+        raise RowError(f"{where} has the role {role!r}; roles are {', '.join(ROLES)}")
+    # What is said.
+    value = message.get("content")
     calls_tool = value is None and message.get("tool_calls")
     if not calls_tool and not isinstance(value, str | list):
-        raise RowError(f"{where} needs a '{content}' that is a text or a list of parts, not {type_name(value)}")
+        raise RowError(f"{where} needs a 'content' that is a text or a list of parts, not {type_name(value)}")
+    for part in value if isinstance(value, list) else ():
+        if not isinstance(part, dict):
+            raise RowError(f"{where} has a content of parts, and one is {type_name(part)} instead of an object")
+        if part.get("type") == "text" and not isinstance(part.get("text"), str):
+            raise RowError(f"{where} has a part of type 'text' whose 'text' is {type_name(part.get('text'))}")
+    # What no chat template knows, and nobody would miss until the model has learnt without it.
+    weight = message.get("weight")
+    if weight is not None and weight != 1:
+        raise RowError(
+            f"{where} has the weight {weight!r}, and training does not weigh messages; give the ones that count as "
+            "'completion' and the others as 'prompt', or set assistant_only_loss"
+        )
+    if message.get("function_call") is not None:
+        raise RowError(f"{where} has a 'function_call', which chat templates do not know; write it as 'tool_calls'")
 
 
 def type_name(value: Any) -> str:

@@ -58,15 +58,24 @@ def pair_of(row: dict[str, Any], where: str) -> Pair:
     """
     if row.get("messages"):
         *prompt, answer = row["messages"]
-        if prompt and answer["role"] == "assistant":
-            return [dict(m) for m in prompt], answer["content"]
+        if prompt and answer["role"] == "assistant" and (text := _text_of(answer)):
+            return [dict(m) for m in prompt], text
     elif row.get("prompt") is not None:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str):
             return prompt, completion
-        if len(completion) == 1:
-            return [dict(m) for m in prompt], completion[0]["content"]
-    raise UserError(f"{where}: it needs a prompt and one answer: 'prompt' and 'completion', or 'messages'.")
+        if len(completion) == 1 and (text := _text_of(completion[0])):
+            return [dict(m) for m in prompt], text
+    raise UserError(f"{where}: it needs a prompt and one answer, a text: 'prompt' and 'completion', or 'messages'.")
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """Return a message's text, its parts joined by newlines; an empty one where it has none, or anything else."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return content or ""
+    texts = [part.get("text") for part in content]
+    return "" if None in texts else "\n".join(map(str, texts))
 
 
 def tokenize(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | None = None) -> Tokens:
@@ -86,7 +95,8 @@ def tokenize(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | N
     else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + end
     return Tokens((ids + answer_ids)[:max_length], min(len(ids), max_length))
 
 

@@ -3,6 +3,7 @@
 `find_model` turns a name into what `from_pretrained` takes; everything else here takes that.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,12 @@ def find_model(name: str, tell: Tell = lambda _: None) -> str:
         tell (callable, *optional*): Is told of a download.
 
     Raises:
-        UserError: the name is spelled as a path and there is no such folder, or SmolLM2 cannot be fetched.
+        UserError: the name is spelled as a path and there is no such folder, the folder holds an adapter, or SmolLM2
+            cannot be fetched.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _refuse_adapter(folder)
         return str(folder)
     if name == SMOLLM2:
         return str(fetch_smollm2(tell))
@@ -42,6 +45,22 @@ def find_model(name: str, tell: Tell = lambda _: None) -> str:
             f"Hub, or {SMOLLM2}."
         )
     return name
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter and no model, by the name of the adapter's base."""
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    of = f" of the base model {base}" if base else ""
+    raise UserError(
+        f"{folder} holds an adapter{of}, not a model. Name {base or 'its base model'}; to train on from the adapter, "
+        f"merge it first: slsam-peft export {folder} --merge --output FOLDER, and name that folder."
+    )
 
 
 def is_path(name: str) -> bool:
@@ -76,7 +95,7 @@ def load_tokenizer(source: str) -> Any:
 def load_model(
     source: str,
     dtype: torch.dtype | None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: Any = None,
     attention: str | None = None,
 ) -> Any:
     """Load a causal language model onto the GPU, or the CPU where there is none.
@@ -84,7 +103,7 @@ def load_model(
     Args:
         source (`str`): From `find_model`.
         dtype (`torch.dtype` or `None`): Of its weights; `None` keeps that of its files.
-        quantization (`BitsAndBytesConfig`, *optional*): How its linear layers are quantised.
+        quantization (`QuantizationConfigMixin`, *optional*): How its linear layers are quantised.
         attention (`str`, *optional*): The attention's implementation, as transformers names it.
 
     Raises:

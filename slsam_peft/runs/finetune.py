@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from slsam_peft.data.load import is_file_name, load_eval_split, load_split
 from slsam_peft.errors import UserError
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.models.load import find_model
+from slsam_peft.runs.sequences import CheckedTrainer, check_enough_rows, check_token_ids
 from slsam_peft.runs.signals import StopOnSignal
 from slsam_peft.saving.resume import intact_checkpoint, last_intact_checkpoint, what_is_missing
 from slsam_peft.trainer.trainer import SLSAMTrainer
@@ -58,6 +60,7 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     """
     # What can be refused without the model, from the cheapest check to the dearest.
     folder = str(args.output_dir)  # SFTConfig has set one
+    check_counts(args)
     check_output_folder(folder)
     args.resume_from_checkpoint = find_checkpoint(args, sampler=not slsam.accept_state_mismatch)
     check_model(model, args)
@@ -81,11 +84,35 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
             reason = " ".join(str(error).split())[:LONGEST_QUOTE] if damage else str(error)
             raise UserError(f"training cannot start: {reason}{damage}") from error
         stop.raise_if_stopped()
+        if trainer.state.global_step == 0:
+            raise UserError(
+                "no step was made: the data set gave no batch. Nothing was trained, and nothing is saved in "
+                f"{folder}. Check its rows, max_length and the batch size."
+            )
     # Only what was trained to the end is saved as an adapter.
     trainer.save_model(folder)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer
+
+
+def check_counts(args: SFTConfig) -> None:
+    """Check the counts that transformers divides by, or takes for something else.
+
+    Raises:
+        UserError: one is too small. The message says what is allowed.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}={getattr(args, name)} is not allowed; it must be an integer >= 1.")
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise UserError(
+            f"max_steps={args.max_steps} is not allowed; it must be an integer >= 1, or -1 to train num_train_epochs."
+        )
+    if args.max_steps == -1 and not args.num_train_epochs > 0:
+        raise UserError(f"num_train_epochs={args.num_train_epochs} is not allowed; it must be a number > 0.")
+    if args.max_length is not None and args.max_length < 1:
+        raise UserError(f"max_length={args.max_length} is not allowed; it must be an integer >= 1.")
 
 
 def damaged_file(checkpoint: str | None) -> str:
@@ -206,7 +233,7 @@ def load_data(script: ScriptArguments, args: SFTConfig) -> tuple[Any, Any]:
     """
     if not script.dataset_name:
         raise UserError(
-            "there is no data set; give a .json, .jsonl or .parquet file, a folder of them or a name on the Hub: "
+            "there is no data set; give a .json, .jsonl or .parquet file, a folder of them, or a name on the Hub: "
             "--dataset_name NAME."
         )
     options = {
@@ -241,20 +268,34 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
     } | given
     # Whatever does not fit is found here, before anything is trained.
     try:
-        trainer = SLSAMTrainer(
+        trainer = CheckedTrainer(
             model=model.model_name_or_path,
             args=args,
             train_dataset=train,
             eval_dataset=held_out,
             quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            peft_config=peft_config_of(model),
             slsam_config=slsam,
         )
         keep_trainable(trainer.model)
+        check_token_ids(trainer)
+        check_enough_rows(trainer)
         _ = trainer.slsam  # builds the arms, so that what does not fit them is known before training
     except (ValueError, ImportError, OSError, RuntimeError, TemplateError) as error:
         raise UserError(f"{model.model_name_or_path} cannot be trained with these settings: {error}") from error
     return trainer
+
+
+def peft_config_of(model: ModelConfig) -> Any:
+    """Return the adapter's settings. TRL makes a text of a list of one module, and PEFT takes a text for a pattern."""
+    config: Any = get_peft_config(model)
+    if config is None:
+        return None
+    for name in ("target_modules", "target_parameters"):
+        value = getattr(config, name, None)
+        if isinstance(value, str) and value != "all-linear" and re.fullmatch(r"[\w.]+", value):
+            setattr(config, name, {value} if name == "target_modules" else [value])
+    return config
 
 
 @contextmanager

@@ -26,6 +26,8 @@ SAMPLED_TENSORS = 256  # tensors of the base that are sampled, at most
 SAMPLED_VALUES = 4  # values of each
 SAMPLE_TOLERANCE = 2**-7  # relative: one unit in the last place of bfloat16, whatever dtype the base is loaded in
 
+UNNAMED = "default"  # the adapter that PEFT saves in a folder itself, and others below it
+
 PROBE_TOKENS = 16
 PROBE_POSITIONS = 4  # the last tokens of the probe
 PROBE_VALUES = 64  # logits of each position that are recorded
@@ -59,9 +61,13 @@ logger = logging.getLogger(__name__)
 
 
 def write_record(trainer: Any, folder: str | os.PathLike) -> None:
-    """Write `slsam.json` for a trainer's adapter into `folder`, atomically; nothing for a model without adapters.
+    """Write `slsam.json` for a trainer's adapter beside it, atomically; nothing for a model without adapters.
 
     A record that cannot be made is worth a warning and no more: the adapter itself has been saved.
+
+    Args:
+        trainer (`Trainer`): The trainer.
+        folder (`str` or `os.PathLike`): Where the model was saved; an adapter with a name lies in a folder below.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
@@ -78,7 +84,10 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
     except Exception:  # any kind of model: whatever it refuses, its adapter must not be lost
         logger.warning("%s was not written: the adapter's record could not be made.", RECORD_NAME, exc_info=True)
         return
-    write_atomically(Path(folder) / RECORD_NAME, f"{json.dumps(record, indent=1)}\n".encode())
+    for name in model.active_adapters:
+        beside = Path(folder) if name == UNNAMED else Path(folder) / name
+        beside.mkdir(parents=True, exist_ok=True)
+        write_atomically(beside / RECORD_NAME, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def describe_base(model: PeftModel) -> dict[str, Any]:
@@ -164,8 +173,16 @@ def probe_logits(model: Any) -> torch.Tensor:
 
 
 def probe(model: PeftModel) -> list[list[float | None]] | None:
-    """Return part of the probe's logits, of 4 positions and 64 tokens; `None` for what is no decoder."""
-    if model.active_peft_config.is_prompt_learning or getattr(model.config, "is_encoder_decoder", False):
+    """Return part of the probe's logits, of 4 positions and 64 tokens.
+
+    Returns:
+        `list[list[float]]` or `None`: `None` for what is no decoder, and where several adapters answer together.
+    """
+    if (
+        len(model.active_adapters) > 1
+        or model.active_peft_config.is_prompt_learning
+        or getattr(model.config, "is_encoder_decoder", False)
+    ):
         return None
     logits = probe_logits(model)
     if logits.dim() != 2 or logits.shape[0] != PROBE_TOKENS:
@@ -184,6 +201,8 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or parameter.is_meta or not parameter.is_floating_point():
             continue  # trained, elsewhere, or packed
+        if type(parameter.data) is not torch.Tensor:
+            continue  # packed by a library whose tensors look like plain ones
         if not name.startswith(adapters):
             yield base_name(name), parameter
 

@@ -19,13 +19,17 @@ from slsam_peft.saving.record import (
 
 
 def read_record(folder: Path) -> Record | None:
-    """Return the record in `folder`, or `None` where there is none.
+    """Return the record of the adapter in `folder`, or `None` where there is none.
+
+    One of an adapter with a name may lie a folder above, if no other adapter lies there or beside it.
 
     Raises:
         UserError: it cannot be read, another version wrote it, or a value is missing or of another kind than is
             written. The message names the file, the value's place in it, and what to do.
     """
     path = folder / RECORD_NAME
+    if not path.is_file() and _is_alone(folder):
+        path = folder.parent / RECORD_NAME
     if not path.is_file():
         return None
     try:
@@ -44,6 +48,15 @@ def read_record(folder: Path) -> Record | None:
             "that wrote it, or delete the file: the adapter then counts as one of another trainer."
         )
     return record
+
+
+def _is_alone(folder: Path) -> bool:
+    """Return whether a folder's adapter is the only one that a record a folder above can be of."""
+    above = folder.resolve().parent
+    return (
+        list(above.glob("*/adapter_config.json")) == [folder.resolve() / "adapter_config.json"]
+        and not (above / "adapter_config.json").exists()
+    )
 
 
 def _check(record: Any) -> None:

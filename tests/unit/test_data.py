@@ -1,7 +1,10 @@
 """Local data files: which rows are taken, and what is said about bad ones."""
 
+import gzip
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -38,7 +41,6 @@ def jsonl(path: Path, *rows: object) -> Path:
         ({"messages": CALL}, "messages"),
         ({"messages": TURNS, "text": "ignored", "id": 3}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "messages"),
-        ({"conversations": SHAREGPT}, "conversations"),
         ({"prompt": "a", "completion": "b"}, "prompt-completion"),
         ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "conversational prompt-completion"),
         ({"input_ids": [1, 2], "text": None}, "tokenized"),
@@ -59,7 +61,7 @@ def test_text_column_may_have_another_name() -> None:
     [
         ({}, "the columns are none"),
         ({"message": TURNS}, "Did you mean 'messages'"),
-        ({"instruction": "a", "output": "b"}, "the columns are 'instruction', 'output'"),
+        ({"instruction": "a", "response": "b"}, "the columns are 'instruction', 'response'"),
         ({"input": "a", "label": "b"}, "the columns are 'input', 'label'; a row needs"),  # and no hint at input_ids
         ({"text": None}, "'text' is null"),
         ({"text": 3}, "'text' must be a text, not a number"),
@@ -73,7 +75,14 @@ def test_text_column_may_have_another_name() -> None:
         ({"messages": [*TURNS, {"content": "a"}]}, "'messages', message 3 needs a 'role'"),
         ({"messages": [{"role": "user"}]}, "needs a 'content' that is a text or a list of parts, not null"),
         ({"messages": [{"role": "user", "content": 4}]}, "not a number"),
-        ({"conversations": [{"from": "human"}]}, "needs a 'value'"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "has the role 'narrator'; roles are system, user"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "the weight 0, and training does not weigh"),
+        ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "as 'tool_calls'"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "one is a text instead of an object"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "whose 'text' is a number"),
+        ({"messages": TURNS, "chat_template_kwargs": "thinking"}, "'chat_template_kwargs' must be an object"),
+        ({"input_ids": [1, -2]}, "'input_ids' holds -2"),
+        ({"input_ids": [1, 2], "labels": [1]}, "'labels' must be a list of 2 integers"),
         ({"input_ids": []}, "'input_ids' must be a list of one or more integers"),
         ({"input_ids": [True]}, "'input_ids' must be a list of one or more integers"),
     ],
@@ -265,3 +274,190 @@ def test_a_part_of_the_built_in_data_can_be_taken():
     )
     with pytest.raises(UserError, match=r"no split 'train\[99999:\]'; .* parts of them such as 'train\[:96\]'"):
         load_split("stdlib_docs", "train[99999:]")
+
+
+def rows_of(path: Path, **options: Any) -> list[dict[str, Any]]:
+    return [dict(row) for row in load_split(str(path), **options)]
+
+
+PARTS = [{"type": "text", "text": "a"}]
+JSON_TEXTS = ["hello", PARTS, '{"a": 1}', "1e3", "null", "true", "007", '"quoted"', "[1]", "4", ""]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+@pytest.mark.parametrize("first", range(len(JSON_TEXTS)))
+def test_texts_that_are_json_stay_texts(tmp_path: Path, first: int, streaming: bool) -> None:
+    contents = [*JSON_TEXTS[first:], *JSON_TEXTS[:first]]
+    rows = [{"messages": [{"role": "user", "content": c}], "tag": "007", "other": c} for c in contents]
+    assert rows_of(jsonl(tmp_path / "a.jsonl", *rows), streaming=streaming) == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_values_of_any_type_stay_as_they_are(tmp_path: Path, streaming: bool) -> None:
+    odd = [3, 2.5, "a", None, True, [], [1, "a"], {}, {"x": 1}, {"x": "1", "y": None}, 2**63, -1, [[1], []]]
+    rows = [{"text": "a", "odd": value, "same": {"x": i}, "few": [{"a": i}, {}]} for i, value in enumerate(odd)]
+    assert rows_of(jsonl(tmp_path / "a.jsonl", *rows), streaming=streaming) == rows
+
+
+def test_a_column_may_come_late(tmp_path: Path) -> None:
+    rows = [{"text": "x" * 2000} for _ in range(6000)] + [{"text": "a", "meta": {"a": 1}}]  # beyond one chunk of 10 MB
+    found = rows_of(jsonl(tmp_path / "a.jsonl", *rows))
+    assert (found[0], found[-1]) == ({"text": "x" * 2000, "meta": None}, rows[-1])
+
+
+def test_template_options_in_some_rows_are_empty_in_the_others(tmp_path: Path) -> None:
+    rows = [{"messages": TURNS}, {"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}}]
+    rows += [{"messages": TURNS, "chat_template_kwargs": None}]
+    found = [row["chat_template_kwargs"] for row in rows_of(jsonl(tmp_path / "a.jsonl", *rows))]
+    assert found == [{}, {"enable_thinking": False}, {}]
+    pq.write_table(pa.Table.from_pylist([rows[2], *rows[1:]]), tmp_path / "a.parquet")
+    assert [row["chat_template_kwargs"] for row in rows_of(tmp_path / "a.parquet")] == found
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "ndjson", "jsonl.gz", "parquet"])
+def test_brackets_in_a_name_are_no_pattern(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "runs [old]*?"
+    folder.mkdir()
+    for name, text in (("train[1]", "mine"), ("train1", "other"), ("train[!2]", "other")):
+        path = folder / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.table({"text": [text]}), path)
+            continue
+        content = json.dumps({"text": text}).encode()
+        path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert rows_of(folder / f"train[1].{suffix}") == [{"text": "mine"}]
+    assert len(rows_of(folder)) == 3
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"text": "one"})
+    assert rows_of(path) == [{"text": "one"}]
+    jsonl(path, {"text": "two and more"})
+    assert rows_of(path) == [{"text": "two and more"}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "stream"])
+def test_sharegpt_is_converted_with_one_line(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"system": text, "conversations": SHAREGPT, "id": text} for text in ("Be brief.", "")]
+    path = tmp_path / "rows"
+    if kind == "parquet":
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    else:
+        path = jsonl(tmp_path / "a.jsonl", *rows)
+    with caplog.at_level(logging.WARNING, "slsam_peft"):
+        found = rows_of(path, streaming=kind == "stream")
+    system = {"role": "system", "content": "Be brief."}
+    assert found == [{"id": "Be brief.", "messages": [system, *TURNS]}, {"id": "", "messages": TURNS}]
+    assert len(caplog.messages) == 1
+    assert "ShareGPT's 'from' and 'value' into 'role' and 'content'" in caplog.messages[0]
+
+
+def test_hub_rows_are_converted_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    table = datasets.Dataset.from_list([{"conversations": SHAREGPT, "system": None}] * 2)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: table)
+    assert load_split("someone/some-data")[1] == {"messages": TURNS}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: table.to_iterable_dataset())
+    assert list(load_split("someone/some-data", streaming=True)) == [{"messages": TURNS}] * 2
+    assert len(caplog.messages) == 2
+
+
+def test_later_rows_of_the_hub_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = datasets.Dataset.from_dict({"text": ["a", None]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: table)
+    with pytest.raises(UserError, match=r"'someone/some-data', split 'train', row 2: 'text' is null"):
+        load_split("someone/some-data")
+
+
+def test_texts_that_datasets_has_decoded_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": [{"role": "user", "content": c}]} for c in ("a", PARTS)]
+    path = str(jsonl(tmp_path / "a.jsonl", *rows))
+    decoded = datasets.load_dataset("json", data_files=path, split="train")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: decoded)
+    load_split("someone/some-data")
+    assert "datasets has decoded texts of 'messages'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["train.jsonl", "extra.jsonl"], "train", ["train.jsonl"]),
+        (["a.jsonl", "b.ndjson", "c.jsonl.gz"], "train", ["a.jsonl", "b.ndjson", "c.jsonl.gz"]),
+        (["train/0.jsonl", "train/1.jsonl", "dev/0.jsonl"], "train", ["train/0.jsonl", "train/1.jsonl"]),
+        (["train/0.jsonl", "dev/0.jsonl"], "validation", ["dev/0.jsonl"]),
+        (["my-train-00001-of-2.jsonl", "my-eval.jsonl"], "test", ["my-eval.jsonl"]),
+        (["trained.jsonl", "devices.jsonl"], "train", ["devices.jsonl", "trained.jsonl"]),
+        (["train.jsonl", "test.jsonl"], "train+test", ["train.jsonl", "test.jsonl"]),
+        (["a.jsonl", "a.csv"], "train", ["a.jsonl"]),
+    ],
+)
+def test_files_of_a_folder(
+    tmp_path: Path, names: list[str], split: str, expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        content = json.dumps({"text": name}).encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [row["text"] for row in rows_of(tmp_path, split=split)] == expected
+    unread = [name for name in names if Path(name).stem in ("extra", "a") and name not in expected]
+    assert ("these files are not read" in caplog.text) == bool(unread)
+    assert all(name in caplog.text for name in unread)
+
+
+def test_files_of_a_folder_are_of_one_kind(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    jsonl(tmp_path / "b.jsonl", {"messages": TURNS})
+    with pytest.raises(UserError, match=r"b\.jsonl, line 1: a messages row, but line 1 is a text row"):
+        load_split(str(tmp_path))
+    (tmp_path / "b.jsonl").unlink()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="holds JSON and Parquet files"):
+        load_split(str(tmp_path))
+
+
+def test_a_folders_card_names_its_files(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: b\n  data_files: b.jsonl\n---\n")
+    jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    jsonl(tmp_path / "b.jsonl", {"text": "b"})
+    assert load_split(str(tmp_path), config="b")["text"] == ["b"]
+
+
+def test_saved_data_sets_have_their_splits(tmp_path: Path) -> None:
+    one, two = (datasets.Dataset.from_dict({"text": [text]}) for text in "ab")
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk(str(tmp_path / "both"))
+    assert load_eval_split(str(tmp_path / "both"), "test")["text"] == ["b"]
+    with pytest.raises(UserError, match="no split 'dev'; it has 'train' and 'test'"):
+        load_split(str(tmp_path / "both"), "dev")
+    datasets.Dataset.from_dict({"txt": ["a"]}).save_to_disk(str(tmp_path / "bad"))
+    with pytest.raises(UserError, match=r"bad, split 'train', row 1: the columns are 'txt'.* Did you mean 'text'"):
+        load_split(str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "b \\ud83d"}', r"line 2: 'text' holds \ud83d alone"),
+        ('{"text": "b", "meta": {"\\udc00": 1}}', r"line 2: 'meta' holds \udc00 alone"),
+        ('{"text": "b", "score": NaN}', "line 2: not valid JSON: NaN is no JSON"),
+        ('{"text": "b", "id": 36893488147419103232}', "line 2: 'id' holds 36893488147419103232, an integer of more"),
+        ('{"text": "b", "score": Infinity}', "line 2: not valid JSON: Infinity is no JSON"),
+    ],
+)
+def test_values_that_cannot_be_stored_are_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{TEXT}{line}\n")
+    with pytest.raises(UserError) as caught:
+        load_split(str(path))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b cut", gzip.compress(TEXT.encode() * 99)[:-9], b"no gzip"])
+def test_a_damaged_archive_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read: "):
+        load_split(str(tmp_path / "a.jsonl.gz"))

@@ -1,0 +1,133 @@
+"""Turns rows into sequences as TRL does, and says what TRL does not: which answers are cut off, which ids are none."""
+
+import copy
+import logging
+from typing import Any
+
+import pyarrow.compute as pc
+from trl import SFTTrainer
+from trl.data_utils import is_conversational
+
+from slsam_peft.data.lengths import needed
+from slsam_peft.data.parts import without_parts
+from slsam_peft.data.tables import is_table
+from slsam_peft.errors import UserError
+from slsam_peft.trainer.trainer import SLSAMTrainer
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 1024
+
+
+class CheckedTrainer(SLSAMTrainer):
+    """`SLSAMTrainer` that refuses rows with nothing to learn, counts those it leaves out, and takes parts of texts.
+
+    Raises:
+        ValueError: a tokenizer without an end token where the rows need one; rows of which every answer is cut off.
+        UserError: a row that the model's chat template cannot take.
+    """
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        check_end_token(dataset, getattr(processing_class, "tokenizer", processing_class), args.dataset_text_field)
+        rows = without_parts(dataset, processing_class)
+        options = (processing_class, args, packing, formatting_func, dataset_name)
+        made = super()._prepare_dataset(rows, *options)
+        if not packing and args.max_length is not None and is_table(rows) and len(made) < len(rows):
+            whole = copy.copy(args)
+            whole.max_length = None
+            # Made anew only where something was lost: only whole sequences tell how long they would have to be.
+            _tell_lost(
+                len(made), super()._prepare_dataset(rows, processing_class, whole, *options[2:]), args, dataset_name
+            )
+        return made
+
+
+def check_end_token(data: Any, tokenizer: Any, text_field: str) -> None:
+    """Check that there is an end token where TRL puts one behind each text.
+
+    Raises:
+        ValueError: there is none.
+    """
+    first = next(iter(data))
+    if tokenizer.eos_token is not None or "input_ids" in first or is_conversational(first):
+        return
+    column = text_field if text_field in first else "completion"
+    raise ValueError(
+        f"the tokenizer has no end token, and each '{column}' must end with one, or the model never learns to stop; "
+        "name the token of its vocabulary that ends a text: --eos_token TOKEN."
+    )
+
+
+def _tell_lost(kept: int, whole: Any, args: Any, name: str) -> None:
+    """Say how many rows have nothing to learn within the sequence length.
+
+    Raises:
+        ValueError: all of them.
+    """
+    found = needed(whole.select_columns(["labels"]), args.max_length, from_end=args.truncation_mode == "keep_end")
+    which = "held-out" if name == "eval" else "training"
+    limit = f"max_length={args.max_length}"
+    if not found.first:
+        what, do = f"have no answer (a completion that its chat template leaves out): {found.without} of", ""
+    else:
+        what = f"have no answer within {limit} and are left out:"
+        do = (
+            f"; an answer begins in each with max_length={found.begun}, and all are whole with "
+            f"max_length={found.whole}"
+        )
+    if kept == 0:
+        raise ValueError(f"all {len(whole)} {which} rows {what.removesuffix(' and are left out:')}{do}.")
+    logger.warning("%d of %d %s rows %s%s.", len(whole) - kept, len(whole), which, what.rstrip(":"), do)
+
+
+def check_token_ids(trainer: SFTTrainer) -> None:
+    """Check that the model has an embedding for every token in the rows.
+
+    Raises:
+        UserError: it has not; the message names the token.
+    """
+    model: Any = trainer.model
+    layer = model.get_input_embeddings()
+    count = getattr(layer, "num_embeddings", None) or layer.weight.shape[0]
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    held_out: Any = trainer.eval_dataset
+    sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
+    largest = [_largest_id(data) for data in sets if data is not None]
+    token = max([*largest, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1])  # type: ignore[union-attr]
+    if token < count:
+        return
+    name = tokenizer.convert_ids_to_tokens(token)  # type: ignore[union-attr]
+    raise UserError(
+        f"the rows hold token {token} ({name!r}), and the model has {count} embeddings. Use the tokenizer that the "
+        f"model came with, or give the model more, and save it: model.resize_token_embeddings({token + 1})."
+    )
+
+
+def _largest_id(data: Any) -> int:
+    """Return the largest token id in a table; -1 for a stream, or one that TRL has not prepared."""
+    if not is_table(data) or "input_ids" not in data.column_names:
+        return -1
+    largest = -1
+    for batch in data.select_columns(["input_ids"]).with_format("arrow").iter(_BATCH):
+        found = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        largest = max(largest, -1 if found is None else found)
+    return largest
+
+
+def check_enough_rows(trainer: SFTTrainer) -> None:
+    """Check that an epoch has a batch.
+
+    Raises:
+        UserError: it has none, since incomplete ones are dropped.
+    """
+    args, data = trainer.args, trainer.train_dataset
+    if not args.dataloader_drop_last or not is_table(data):
+        return
+    rows, batch = len(data), args.train_batch_size * args.world_size  # type: ignore[arg-type]
+    if rows < batch:
+        raise UserError(
+            f"dataloader_drop_last drops incomplete batches, and {rows} rows make none of {batch}; set "
+            f"per_device_train_batch_size={max(1, rows // args.world_size)}, or leave dataloader_drop_last out."
+        )

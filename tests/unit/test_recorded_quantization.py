@@ -1,0 +1,110 @@
+"""A recorded quantisation is repeated as the kind it was, or refused by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.adapters.quantization import settings_of
+from slsam_peft.cli.main import main
+from slsam_peft.errors import UserError
+from slsam_peft.saving.record import sample_base
+from tests.tiny import build, llama, lora, tokenizer
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_dict()
+INT8_TORCHAO = {
+    "quant_method": "torchao",
+    "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}},
+}
+PLAIN = LlamaConfig()
+
+
+def quantized(method: str) -> LlamaConfig:
+    return LlamaConfig(quantization_config={"quant_method": method})
+
+
+def test_a_base_that_was_not_quantised_is_not() -> None:
+    assert settings_of(None, PLAIN, torch.float32, "base") is None
+
+
+def test_bitsandbytes_computes_in_the_models_dtype() -> None:
+    made = settings_of(NF4, PLAIN, torch.bfloat16, "base")
+    assert isinstance(made, BitsAndBytesConfig)
+    assert (made.bnb_4bit_quant_type, made.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "recorded", [{"quant_method": "quanto", "weights": "int8"}, {"quant_method": "hqq"}, INT8_TORCHAO]
+)
+def test_what_is_not_installed_is_said(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("quanto", "torchao", "hqq"):
+        monkeypatch.setattr(f"transformers.quantizers.quantizer_{module}.is_{NAMES[module]}_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.quantization_config.is_torchao_available", lambda: False)
+    with pytest.raises(UserError, match=rf"quantised by {recorded['quant_method']}, which cannot be loaded here: "):
+        settings_of(recorded, PLAIN, torch.float32, "base")
+
+
+NAMES = {"quanto": "optimum_quanto", "torchao": "torchao", "hqq": "hqq"}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "own"])
+def test_what_files_hold_is_read_from_files_alone(method: str) -> None:
+    recorded = {"quant_method": method, "bits": 4}
+    assert settings_of(recorded, quantized(method), torch.float16, "base") is None
+    with pytest.raises(UserError, match=rf"quantised by {method}, and base is not: .* Name the quantised model"):
+        settings_of(recorded, PLAIN, torch.float16, "base")
+
+
+@pytest.mark.parametrize("changes", [{"bnb_4bit_quant_type": 3}, {"llm_int8_threshold": "high"}])
+def test_settings_of_odd_types_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"base model base cannot be quantised as recorded: .*slsam\.json"):
+        settings_of(NF4 | changes, PLAIN, torch.float32, "base")
+
+
+class Packed(torch.Tensor):
+    """A tensor of a library's own, which looks like a plain one and lets nobody read its values."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("reshape", "__getitem__", "float"):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_packed_weights_are_no_samples_of_the_base() -> None:
+    model = llama()
+    layer: Any = model.model.layers[0].self_attn.q_proj
+    weight = layer.weight.data.as_subclass(Packed)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model.requires_grad_(False)
+    names = sample_base(model)
+    assert "model.layers.0.self_attn.q_proj.weight" not in names
+    assert "model.layers.1.self_attn.q_proj.weight" in names
+
+
+@pytest.mark.parametrize("library", ["optimum.quanto", "torchao"])
+def test_int8_bases_have_their_record_and_are_loaded_as_they_were(
+    library: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(library)
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    llama(hidden_size=64, intermediate_size=64).save_pretrained("base")
+    tokenizer().save_pretrained("base")
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found]
+
+        settings: Any = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        settings = transformers.QuantoConfig(weights="int8")
+    options = {"quantization_config": settings, "dtype": torch.float32, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained("base", **options)
+    adapter = lora(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    trainer = build(SLSAMTrainer, "out", SLSAMConfig(active_fraction=1.0), model=model, peft_config=adapter)
+    trainer.train()
+    trainer.save_model()
+    assert main(["check", "out"]) == 0, capsys.readouterr().out
+    assert library.rpartition(".")[2] in capsys.readouterr().out
