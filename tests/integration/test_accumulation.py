@@ -113,8 +113,17 @@ OPTIMIZERS = ["adamw_torch", "sgd", "adafactor", "paged_adamw_8bit"]
 ASCENT, DESCENT = (6, 7), (8, 9)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("bad", [ASCENT[:1], ASCENT[1:], DESCENT[1:]], ids=["first ascent", "last ascent", "descent"])
+BAD = {"first ascent": ASCENT[:1], "last ascent": ASCENT[1:], "descent": DESCENT[1:]}
+
+# Every pass with one optimizer and every optimizer with one pass always, the other pairs in the slow run.
+PAIRS = [
+    pytest.param(passes, optimizer, id=f"{name}-{optimizer}", marks=[pytest.mark.slow] * (i > 0 and j > 0))
+    for i, (name, passes) in enumerate(BAD.items())
+    for j, optimizer in enumerate(OPTIMIZERS)
+]
+
+
+@pytest.mark.parametrize(("bad", "optimizer"), PAIRS)
 def test_a_bad_micro_batch_skips_its_step_whole(bad, optimizer, tmp_path):
     """The second of four: weights, decay, moments and probabilities stay, training goes on."""
     config = SLSAMConfig(rho=0.05, active_fraction=0.6, design="depth")

@@ -132,20 +132,23 @@ def test_peak_of_a_run(case, tmp_path, small_head):
     assert parts["total"] - parts["runtime"] == pytest.approx(peak, rel=PEAK_MEMORY)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def plain_peak(tmp_path_factory):
     """Return a function from micro-batches to the peak of plain LoRA, measured once."""
     return functools.cache(lambda count: trained(tmp_path_factory.mktemp("plain"), None, count)[1])
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_batches", [1, slow(3)])
 @pytest.mark.parametrize(
     "settings",
     [
         {"bandit": "paper", "active_fraction": 0.4},
-        {"active_fraction": 1.0},
-        {"design": "depth", "active_fraction": 0.5},
-        {"design": "depth", "active_fraction": 0.5, "ascent": "partial"},
+        slow({"active_fraction": 1.0}),
+        slow({"design": "depth", "active_fraction": 0.5}),
+        slow({"design": "depth", "active_fraction": 0.5, "ascent": "partial"}),
         {"design": "depth", "active_fraction": 0.5, "ascent": "remembered"},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),

@@ -106,16 +106,24 @@ def logs(trainer):
 
 RESUMED = {
     "two_pass": {},
+    "all descend": {"descent": "all", "design": "depth"},
+    "module arms": {"granularity": "module", "bandit": "paper"},
+}
+IN_A_NEW_PROCESS_TOO = {  # by test_resume.py, always
     "partial": {"ascent": "partial", "ascent_fraction": 0.5},
     "remembered": {"ascent": "remembered"},
     "depth": {"design": "depth"},
     "window": {"design": "window"},
-    "all descend": {"descent": "all", "design": "depth"},
-    "module arms": {"granularity": "module", "bandit": "paper"},
 }
 
 
-@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(settings, id=name) for name, settings in RESUMED.items()),
+        *(pytest.param(s, id=name, marks=pytest.mark.slow) for name, s in IN_A_NEW_PROCESS_TOO.items()),
+    ],
+)
 def test_resuming_is_bitwise_going_on(settings, tmp_path):
     """With three micro-batches per step and LoRA dropout: weights, optimizer, sampler and logs."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.5, **settings)

@@ -1,5 +1,6 @@
 """What people train with, each for three steps: the right arms move, everything else stays as it was."""
 
+import functools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from tests.tiny import build, completions, conversations, llama, lora, texts, tr
 from tests.watch import STEPS, Watch, check, hooks
 
 CONFIG = SLSAMConfig(rho=0.05, active_fraction=0.4)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # the rest of a sweep whose first cases always run
 
 
 def run(folder, config=CONFIG, **settings):
@@ -55,7 +57,12 @@ def test_label_smoothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"]
+    "scheduler",
+    [
+        "cosine",
+        "constant_with_warmup",
+        *map(slow, ["linear", "cosine_with_restarts", "polynomial", "inverse_sqrt"]),
+    ],
 )
 def test_learning_rate_schedulers(scheduler, tmp_path):
     trainer, _ = run(tmp_path, lr_scheduler_type=scheduler)
@@ -81,8 +88,15 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("design", ["bernoulli", "depth"])
-@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS.keys())
+# Every kind with one sampling scheme always, and with the other one in the slow run.
+PAIRS = [
+    (slow if (i + j) % 2 else pytest.param)(settings, design, id=f"{name}-{design}")
+    for i, (name, settings) in enumerate(ADAPTERS.items())
+    for j, design in enumerate(("bernoulli", "depth"))
+]
+
+
+@pytest.mark.parametrize(("settings", "design"), PAIRS)
 def test_adapters(settings, design, tmp_path):
     model = llama(attention_bias=True) if "bias" in settings else llama()
     config = SLSAMConfig(rho=0.05, active_fraction=0.5, design=design)
@@ -143,11 +157,21 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("adapter_dtype", ["float32", "keep"])
-@pytest.mark.parametrize("settings", QUANTIZED.values(), ids=QUANTIZED.keys())
-def test_quantized_base_weights(settings, adapter_dtype, saved_base, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "adapter_dtype"),
+    [
+        ("nf4", "float32"),
+        ("nf4, double", "keep"),
+        ("8-bit", "float32"),
+        slow("nf4", "keep"),
+        slow("nf4, double", "float32"),
+        slow("8-bit", "keep"),
+    ],
+)
+def test_quantized_base_weights(name, adapter_dtype, saved_base, tmp_path):
+    quantization = BitsAndBytesConfig(**QUANTIZED[name])
     model = LlamaForCausalLM.from_pretrained(
-        saved_base, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu", dtype=torch.float32
+        saved_base, quantization_config=quantization, device_map="cpu", dtype=torch.float32
     )
     config = SLSAMConfig(rho=0.2, active_fraction=0.4, adapter_dtype=adapter_dtype)
     trainer, watch = run(tmp_path / "out", config, model=model, learning_rate=0.05)
@@ -157,7 +181,7 @@ def test_quantized_base_weights(settings, adapter_dtype, saved_base, tmp_path):
     assert len(quantized) == 7 * len(trainer.slsam.arms)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", slow("adamw_8bit"), slow("adamw_bnb_8bit")])
 def test_8_bit_optimizers(optimizer, tmp_path):
     """The head is large enough: below 4,096 elements, and for embeddings, bitsandbytes keeps float32 moments."""
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
