@@ -81,7 +81,7 @@ class Bandit:
     def __init__(self, count: int, budget: float, config: SLSAMConfig) -> None:
         self.budget = budget
         self.rate = config.bandit_rate
-        self.rule: Any = config.bandit
+        self.rule: Any = config.resolved.bandit
         self._min_share = config.min_probability
         self.probabilities = torch.full((count,), budget / count, dtype=torch.float64)
         self._scale = torch.zeros((), dtype=torch.float64)

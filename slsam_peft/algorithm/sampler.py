@@ -42,6 +42,7 @@ class Sampler:
     """
 
     def __init__(self, depths: Sequence[int | None], budget: float, config: SLSAMConfig) -> None:
+        config = config.resolved
         self.bandit = Bandit(len(depths), budget, config)
         self.scheme = build_scheme(config, depths)
         self.generator = torch.Generator().manual_seed(config.seed)

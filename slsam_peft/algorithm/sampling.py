@@ -274,6 +274,7 @@ def build_scheme(config: SLSAMConfig, depths: Sequence[int | None]):
     Raises:
         ValueError: `"window"` or `"depth"` on arms without a depth order.
     """
+    config = config.resolved
     if callable(config.design):
         return _Checked(config.design)
     if config.design == "bernoulli":
