@@ -86,8 +86,20 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+# Every setting once, two of them checkpointed, always; each the other way in the slow run.
+CASES = [
+    pytest.param(
+        settings,
+        checkpointing,
+        id=f"{name}-{kind}",
+        marks=[pytest.mark.slow] * ((kind == "checkpointed") != (settings["design"] == "depth")),
+    )
+    for name, settings in SETTINGS.items()
+    for kind, checkpointing in {"plain": None, "checkpointed": False}.items()
+]
+
+
+@pytest.mark.parametrize(("settings", "checkpointing"), CASES)
 def test_training_follows_the_slow_reference(settings, checkpointing):
     config = SLSAMConfig(rho=RHO, active_fraction=0.5, **settings)
     models = [decoder("llama", checkpointing, dropout=0.2) for _ in range(2)]
