@@ -391,7 +391,7 @@ class SLSAM:
         if self.reduce is None:
             return gradients
         sent = [] if losses is None else [losses, *step.riding.values()]
-        if losses is None and isinstance(step.items, torch.Tensor):
+        if losses is None and not self.ascent.exact and isinstance(step.items, torch.Tensor):
             step.items, step.divisor = quotient(step.items, step.divisor, step.items.double()), 1.0
             sent.append(step.items)
         for i in self.runner.members(step.mask if losses is None else step.trained):  # the same tensors on every rank
