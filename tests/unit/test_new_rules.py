@@ -39,7 +39,7 @@ class Adaptive:
     def offsets(self, gradients, weights, norm, unit):
         moved = [w.square() * g for w, g in zip(weights, gradients, strict=True)]
         size = torch.stack([(w.abs() * g).norm() for w, g in zip(weights, gradients, strict=True)]).norm()
-        return Offsets(scaled(moved, 0.1 / size), torch.full_like(norm, 0.1))
+        return Offsets(scaled(moved, 0.1 / (size + 1e-12)), torch.full_like(norm, 0.1))
 
 
 def softmax_bandit(probabilities, mask, norms, inclusion):
