@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm.passes import Cut, Passes, Riding
-from slsam_peft.trainer.cutting import first_sequences, scored_items
+from slsam_peft.trainer.cutting import count_sequences, first_sequences, scored_items
 from slsam_peft.trainer.joining import join
 
 
@@ -48,7 +48,7 @@ def look_ahead_passes(model, inputs, coming, wanted=1):
     return Passes(
         logged=lambda: summed(model, inputs, tokens),
         unlogged=lambda: summed(model, inputs, tokens),
-        sequences=len(inputs["input_ids"]),
+        sequences=count_sequences(inputs),
         cut=lambda number: Cut(lambda: summed(model, part, tokens), scored_items(part)),
         items=tokens,
         divisor=tokens,

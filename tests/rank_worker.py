@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
+from slsam_peft.algorithm.passes import Cut, Passes
 from slsam_peft.trainer.distributed import average_over_ranks
 from tests.tiny import build, llama, lora
 
@@ -223,6 +224,38 @@ def own_loop(rank=None, steps=8):
     return {"metrics": slsam.metrics}, {**seen, "probabilities": slsam.probabilities}
 
 
+def loss_rise(rank=None):
+    """Take a step whose ascent is made by three rows of the first half and five of the second one."""
+    model, x = network(), torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    taken = [[0, 1, 2], [8, 9, 10, 11, 12]]
+    own = list(range(16)) if rank is None else list(range(8 * rank, 8 * rank + 8))
+    part = [*taken[0], *taken[1]] if rank is None else taken[rank]
+    config = SLSAMConfig(loss_rise=0.05, active_fraction=1.0, ascent="partial")
+    slsam = SLSAM(arms_of(model, "module"), config)
+    slsam.reduce = None if rank is None else average_over_ranks
+
+    def over(rows):
+        def closure():
+            loss = (model(x[rows]) - 1).square().sum() / len(own)
+            loss.backward()
+            return loss
+
+        return closure
+
+    slsam.accumulate(
+        Passes(
+            over(own),
+            over(own),
+            sequences=len(own),
+            cut=lambda wanted: Cut(over(part), torch.tensor(len(part))),
+            items=torch.tensor(len(own)),
+            divisor=torch.tensor(len(own)),
+        )
+    )
+    seen = {n: p.grad.clone() for n, p in model.named_parameters()}
+    return {"metrics": slsam.metrics}, {**seen, "norms": slsam.norms}
+
+
 def refused(folder):
     """FSDP2, asked for through the trainer's arguments and done to the model beforehand."""
     from torch.distributed.fsdp import fully_shard
@@ -270,6 +303,7 @@ SCENARIOS = {
     "budget": budget,
     "resumed": resumed,
     "own loop": lambda folder: own_loop(dist.get_rank()),
+    "loss rise": lambda folder: loss_rise(dist.get_rank()),
     "refused": refused,
     "dying": dying,
 }

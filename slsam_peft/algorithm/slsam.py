@@ -434,7 +434,7 @@ class SLSAM:
             for i in self.runner.members(step.next_mask):
                 riding = step.riding.setdefault(i, torch.zeros_like(self.runner.parameters[i]))
                 sent.append(riding)
-        if losses is None and isinstance(step.items, torch.Tensor):
+        if losses is None and not self.ascent.exact and isinstance(step.items, torch.Tensor):
             step.items, step.divisor = quotient(step.items, step.divisor, step.items.double()), 1.0
             sent.append(step.items)
         for i in self.runner.members(step.mask if losses is None else step.trained):  # the same tensors on every rank

@@ -125,7 +125,7 @@ class SLSAMMixin(_Base):
         with held(self.optimizer):  # what a callback has frozen for now belongs to an arm all the same
             self.slsam_arms = arms_of(self.model, config.granularity)
             pairs = lora_pairs(self.model) if self._may_ride else []
-        model = cost_model_of(self, self.slsam_arms, config)
+            model = cost_model_of(self, self.slsam_arms, config)
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, config)
         fraction = None
         if model is not None and (budget := config.cost_budget) is not None:

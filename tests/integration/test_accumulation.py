@@ -161,7 +161,7 @@ def _same(a, b):
 
 
 def test_too_many_bad_steps_in_a_row_stop_training(tmp_path):
-    config = SLSAMConfig(rho=0.05, max_skipped_steps=1)
+    config = SLSAMConfig(rho=0.05, active_fraction=0.2, max_skipped_steps=1)
     trainer = build(faulty(*range(4, 100)), tmp_path, config, max_steps=10)
     with pytest.raises(RuntimeError, match=r"2 steps in a row had a NaN or infinite.*max_skipped_steps"):
         trainer.train()

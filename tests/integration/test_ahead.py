@@ -91,7 +91,7 @@ def at(model, inputs, offsets):
             p.copy_(w)
     entropy = torch.special.entr(log_probs.detach().exp()).sum(-1)[seen].mean()
     accuracy = (log_probs.argmax(-1) == labels)[seen].double().mean()
-    numbers = {"loss": float(loss), "entropy": float(entropy), "mean_token_accuracy": float(accuracy)}
+    numbers = {"loss": float(loss.detach()), "entropy": float(entropy), "mean_token_accuracy": float(accuracy)}
     return numbers, {p: p.grad.clone() for p in model.parameters() if p.requires_grad}
 
 

@@ -7,7 +7,6 @@ import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin
-from slsam_peft.trainer.batches import ascent_part
 from slsam_peft.trainer.paper import name_on_cards
 from tests.tiny import completions, llama, lora, preferences, reward_model, sft_args, tokenizer
 from tests.watch import Watch, check, hooks
@@ -121,28 +120,6 @@ def test_a_partial_ascent_takes_whole_pairs(case, tmp_path):
     assert part.shape[0] == 2
     assert whole.shape[0] == 8
     assert torch.equal(part, whole[[0, 4]])
-
-
-def test_a_part_of_a_batch_is_cut_by_example():
-    """Tensors and lists with one entry per sequence or example are cut, anything else is passed on."""
-    ids = torch.arange(12).reshape(6, 2)
-    inputs = {"input_ids": ids, "ref_chosen_logps": torch.arange(3), "names": list("abc"), "rows": list("uvwxyz")}
-    inputs |= {"scale": torch.tensor(2.0), "flag": True, "odd": torch.arange(5)}
-    part, share = ascent_part(inputs, 0.6, stacked=2)
-    assert share == pytest.approx(2 / 3)
-    assert torch.equal(part["input_ids"], ids[[0, 1, 3, 4]])
-    assert part["ref_chosen_logps"].tolist() == [0, 1]
-    assert part["names"] == ["a", "b"]
-    assert part["rows"] == ["u", "v", "x", "y"]
-    assert part["scale"] is inputs["scale"]
-    assert part["flag"] is True
-    assert part["odd"] is inputs["odd"]
-
-    single, share = ascent_part({"input_ids": ids}, 0.1)
-    assert share == pytest.approx(1 / 6)
-    assert torch.equal(single["input_ids"], ids[:1])
-    with pytest.raises(ValueError, match="batch of 1 sequence"):
-        ascent_part({"input_ids": ids[:2]}, 0.5, stacked=2)
 
 
 def test_the_model_card_keeps_the_trainers_own_citation():

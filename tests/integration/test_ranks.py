@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.rank_worker import AGAINST_ONE, STEPS, adapters, own_loop, train_against_one
+from tests.rank_worker import AGAINST_ONE, STEPS, adapters, loss_rise, own_loop, train_against_one
 from tests.tolerances import EXACT_FLOAT64, FUSED_HEAD, TRAJECTORY
 
 pytestmark = pytest.mark.ranks
 
 WORKER = Path(__file__).parents[1] / "rank_worker.py"
-LOSSES = 2 * 4  # bytes: what the ranks must agree on besides the gradients
+LOSSES = 3 * 4  # bytes: what the ranks must agree on besides the gradients
 START_SECONDS = 900  # a start imports everything twice, on a machine that may be busy
 DEATH_SECONDS = 60  # from the death of a rank to the end of all
 
@@ -40,7 +40,18 @@ def launch(folder, *scenarios, timeout=START_SECONDS):
 def seen(tmp_path_factory):
     """Return a function from a scenario to what each rank reported: `(report, tensors)` twice."""
     folder = tmp_path_factory.mktemp("ranks")
-    names = ["long", *AGAINST_ONE, "wire", "nan loss", "nan gradient", "budget", "resumed", "own loop", "refused"]
+    names = [
+        "long",
+        *AGAINST_ONE,
+        "wire",
+        "nan loss",
+        "nan gradient",
+        "budget",
+        "resumed",
+        "own loop",
+        "loss rise",
+        "refused",
+    ]
     done = launch(folder, *names)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -109,9 +120,23 @@ def test_an_own_loop_equals_one_process_to_rounding(seen):
         torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+def test_a_loss_rise_is_that_of_all_ranks_ascent_sequences(seen):
+    """Unequal numbers of them on the ranks: one mean over all, one radius, one e."""
+    (report, tensors), (other_report, other) = seen("loss rise")
+    one, expected = loss_rise()
+    assert report == other_report
+    assert report["metrics"]["rho"] < 2.0, "the case shows nothing at the longest radius"
+    for name in ("rho", "grad_norm_ascent"):
+        assert report["metrics"][name] == pytest.approx(one["metrics"][name], rel=TRAJECTORY)
+    assert tensors.keys() == expected.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, other[name]), name
+        torch.testing.assert_close(value, expected[name], rtol=TRAJECTORY, atol=TRAJECTORY, msg=name)
+
+
 def test_only_gradients_of_active_arms_travel(seen):
-    """Ascent and descent gradients of the active arms and two losses; DDP's own reducer sends nothing. Everything else
-    (parameters at construction, buffers, TRL's counts) is at most what plain training sends.
+    """Ascent and descent gradients of the active arms and three losses; DDP's own reducer sends nothing. Everything
+    else (parameters at construction, buffers, TRL's counts) is at most what plain training sends.
     """
     for report, _ in seen("wire"):
         plain, ours = report["plain"], report["ours"]

@@ -5,6 +5,7 @@ import torch
 from trl import SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.config import METHODS
 from tests.sft import train
 from tests.tiny import build, texts
 from tests.tolerances import FUSED_HEAD
@@ -33,6 +34,20 @@ def test_no_radius_and_all_arms_is_plain_training_bitwise(checkpointing, accumul
         assert torch.equal(p, q), name
     assert logs(plain) == logs(ours)
     assert ours.slsam.steps == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_radius_is_plain_training_under_every_method(method, tmp_path):
+    """Whatever a method samples, and whichever ascent it names: without a radius there is none, and nothing rides."""
+    settings = {"per_device_train_batch_size": 3, "max_steps": -1, "num_train_epochs": 2, "data": texts(10)}
+    plain = build(SFTTrainer, tmp_path / "plain", **settings)
+    ours = build(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(method=method, rho=0), **settings)
+    plain.train()
+    ours.train()
+    assert ours.slsam.active.all()
+    assert not ours.slsam.runner.pairs
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+    assert logs(plain) == logs(ours)
 
 
 def test_no_radius_and_no_look_ahead(tmp_path):
@@ -68,7 +83,8 @@ def test_training_without_adapters_is_plain_training(tmp_path):
 def test_reported_loss_accuracy_entropy_and_tokens_are_those_of_plain_training(tmp_path):
     """In the first step the weights are equal; the second pass must not count."""
     plain = train(SFTTrainer, tmp_path / "plain", gradient_accumulation_steps=2)
-    ours = train(SLSAMTrainer, tmp_path / "ours", SLSAMConfig(rho=0.1), gradient_accumulation_steps=2)
+    config = SLSAMConfig(rho=0.1, method="sam")
+    ours = train(SLSAMTrainer, tmp_path / "ours", config, gradient_accumulation_steps=2)
     for key in ("loss", "mean_token_accuracy", "entropy", "num_tokens"):
         assert plain.state.log_history[0][key] == ours.state.log_history[0][key]
         assert all(key in log for log in ours.state.log_history[:3])

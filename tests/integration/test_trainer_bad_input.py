@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin, SLSAMTrainer
-from slsam_peft.trainer.support import check_trainer
+from slsam_peft.trainer.support import check_optimizer, check_trainer
 from tests.tiny import build, llama, lora, sft_args, texts, tokenizer, train
 
 
@@ -171,22 +171,63 @@ def test_what_grpo_is_told_by_is_there_in_every_generating_trainer():
     assert hasattr(RLOOTrainer, "_generate_and_score_completions")
 
 
+@pytest.mark.parametrize("ascent", ["partial", "auto"])
+def test_a_lone_sequence_makes_its_own_ascent(ascent, tmp_path, caplog):
+    """At the cost of a second pass, which is said once where every step has it; a last batch of one is none."""
+    config = SLSAMConfig(method="auto", ascent=ascent)
+    trainer = train(SLSAMTrainer, tmp_path, config, per_device_train_batch_size=1)
+    assert trainer.slsam.steps == 3
+    told = [r.message for r in caplog.records if "the ascent is made by the whole batch" in r.message]
+    assert len(told) == (ascent == "partial")
+    assert all("gradient accumulation" in message for message in told)
+
+
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"per_device_train_batch_size": 1},
-        {"packing": True, "max_length": 32},
-        {"padding_free": True, "max_length": None},
-    ],
-    ids=["batch of one", "packed", "padding-free"],
+    [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}],
+    ids=["packed", "padding-free"],
 )
-def test_partial_ascent_of_one_sequence(settings, tmp_path):
-    config = SLSAMConfig(ascent="partial", ascent_fraction=0.5)
-    trainer = build(SLSAMTrainer, tmp_path, config, **settings)
+def test_documents_are_sequences(settings, tmp_path):
+    config = SLSAMConfig(method="auto", ascent="partial")
+    trainer = train(SLSAMTrainer, tmp_path, config, **settings)
+    assert all(log["slsam/rho"] > 0 for log in trainer.state.log_history if "loss" in log)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_more_ascent_sequences_than_a_step_has(accumulation, tmp_path):
+    config = SLSAMConfig(ascent_sequences=2 * accumulation + 1)
+    with pytest.raises(
+        ValueError,
+        match=rf"ascent_sequences={2 * accumulation + 1} is more than the {2 * accumulation} sequences.*method='sam'",
+    ):
+        build(SLSAMTrainer, tmp_path, config, gradient_accumulation_steps=accumulation)
+    fits = SLSAMConfig(ascent_sequences=2 * accumulation)
+    build(SLSAMTrainer, tmp_path, fits, gradient_accumulation_steps=accumulation)
+
+
+def test_an_optimizer_that_steps_inside_the_backward_pass(tmp_path):
+    """A second pass would start from other weights."""
+    trainer = build(SLSAMTrainer, tmp_path)
+    trainer.create_optimizer()
+    first = trainer.slsam_arms[0].parameters[0]
+    first.register_post_accumulate_grad_hook(lambda p: p.detach().sub_(p.grad))
     weights = Weights(trainer.model)
-    with pytest.raises(ValueError, match=r"batch of 1 sequence .*gradient_accumulation_steps > 1"):
+    with pytest.raises(
+        ValueError, match=rf"hooks {trainer.slsam_arms[0].parameter_names[0]}.*inside the backward pass"
+    ):
         trainer.train()
     weights.check()
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_are_named_for_it(optim):
+    parameter = nn.Parameter(torch.ones(2))
+    arm = SimpleNamespace(parameter_names=("w",), parameters=(parameter,))
+    trainer = SimpleNamespace(
+        optimizer=torch.optim.SGD([parameter], lr=0.1), args=SimpleNamespace(optim=SimpleNamespace(value=optim))
+    )
+    with pytest.raises(ValueError, match=rf"optim='{optim}', is not supported.*paged_adamw_8bit"):
+        check_optimizer(trainer, [arm])
 
 
 def test_partial_ascent_of_one_sequence_with_accumulation(tmp_path):

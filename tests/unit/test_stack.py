@@ -15,7 +15,7 @@ from tests.decoders import batch
 from tests.look_ahead import exact_norms, first_rows, gradients_at, look_ahead_passes, mean_gradients
 from tests.tolerances import EXACT_FLOAT64
 
-RHO = 0.5
+RHO = 0.2
 
 
 def decoder(*args, **settings):
@@ -226,7 +226,8 @@ def test_a_bad_riding_sequence_does_no_harm(fault):
                 bad[rows:] = torch.nan
                 if fault == "loss":
                     return output * bad
-                output.register_hook(lambda g: g * bad)
+                if output.requires_grad:
+                    output.register_hook(lambda g: g * bad)
             return output
 
         handle = head.register_forward_hook(spoil)
@@ -234,8 +235,8 @@ def test_a_bad_riding_sequence_does_no_harm(fault):
         loss = slsam.accumulate(passes)
         handle.remove()
         assert torch.equal(torch.get_rng_state(), state)
-        results.append((slsam, loss, {i: p.grad.clone() for i, p in enumerate(slsam.runner.parameters)}))
-    (slsam, _, got), (_, loss, expected) = results
+        results.append((slsam, model, loss, {i: p.grad.clone() for i, p in enumerate(slsam.runner.parameters)}))
+    (slsam, model, _, got), (_, _, loss, expected) = results
     assert_close_to(got, expected)
     assert slsam.loss == pytest.approx(float(loss), rel=EXACT_FLOAT64)
     assert (slsam.skipped, slsam.memory.gradients) == (0, {})
