@@ -345,8 +345,8 @@ class Horizon:
             check_cut(hidden, (), "the blocks", opaque=False, cuts=run.cuts)
         elif run.forwards > (seen := self._watched.get(run.cut, 0)):
             raise CrossLayerDependencyError(
-                f"the blocks run {run.forwards} times in this pass, and only {seen} times have been seen not to run on "
-                "their own output"
+                f"the blocks run {run.forwards} times in this pass, and only {seen} times have been seen not to run "
+                "on their own output"
             )
 
     def _side(self, side: torch.Tensor, index: int, run: _Pass) -> torch.Tensor:

@@ -57,7 +57,8 @@ class Pending:
     passes: Passes
     state: rng.State
     cached_states: list[CachedHiddenState] = field(default_factory=list)
-    idle: torch.Tensor | None = None  # the loss, where nothing that is switched on takes part in it
+    idle: bool = False  # whether nothing that is trained takes part in its loss
+    idle_loss: torch.Tensor | None = None  # which is this one then, where it is known
 
 
 @dataclass(eq=False)
@@ -82,7 +83,7 @@ class Step:
 
     def losses(self) -> torch.Tensor:
         """Return the loss at w + e and the loss at w, shape `(2,)`; one stands in where the other was not computed."""
-        descent = torch.zeros(()) if self.descent_loss is None else self.descent_loss
+        descent = torch.full((), math.nan) if self.descent_loss is None else self.descent_loss
         ascent = descent if self.ascent_loss is None else self.ascent_loss
         both = torch.stack([descent.reshape(()), ascent.reshape(()).to(descent.device)])
         return both.to(torch.promote_types(both.dtype, torch.float32))
@@ -258,10 +259,11 @@ class PassRunner:
             loss = _loss_with_gradient(closure, step.mask)
         if loss is None:
             cached_states.clear()
-            loss = self._idle_loss(pending, closure)
-            if torch.equal(step.mask, step.trained) and closure is not pending.passes.part:
-                pending.idle = loss
+            pending.idle = torch.equal(step.mask, step.trained) and closure is not pending.passes.part
+            loss = pending.idle_loss = self._idle_loss(step, pending, closure)
         self.clear(~step.mask)
+        if loss is None:
+            return self._unknown()
         self._check_replay(pending, closure, loss)
         # The first time, check that it does give the same loss.
         if horizon is not None and keep and step.lowest_active > 0:
@@ -274,9 +276,8 @@ class PassRunner:
     def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         if step.ascents:
             rng.restore(pending.state)
-        if pending.idle is not None:  # there is no gradient at w + e either
-            step.descent_loss = pending.idle if step.descent_loss is None else step.descent_loss + pending.idle
-            return pending.idle
+        if pending.idle:  # there is no gradient at w + e either
+            return self._added(step, pending.idle_loss)
         # Start from the cache where there is one, and stop where nothing below is trained.
         horizon = self._horizon(step)
         if horizon is None:
@@ -289,17 +290,23 @@ class PassRunner:
         if pending.passes.sequences is None:
             with perturbed(step.shifts), context:
                 loss = _loss_with_gradient(closure, step.trained)
-            loss = self._idle_loss(pending, closure) if loss is None else loss
+            loss = self._idle_loss(step, pending, closure) if loss is None else loss
         else:
             with context:
                 loss = self._run_split(step, pending.passes.sequences, closure)
         pending.cached_states.clear()
         self.clear(~step.trained)
+        return self._added(step, loss)
+
+    def _added(self, step: Step, loss: torch.Tensor | None) -> torch.Tensor:
+        """Add the loss of a descent pass to the step's, if it is known, and return it."""
+        if loss is None:
+            return self._unknown()
         step.descent_loss = loss if step.descent_loss is None else step.descent_loss + loss
         return loss
 
-    def _idle_loss(self, pending: Pending, closure: Closure) -> torch.Tensor:
-        """Return the loss of a pass in which nothing that is switched on took part; NaN where it cannot be had."""
+    def _idle_loss(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor | None:
+        """Return the loss of a pass in which nothing that is switched on took part; `None` where it cannot be had."""
         if not self._idle:
             self._idle = True
             logger.warning(
@@ -307,11 +314,17 @@ class PassRunner:
                 "layerdrop does, or batches without what an arm works on): its gradient is 0. Steps without any "
                 "gradient are skipped, and counted in slsam/skipped."
             )
-        forward_only = pending.passes.forward_only
-        if forward_only is None or closure is pending.passes.part:
-            return torch.full((), math.nan, device=self.parameters[0].device)
         rng.restore(pending.state)
-        return _loss(forward_only())
+        if not torch.equal(step.mask, step.trained):  # uncut, the pass has the gradient of other arms
+            return _loss_with_gradient(
+                pending.passes.unlogged if closure is pending.passes.logged else closure, step.trained
+            )
+        if pending.passes.forward_only is None or closure is pending.passes.part:
+            return None
+        return _loss(pending.passes.forward_only())
+
+    def _unknown(self) -> torch.Tensor:
+        return torch.full((), math.nan, device=self.parameters[0].device)
 
     def _check_replay(self, pending: Pending, closure: Closure, loss: torch.Tensor) -> None:
         """Check, once and where a pass changes buffers, that it does so again from the same random state.
