@@ -79,7 +79,6 @@ class _Pass:
     states: list[rng.State] = field(default_factory=list)  # behind each block below, in this forward
     sides: dict[int, tuple[torch.Tensor, list]] = field(default_factory=dict)  # by id: itself, and leaves it needs
     side_channels: SideChannels = field(default_factory=SideChannels)
-    starts: int = 0  # times that the first block ran
     forwards: int = 0
     last: int = -1  # the block that ran last
     entangled: bool = False  # blocks above the cut take in what has a graph in common with those below
@@ -94,13 +93,14 @@ class _Pass:
         """What a pass is watched for once."""
         return self.lowest_active, self.sparse, self.keep
 
-    def see(self, index: int) -> None:
-        """Take note that the block at `index` is about to run."""
-        self.starts += index == 0
-        if index <= self.last or self.forwards == 0:
+    def see(self, index: int) -> bool:
+        """Take note that the block at `index` is about to run; return whether it begins a forward of the stack."""
+        begins = index <= self.last or self.forwards == 0
+        if begins:
             self.forwards += 1
             self.states = []
         self.last = index
+        return begins
 
 
 @dataclass(eq=False)
@@ -155,7 +155,7 @@ class Horizon:
         self.shares = False
         self.kept_bytes = 0
         self.peak_bytes = 0
-        self._watched: dict[tuple[int, bool, bool], int] = {}  # how often the first block ran, by where it was cut
+        self._watched: dict[tuple[int, bool, bool], int] = {}  # forwards, by where the pass was cut
         self._said: set[str] = set()
 
     def release(self) -> None:
@@ -198,10 +198,14 @@ class Horizon:
     def _judge(self, run: _Pass) -> None:
         """Learn from a pass that has run, forward and backward, what later ones may do."""
         run.side_channels.close()
+        for cut in run.cuts:
+            cut.grad = None
+        if run.forwards != len(run.cached_states):
+            # The block below the cut was skipped at random, so what came out of it was cut and cached nowhere.
+            run.cached_states.clear()
+            return
         if run.watched:
-            self._watched[run.cut] = run.starts
-            for cut in run.cuts:
-                cut.grad = None
+            self._watched[run.cut] = run.forwards
         if run.side_channels.found:
             self._stop_reuse(
                 run,
@@ -210,8 +214,6 @@ class Horizon:
             )
         elif run.entangled and run.sparse:
             self._stop_reuse(run, "blocks are fed from the side by something trained, or checkpointed reentrantly")
-        elif run.forwards != len(run.cached_states):  # a block was skipped at random: what it returns is not there
-            run.cached_states.clear()
 
     def _stop_reuse(self, run: _Pass, reason: str) -> None:
         run.cached_states.clear()
@@ -304,7 +306,7 @@ class Horizon:
         place = f"block {index}" if index else "the blocks"
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            run.see(index)
+            begins = run.see(index)
             hidden = hidden_of(args, kwargs)
             if not isinstance(hidden, torch.Tensor):
                 if run.lowest_trained < 0 and run.lowest_active == 0:
@@ -317,7 +319,7 @@ class Horizon:
             if not torch.is_grad_enabled():
                 return None
             args, kwargs = with_sides(lambda side: self._side(side, index, run), args, kwargs)
-            if index == 0:
+            if begins and index < run.lowest_active:
                 self._check_start(hidden, run)
             # Below what is trained no graph is wanted, and above it reentrant checkpointing builds none by itself.
             if cuts and hidden.requires_grad:
@@ -341,10 +343,10 @@ class Horizon:
             return
         if run.watched:
             check_cut(hidden, (), "the blocks", opaque=False, cuts=run.cuts)
-        elif run.starts > self._watched.get(run.cut, 0):
+        elif run.forwards > (seen := self._watched.get(run.cut, 0)):
             raise CrossLayerDependencyError(
-                f"the blocks run {run.starts} times in this pass, and only {self._watched.get(run.cut, 0)} times have "
-                "been seen not to run on their own output"
+                f"the blocks run {run.forwards} times in this pass, and only {seen} times have been seen not to run "
+                "on their own output"
             )
 
     def _side(self, side: torch.Tensor, index: int, run: _Pass) -> torch.Tensor:
@@ -411,11 +413,6 @@ class Horizon:
                 return None
             for tensor in tensors((hidden, tail)):
                 check_cut(tensor, above, f"block {run.lowest_active}", opaque=not run.sparse)
-            # A second entry without a new start: what was cut the last time comes from below again.
-            if run.sparse and len(run.cached_states) == run.starts:
-                raise CrossLayerDependencyError(
-                    f"block {run.lowest_active} is entered again, and the first block has not run in between"
-                )
             self._record(run, hidden, tail)
             cut, *rest = mapped((hidden, *(tail or ())), torch.Tensor.detach)
             if run.watched and run.sparse and torch.is_grad_enabled():

@@ -108,7 +108,8 @@ class Pending:
     whole: bool = False  # its ascent pass ran on all of it
     cut: Cut | None = None  # what its ascent pass ran on, where that was a part
     cached_states: list[CachedHiddenState] = field(default_factory=list)
-    idle: torch.Tensor | None = None  # the loss, where nothing that is switched on takes part in it
+    idle: bool = False  # whether nothing that is trained takes part in its loss
+    idle_loss: torch.Tensor | None = None  # which is this one then, where it is known
 
 
 @dataclass(eq=False)
@@ -147,7 +148,7 @@ class Step:
 
         One of the first two stands in where the other was not computed; so does the first for the third.
         """
-        descent = torch.zeros(()) if self.descent_loss is None else self.descent_loss
+        descent = torch.full((), math.nan) if self.descent_loss is None else self.descent_loss
         ascent = descent if self.ascent_loss is None else self.ascent_loss
         seen = descent if self.seen_loss is None else self.seen_loss
         losses = torch.stack([loss.reshape(()).to(descent.device) for loss in (descent, ascent, seen)])
@@ -332,6 +333,8 @@ class PassRunner:
         except CrossLayerDependencyError as error:
             self._stop_cutting(error, step, pending)
             loss = self._descend(step, pending, closure)
+        if loss is None:
+            return self._unknown()
         # A cut's sequences are in the pass that has just run: how their loss has risen costs nothing.
         if pending.whole:
             step.seen_loss = _added(step.seen_loss, loss)
@@ -379,10 +382,11 @@ class PassRunner:
             loss = _loss_with_gradient(closure, step.mask)
         if loss is None:
             cached_states.clear()
-            loss = self._idle_loss(pending, pending.passes.forward_only if pending.whole else None)
-            if torch.equal(step.mask, step.trained) and pending.whole:
-                pending.idle = loss
+            pending.idle = torch.equal(step.mask, step.trained) and pending.whole
+            loss = pending.idle_loss = self._idle_loss(step, pending, closure)
         self.clear(~step.mask)
+        if loss is None:
+            return self._unknown()
         self._check_replay(pending, closure, loss)
         # The first time, check that it does give the same loss.
         if horizon is not None and keep and step.lowest_active > 0:
@@ -392,12 +396,12 @@ class PassRunner:
         step.ascent_loss = _added(step.ascent_loss, loss)
         return loss
 
-    def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+    def _descend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor | None:
         """Run a descent pass, a second time where a parameter turns out to be read past its module."""
         if step.ascents:
             rng.restore(pending.state)
-        if pending.idle is not None:  # there is no gradient at w + e either
-            return pending.idle
+        if pending.idle:  # there is no gradient at w + e either
+            return pending.idle_loss
         perturbation = step.perturbation
         if perturbation is None:
             return self._run(step, pending, closure)
@@ -425,7 +429,9 @@ class PassRunner:
         for parameter, gradient in earlier:
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
-    def _watched(self, step: Step, pending: Pending, closure: Closure, perturbation: Perturbation) -> torch.Tensor:
+    def _watched(
+        self, step: Step, pending: Pending, closure: Closure, perturbation: Perturbation
+    ) -> torch.Tensor | None:
         """Run a descent pass and see whether every parameter was read through the swap; in place where it was not."""
         passage = perturbation.swap.passage
         passage.watch(p for p in perturbation.offsets if p not in self.in_place and p not in self._read)
@@ -436,7 +442,7 @@ class PassRunner:
         passage.watch(())
         return self._again_in_place(step, pending, missed) if missed else loss
 
-    def _again_in_place(self, step: Step, pending: Pending, bypassed: Sequence[nn.Parameter]) -> torch.Tensor:
+    def _again_in_place(self, step: Step, pending: Pending, bypassed: Sequence[nn.Parameter]) -> torch.Tensor | None:
         """Move parameters in place that are not read by their modules, and run the pass again."""
         assert step.perturbation is not None
         together = {site.parameter for p in bypassed for site in self.sites[p]}
@@ -446,7 +452,7 @@ class PassRunner:
         with step.perturbation.applied():
             return self._run(step, pending, pending.passes.unlogged)
 
-    def _run(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+    def _run(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor | None:
         """Run a descent pass at the weights as they are, from the cache where there is one."""
         horizon = self._horizon(step)
         if horizon is None:
@@ -457,12 +463,12 @@ class PassRunner:
             context = horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
         with context:
             loss = _loss_with_gradient(closure, step.trained)
-        loss = self._idle_loss(pending, pending.passes.forward_only) if loss is None else loss
+        loss = self._idle_loss(step, pending, closure) if loss is None else loss
         self.clear(~step.trained)
         return loss
 
-    def _idle_loss(self, pending: Pending, forward_only: Closure | None) -> torch.Tensor:
-        """Return the loss of a pass in which nothing that is switched on took part; NaN where it cannot be had."""
+    def _idle_loss(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor | None:
+        """Return the loss of a pass in which nothing that is switched on took part; `None` where it cannot be had."""
         if not self._idle:
             self._idle = True
             logger.warning(
@@ -470,10 +476,17 @@ class PassRunner:
                 "layerdrop does, or batches without what an arm works on): its gradient is 0. Steps without any "
                 "gradient are skipped, and counted in slsam/skipped."
             )
-        if forward_only is None:
-            return torch.full((), math.nan, device=self.parameters[0].device)
         rng.restore(pending.state)
-        return _loss(forward_only())
+        if not torch.equal(step.mask, step.trained):  # uncut, the pass has the gradient of other arms
+            return _loss_with_gradient(
+                pending.passes.unlogged if closure is pending.passes.logged else closure, step.trained
+            )
+        of_cut = pending.cut is not None and closure is pending.cut.run
+        forward_only = pending.cut.forward_only if of_cut else pending.passes.forward_only  # type: ignore[union-attr]
+        return None if forward_only is None else _loss(forward_only())
+
+    def _unknown(self) -> torch.Tensor:
+        return torch.full((), math.nan, device=self.parameters[0].device)
 
     def _check_replay(self, pending: Pending, closure: Closure, loss: torch.Tensor) -> None:
         """Check, once and where a pass changes buffers, that it does so again from the same random state.

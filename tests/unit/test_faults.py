@@ -151,7 +151,7 @@ POINTS = {
     "second ascent forward": in_forward(2),
     "ascent backward": in_backward(1),
     "second ascent backward": in_backward(2),
-    "entering the lowest active block": once(horizon, "_split"),
+    "entering the lowest active block": once(horizon, "split"),
     "ascent norms": once(lambda t: t.slsam._norms, "squared"),
     "between the passes": once(lambda t: t.slsam.radius, "offsets"),
     "perturbing": once(perturbation, "_moved"),
