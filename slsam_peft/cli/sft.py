@@ -128,7 +128,7 @@ def _report(settings: Settings, embeddings: int) -> None:
     """
     from transformers import AutoConfig
 
-    folder, base = settings.training.output_dir, settings.model.model_name_or_path
+    folder, base = settings.training.output_dir, str(settings.model.model_name_or_path)
     if not settings.model.use_peft:
         _say(f'The model is in {folder}. Load it: AutoModelForCausalLM.from_pretrained("{folder}")')
         return

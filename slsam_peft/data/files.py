@@ -143,7 +143,8 @@ def read_rows(path: Path, text_field: str = "text") -> Iterator[Located]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+    opened: Any = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+    return opened
 
 
 def _starts_list(path: Path) -> bool:

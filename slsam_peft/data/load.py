@@ -92,7 +92,8 @@ def is_file_name(name: str) -> bool:
 def _stdlib_docs(split: str) -> "Dataset":
     from slsam_peft.data.stdlib_docs import stdlib_docs
 
-    return _part(stdlib_docs(), split, STDLIB_DOCS)
+    splits: Any = stdlib_docs()
+    return _part(splits, split, STDLIB_DOCS)
 
 
 def _part(splits: Mapping[str, "Dataset"], split: str, what: str) -> "Dataset":

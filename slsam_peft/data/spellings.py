@@ -135,7 +135,7 @@ class Converter:
         ]
 
     def _message(self, where: str, message: Row) -> Row:
-        made = message
+        made: Row = message
         for old, new in (("from", "role"), ("value", "content")):
             if made.get(old) is None:
                 continue
@@ -155,15 +155,14 @@ class Converter:
     def _tool_calls(self, message: Row) -> Row:
         """Turn arguments that are JSON texts, as OpenAI has them, into the objects that chat templates print."""
         calls = message.get("tool_calls")
-        if not _is_list(calls):
+        if not isinstance(calls, list):
             return message
         made = [self._call(call) for call in calls]
         return message if made == calls else message | {"tool_calls": made}
 
     def _call(self, call: Any) -> Any:
         function = call.get("function") if isinstance(call, dict) else None
-        arguments = function.get("arguments") if isinstance(function, dict) else None
-        if not isinstance(arguments, str):
+        if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
             return call
         try:
             read = json.loads(arguments)

@@ -2,9 +2,9 @@
 
 import copy
 import logging
+from importlib import import_module
 from typing import Any
 
-import pyarrow.compute as pc
 from trl import SFTTrainer
 from trl.data_utils import is_conversational
 
@@ -91,14 +91,15 @@ def check_token_ids(trainer: SFTTrainer) -> None:
     model: Any = trainer.model
     layer = model.get_input_embeddings()
     count = getattr(layer, "num_embeddings", None) or layer.weight.shape[0]
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     held_out: Any = trainer.eval_dataset
     sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
     largest = [_largest_id(data) for data in sets if data is not None]
-    token = max([*largest, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1])  # type: ignore[union-attr]
+    padding = -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    token = max([*largest, padding])
     if token < count:
         return
-    name = tokenizer.convert_ids_to_tokens(token)  # type: ignore[union-attr]
+    name = tokenizer.convert_ids_to_tokens(token)
     raise UserError(
         f"the rows hold token {token} ({name!r}), and the model has {count} embeddings. Use the tokenizer that the "
         f"model came with, or give the model more, and save it: model.resize_token_embeddings({token + 1})."
@@ -109,9 +110,10 @@ def _largest_id(data: Any) -> int:
     """Return the largest token id in a table; -1 for a stream, or one that TRL has not prepared."""
     if not is_table(data) or "input_ids" not in data.column_names:
         return -1
+    compute = import_module("pyarrow.compute")  # most of it is made when it is imported
     largest = -1
     for batch in data.select_columns(["input_ids"]).with_format("arrow").iter(_BATCH):
-        found = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        found = compute.max(compute.list_flatten(batch["input_ids"])).as_py()
         largest = max(largest, -1 if found is None else found)
     return largest
 
