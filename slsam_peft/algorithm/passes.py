@@ -194,6 +194,7 @@ class PassRunner:
     ) -> None:
         self.parameters = parameters
         self.owner = owner
+        self._arm_of: list[int] = owner.tolist()
         self.sites = sites
         self.horizon = horizon
         self.pairs = tuple(pairs)
@@ -205,17 +206,16 @@ class PassRunner:
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
-        return arms[self.owner].nonzero().flatten().tolist()
+        on = arms.tolist()
+        return [i for i, arm in enumerate(self._arm_of) if on[arm]]
 
     def thawed(self) -> torch.Tensor:
         """Return which arms have a parameter that requires a gradient, boolean, shape `(L,)`.
 
         Callbacks and users freeze parameters in the middle of training; those are left alone.
         """
-        on = torch.tensor([p.requires_grad for p in self.parameters])
-        arms = torch.zeros(int(self.owner.max()) + 1, dtype=torch.bool)
-        arms[self.owner[on]] = True
-        return arms
+        on = {arm for arm, p in zip(self._arm_of, self.parameters, strict=True) if p.requires_grad}
+        return torch.tensor([arm in on for arm in range(max(self._arm_of) + 1)])
 
     @contextmanager
     def switched(self, trained: torch.Tensor) -> Iterator[None]:
@@ -226,7 +226,7 @@ class PassRunner:
         """
         idle = [self.parameters[i] for i in self.members(~trained)]
         off = [p for p in idle if p.requires_grad]
-        frozen = [p for p in self.parameters if not p.requires_grad]
+        frozen = [p for p in self.parameters if not p.requires_grad and "requires_grad_" not in vars(p)]
         try:
             for parameter in off:
                 parameter.requires_grad_(False)
@@ -321,8 +321,10 @@ class PassRunner:
             and pending.whole  # the sequences of a part fit no other pass
             and (pending.passes.forward_only is not None or self._is_checked(horizon, step.lowest_active))
         )
-        context = horizon.truncated(step.lowest_active, step.lowest_trained, keep=keep) if horizon else nullcontext([])
-        with context as cached_states:
+        # Else the drawn arms alone are on, and nothing below them builds a graph.
+        lowest_trained = step.lowest_trained if keep else step.lowest_active
+        context = horizon.truncated(step.lowest_active, lowest_trained, keep=keep) if horizon else nullcontext([])
+        with context as cached_states, self.switched(step.trained if keep else step.mask):
             loss = _loss(closure())
         self.clear(~step.mask)
         # The first time, check that it does give the same loss.

@@ -88,13 +88,49 @@ class Stack:
             NotSeparableError: a pair ran on something else than the batch's tokens; raised by the forward.
         """
         with ExitStack() as undo, torch.enable_grad():
+            versions = self._versions()
             for i, pair in enumerate(self.pairs):
                 for side, module in enumerate(pair):
-                    weight = self._weights[2 * i + side]
-                    undo.callback(module._parameters.__setitem__, "weight", weight)
-                    module._parameters["weight"] = _Both.apply(weight, self._stacked[2 * i + side], self, side)
+                    undo.callback(module._parameters.__setitem__, "weight", self._weights[2 * i + side])
+                    module._parameters["weight"] = versions[2 * i + side]
                 undo.callback(pair.down.register_forward_hook(self._halve).remove)
             yield
+
+    def _versions(self) -> list[Any]:
+        """Return the stacked weights, in the graph of those that require a gradient."""
+        versions: list[Any] = list(self._stacked)
+        trained = [i for i, weight in enumerate(self._weights) if weight.requires_grad]
+        if trained:
+            for i, version in zip(
+                trained, _Both.apply(self, trained, *(self._weights[i] for i in trained)), strict=True
+            ):
+                versions[i] = version
+        return versions
+
+    def part(self, positions: Sequence[int], gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Return what own tokens add to the gradients of some weights; what riding ones add is set aside.
+
+        Args:
+            positions (`Sequence[int]`): Of the weights.
+            gradients (`Sequence[torch.Tensor | None]`): Of their two versions side by side; `None` where there is none.
+        """
+        halves: list[Any] = [None] * len(positions)
+        for place, (i, gradient) in enumerate(zip(positions, gradients, strict=True)):
+            if gradient is None:
+                continue
+            weight = self._weights[i]
+            halves[place], riding = gradient.chunk(2, i % 2)
+            before = self.riding.get(weight)
+            self.riding[weight] = riding if before is None else before + riding
+            self.read.add(weight)
+        # Columns lie apart, and optimizers want them together: one operation copies them all.
+        apart = [place for place, half in enumerate(halves) if half is not None and not half.is_contiguous()]
+        together = [torch.empty_like(halves[place], memory_format=torch.contiguous_format) for place in apart]
+        if apart:
+            torch._foreach_copy_(together, [halves[place] for place in apart])
+        for place, half in zip(apart, together, strict=True):
+            halves[place] = half
+        return halves
 
     def _halve(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """Let each token keep its half of the hidden state."""
@@ -125,19 +161,19 @@ class Stack:
 
 
 class _Both(torch.autograd.Function):
-    """Two versions of a weight; the gradient of the first goes to the weight, that of the second is set aside."""
+    """Two versions of each weight; the gradient of the first goes to the weight, that of the second is set aside.
+
+    One node for all weights, so that their gradients are parted together.
+    """
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, weight: torch.Tensor, stacked: torch.Tensor, owner: Stack, dim: int
-    ) -> torch.Tensor:
-        ctx.weight, ctx.owner, ctx.dim = weight, owner, dim
-        return stacked.view_as(stacked)
+        ctx: Any, owner: Stack, positions: Sequence[int], *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.owner, ctx.positions = owner, positions
+        ctx.set_materialize_grads(False)
+        return tuple(owner._stacked[i].view_as(owner._stacked[i]) for i in positions)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]  # noqa: D102
-        own, riding = gradient.chunk(2, ctx.dim)
-        before = ctx.owner.riding.get(ctx.weight)
-        ctx.owner.riding[ctx.weight] = riding if before is None else before + riding
-        ctx.owner.read.add(ctx.weight)
-        return own.contiguous(), None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:  # noqa: D102
+        return None, None, *ctx.owner.part(ctx.positions, gradients)
