@@ -112,7 +112,7 @@ class Stack:
 
         Args:
             positions (`Sequence[int]`): Of the weights.
-            gradients (`Sequence[torch.Tensor | None]`): Of their two versions side by side; `None` where there is none.
+            gradients (`Sequence[torch.Tensor | None]`): Of their two versions side by side; `None` without one.
         """
         halves: list[Any] = [None] * len(positions)
         for place, (i, gradient) in enumerate(zip(positions, gradients, strict=True)):

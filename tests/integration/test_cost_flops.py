@@ -173,7 +173,7 @@ def _stacked_forward(cost, shape):
 
 
 def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=True, family="llama"):
-    masks, config = _Masks(), SLSAMConfig(**mode)
+    masks, config = _Masks(), SLSAMConfig(trace=False, **mode)
     trainer = build(
         CONFIGS[family], SLSAMTrainer, batch, micro_batches, 3, checkpointing, slsam_config=config, callbacks=[masks]
     )

@@ -235,9 +235,7 @@ def test_budget_is_met_in_expectation(model, cost, changes, budget):
     assert 1 / BLOCKS <= fraction <= 1
     # averaged over 256 draws, the expectation of a fixed-size scheme moves in steps
     assert expected(fraction) == pytest.approx(budget, rel=1e-2 if config.design == "fixed_size" else 1e-3)
-    assert expected(1.0) == pytest.approx(
-        cost.ratio([True] * BLOCKS, SHAPES, rule_of(config)), rel=EXACT_FLOAT64
-    )
+    assert expected(1.0) == pytest.approx(cost.ratio([True] * BLOCKS, SHAPES, rule_of(config)), rel=EXACT_FLOAT64)
 
 
 def test_finer_arms_reach_lower_than_blocks(model, cost):
