@@ -37,10 +37,10 @@ WORDS, LENGTH, BLOCKS, STEPS = 400, 24, 8, 4
 
 # They launch nothing: a tensor's shape changes, room is made for one, a name is noted for the profiler.
 FREE = frozenset(
-    "_local_scalar_dense _record_function_enter_new _record_function_exit _reshape_alias _unsafe_view alias as_strided "
-    "chunk detach empty empty_like empty_strided expand is_pinned lift_fresh narrow new_empty new_empty_strided "
-    "permute promote_types reshape resize_ select set_ slice split split_with_sizes squeeze t transpose unbind "
-    "unsqueeze view".split()
+    "_local_scalar_dense _record_function_enter_new _record_function_exit _reshape_alias _unsafe_view alias "
+    "as_strided chunk detach empty empty_like empty_strided expand is_pinned lift_fresh narrow new_empty "
+    "new_empty_strided permute promote_types reshape resize_ select set_ slice split split_with_sizes squeeze t "
+    "transpose unbind unsqueeze view".split()
 )
 READS = frozenset({"_local_scalar_dense", "equal", "is_nonzero"})
 OF_THE_SAMPLER = ("draw", "draw_ahead", "learn", "state_dict")
@@ -171,12 +171,13 @@ class _StepSpan(TrainerCallback):
         self.counter.end()
 
 
-def operations_of(mode: Mode, low_precision: bool = True) -> Counts:
+def operations_of(mode: Mode, low_precision: bool = True, blocks: int = BLOCKS) -> Counts:
     """Return the counts of a step in the middle of a training.
 
     Args:
         mode (`Mode`): The mode.
         low_precision (`bool`, *optional*, defaults to `True`): Whether under bfloat16 autocast.
+        blocks (`int`, *optional*, defaults to `8`): Of the model.
     """
     ours = {} if mode.config is None else {"slsam_config": mode.config}
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +196,7 @@ def operations_of(mode: Mode, low_precision: bool = True) -> Counts:
             disable_tqdm=True,
         )
         trainer = (SLSAMTrainer if ours else SFTTrainer)(
-            _model(),
+            _model(blocks),
             args=args,
             train_dataset=_rows(mode.batch * mode.accumulation * (STEPS + 1)),
             processing_class=_tokenizer(),
@@ -209,11 +210,11 @@ def operations_of(mode: Mode, low_precision: bool = True) -> Counts:
     return counter.steps[-2]  # the last step has no next batch to look ahead to
 
 
-def _model() -> LlamaForCausalLM:
+def _model(blocks: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=WORDS, hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=4,
+            vocab_size=WORDS, hidden_size=64, intermediate_size=128, num_hidden_layers=blocks, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=2,
         )
     )  # fmt: skip

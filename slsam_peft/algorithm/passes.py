@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -276,6 +276,9 @@ class PassRunner:
                 loss = self._ride(step, pending, passes.riding, logged)
             except NotSeparableError as error:
                 self._stop_riding(error, pending)
+            except CrossLayerDependencyError as error:
+                self._stop_cutting(error, step, pending)
+                return self.descend(step, pending, logged=logged)
             else:
                 step.descent_loss = _added(step.descent_loss, loss)
                 return loss
@@ -376,8 +379,8 @@ class PassRunner:
             context = nullcontext()
         elif pending.cached_states:
             context = horizon.resumed(step.lowest_active, step.lowest_trained, pending.cached_states)
-        else:  # it stops where nothing below is trained
-            context = horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
+        else:
+            context = self._uncut(step)
         with context:
             loss = _loss(closure())
         self.clear(~step.trained)
@@ -391,7 +394,7 @@ class PassRunner:
         if not self._separate:
             self._check_separate(riding, offsets)
         stack = Stack(self.pairs, offsets, riding.own)
-        with stack.applied():
+        with stack.applied(), self._uncut(step):
             loss = _loss(riding.logged() if logged else riding.unlogged())
         if stack.bypassed():
             raise NotSeparableError("an adapter's weight was used outside its module")
@@ -427,6 +430,13 @@ class PassRunner:
                 f"({seen.tolist()} instead of {losses[0].tolist()})"
             )
         self._separate = True
+
+    def _uncut(self, step: Step) -> AbstractContextManager[Any]:
+        """Return the context of a pass over all that is trained: its backward stops where nothing below is."""
+        horizon = self._horizon(step)
+        if horizon is None:
+            return nullcontext()
+        return horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
 
     def _horizon(self, step: Step) -> Horizon | None:
         return self.horizon if step.lowest_active >= 0 else None

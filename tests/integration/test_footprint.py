@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from slsam_peft.cost import memory as footprint
 from slsam_peft.algorithm.ascents import Ascent
+from slsam_peft.cost import memory as footprint
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.cost.model import CostModel, Rule
 from slsam_peft.models.shapes import meta_model
