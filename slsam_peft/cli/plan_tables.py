@@ -82,7 +82,7 @@ def _need(plan: dict[str, Any]) -> str:
     total, plain, apart = plan["memory"]["total"], plan["plain_memory"], plan["no_more_memory"]
     said = f"{total / GIB:.2f} GiB at the peak, fragmentation not counted (plain LoRA: {plain / GIB:.2f})."
     if apart is not None and apart < total:
-        said += f" --ascent partial costs the same and takes {apart / GIB:.2f}: the ascent runs in a small pass then."
+        said += f" --method auto --ascent partial, a small pass for the ascent, costs the same and takes {apart / GIB:.2f}."
     return said
 
 
