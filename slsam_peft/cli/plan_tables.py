@@ -82,7 +82,8 @@ def _need(plan: dict[str, Any]) -> str:
     total, plain, apart = plan["memory"]["total"], plan["plain_memory"], plan["no_more_memory"]
     said = f"{total / GIB:.2f} GiB at the peak, fragmentation not counted (plain LoRA: {plain / GIB:.2f})."
     if apart is not None and apart < total:
-        said += f" --method auto --ascent partial, a small pass for the ascent, costs the same and takes {apart / GIB:.2f}."
+        flags = "--method auto --ascent partial"
+        said += f" {flags}, a small pass for the ascent, costs the same and takes {apart / GIB:.2f}."
     return said
 
 

@@ -239,9 +239,9 @@ def test_the_cost_is_said_for_the_users_own_step(capsys, folder):
     said = price(*AUTO)
     assert said.startswith("a step on 8 sequences, 1 of which makes the ascent, beside the step before, is expected")
     assert "plain LoRA steps on the same 8 (1 + 1/8; dense SAM: 2.00)" in said
-    assert "--ascent partial costs the same and takes" in said
+    assert "--method auto --ascent partial, a small pass for the ascent, costs the same and takes" in said
     assert "2 of which make the ascent, in a small pass" in price(
-        *AUTO, "--ascent", "partial", "--ascent_sequences", "2"
+        *AUTO, "--method", "auto", "--ascent", "partial", "--ascent_sequences", "2"
     )
     said = price("--batch_size", "1", "--gradient_accumulation_steps", "8", "--max_length", "32")
     assert said.startswith("a step on 8 sequences, 1 of which makes the ascent, in a small pass of its own,")
@@ -249,7 +249,8 @@ def test_the_cost_is_said_for_the_users_own_step(capsys, folder):
     assert "a step on 8 sequences, all of which make the ascent, is expected to cost" in price(
         *AUTO, "--method", "sam"
     )
-    assert "a step on 8 sequences is expected to cost 1.00" in price(*AUTO, "--rho", "0")
+    # The lowest of four blocks hands no gradient down, which TRL with checkpointing computes.
+    assert "a step on 8 sequences is expected to cost 0.99" in price(*AUTO, "--rho", "0")
 
 
 @pytest.mark.parametrize("steps", [1, 8])
