@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -235,6 +235,7 @@ class PassRunner:
     ) -> None:
         self.parameters = parameters
         self.owner = owner
+        self._arm_of: list[int] = owner.tolist()
         self.sites = sites
         self.horizon = horizon
         self.pairs = tuple(pairs)
@@ -247,17 +248,16 @@ class PassRunner:
 
     def members(self, arms: torch.Tensor) -> list[int]:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
-        return arms[self.owner].nonzero().flatten().tolist()
+        on = arms.tolist()
+        return [i for i, arm in enumerate(self._arm_of) if on[arm]]
 
     def thawed(self) -> torch.Tensor:
         """Return which arms have a parameter that requires a gradient, boolean, shape `(L,)`.
 
         Callbacks and users freeze parameters in the middle of training; those are left alone.
         """
-        on = torch.tensor([p.requires_grad for p in self.parameters])
-        arms = torch.zeros(int(self.owner.max()) + 1, dtype=torch.bool)
-        arms[self.owner[on]] = True
-        return arms
+        on = {arm for arm, p in zip(self._arm_of, self.parameters, strict=True) if p.requires_grad}
+        return torch.tensor([arm in on for arm in range(max(self._arm_of) + 1)])
 
     @contextmanager
     def switched(self, trained: torch.Tensor) -> Iterator[None]:
@@ -268,7 +268,7 @@ class PassRunner:
         """
         idle = [self.parameters[i] for i in self.members(~trained)]
         off = [p for p in idle if p.requires_grad]
-        frozen = [p for p in self.parameters if not p.requires_grad]
+        frozen = [p for p in self.parameters if not p.requires_grad and "requires_grad_" not in vars(p)]
         try:
             for parameter in off:
                 parameter.requires_grad_(False)
@@ -323,6 +323,9 @@ class PassRunner:
             except NotSeparableError as error:
                 self._stop_riding(error, pending)
                 logged = logged and not error.ran
+            except CrossLayerDependencyError as error:
+                self._stop_cutting(error, step, pending)
+                return self.descend(step, pending, logged=logged)
             else:
                 step.descent_loss = _added(step.descent_loss, loss)
                 self._see_rode(step, passes)
@@ -377,8 +380,10 @@ class PassRunner:
             and pending.whole  # the sequences of a part fit no other pass
             and (pending.passes.forward_only is not None or self._is_checked(horizon, step.lowest_active))
         )
-        context = horizon.truncated(step.lowest_active, step.lowest_trained, keep=keep) if horizon else nullcontext([])
-        with context as cached_states:
+        # Else the drawn arms alone are on, and nothing below them builds a graph.
+        lowest_trained, on = (step.lowest_trained, step.trained) if keep else (step.lowest_active, step.mask)
+        context = horizon.truncated(step.lowest_active, lowest_trained, keep=keep) if horizon else nullcontext([])
+        with context as cached_states, self.switched(on):
             loss = _loss_with_gradient(closure, step.mask)
         if loss is None:
             cached_states.clear()
@@ -459,8 +464,8 @@ class PassRunner:
             context = nullcontext()
         elif pending.cached_states:
             context = horizon.resumed(step.lowest_active, step.lowest_trained, pending.cached_states)
-        else:  # it stops where nothing below is trained
-            context = horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
+        else:
+            context = self._uncut(step)
         with context:
             loss = _loss_with_gradient(closure, step.trained)
         loss = self._idle_loss(step, pending, closure) if loss is None else loss
@@ -534,7 +539,7 @@ class PassRunner:
         stack = Stack(self.pairs, offsets, riding.own, [self.parameters[i] for i in wanted])
         if not self._ridden:
             stack.passage.watch(p for pair in self.pairs for p in pair.weights)
-        with stack.applied():
+        with stack.applied(), self._uncut(step):
             loss = _loss(riding.logged() if logged else riding.unlogged())
         if stack.passage.missed():
             raise NotSeparableError("an adapter's weight was used outside its module", ran=True)
@@ -572,6 +577,13 @@ class PassRunner:
                 f"({seen.tolist()} instead of {losses[0].tolist()})"
             )
         self._separate = True
+
+    def _uncut(self, step: Step) -> AbstractContextManager[Any]:
+        """Return the context of a pass over all that is trained: its backward stops where nothing below is."""
+        horizon = self._horizon(step)
+        if horizon is None:
+            return nullcontext()
+        return horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
 
     def _horizon(self, step: Step) -> Horizon | None:
         return self.horizon if step.lowest_active >= 0 else None

@@ -113,7 +113,7 @@ class SLSAM:
         # The parts: what draws and learns, what makes e, what cuts passes, what runs them.
         self.cost = cost
         depths = [arm.depth for arm in arms]
-        self._depths = torch.tensor([-1 if d is None else d for d in depths])
+        self._depths = [-1 if d is None else d for d in depths]
         self.sampler = Sampler(depths, len(arms) * self._fraction(fraction), config)
         rideable = bool(pairs) and {w for pair in pairs for w in pair.weights} == set(parameters)
         if config.ascent == "ahead" and config.is_perturbed and not rideable:
@@ -264,8 +264,8 @@ class SLSAM:
         step = Step(
             draw=draw,
             trained=trained,
-            lowest_active=int(self._depths[draw.mask].min()),
-            lowest_trained=int(self._depths[trained].min()),
+            lowest_active=self._lowest(draw.mask),
+            lowest_trained=self._lowest(trained),
             count=count,
             divisor=count if passes.divisor is None else passes.divisor,
         )
@@ -303,21 +303,28 @@ class SLSAM:
         if not arms.confirm(self._behind):
             return
         depths = [arm.depth for arm in arms]
-        self._depths = torch.tensor([-1 if depth is None else depth for depth in depths])
+        self._depths = [-1 if depth is None else depth for depth in depths]
         drawn_so_far = self.sampler.scheme.state_dict()
         self.sampler.scheme = build_scheme(self.config, depths)
         self.sampler.scheme.load_state_dict(drawn_so_far)
         if self.horizon is not None:
             self.horizon.above = arms.above
 
+    def _lowest(self, arms: torch.Tensor) -> int:
+        """Return the depth of the lowest arm in a mask, shape `(L,)`."""
+        return min(depth for depth, on in zip(self._depths, arms.tolist(), strict=True) if on)
+
     def _draw(self, thawed: torch.Tensor) -> Draw:
         """Draw arms of which at least one is not frozen."""
-        if not thawed.any():
+        free = thawed.tolist()
+        if not any(free):
             raise ValueError(
                 "every adapter parameter is frozen (requires_grad=False), so that there is nothing to train."
             )
         for _ in range(REDRAWS):
             draw = self.sampler.draw()
+            if all(free):
+                return draw
             if bool((draw.mask & thawed).any()):
                 return draw._replace(mask=draw.mask & thawed)
         return draw._replace(mask=thawed)

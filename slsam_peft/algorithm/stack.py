@@ -177,14 +177,18 @@ class Stack:
 
 
 class _Both(torch.autograd.Function):
-    """Two versions of a weight; the gradient of the first goes to the weight, that of the second is set aside."""
+    """Two versions of each weight; the gradient of the first goes to the weight, that of the second is set aside.
+
+    One node for all weights, so that their gradients are parted together.
+    """
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, weight: torch.Tensor, stacked: torch.Tensor, owner: Stack, dim: int
-    ) -> torch.Tensor:
-        ctx.weight, ctx.owner, ctx.dim = weight, owner, dim
-        return stacked.view_as(stacked)
+        ctx: Any, owner: Stack, positions: Sequence[int], *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.owner, ctx.positions = owner, positions
+        ctx.set_materialize_grads(False)
+        return tuple(owner._stacked[i].view_as(owner._stacked[i]) for i in positions)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]  # noqa: D102
@@ -215,6 +219,8 @@ class _Apart(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]  # noqa: D102
         input, weight, mask = ctx.saved_tensors
         from_input = (gradient @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:  # frozen for now
+            return from_input, None, None, None, None
         both = ctx.owner.wants(ctx.weight)
         thin = (gradient, input)[ctx.side]
         thin = (thin.unsqueeze(-2) * mask).flatten(-2) if both else thin * mask[..., 0, :]

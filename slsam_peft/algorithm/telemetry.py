@@ -17,8 +17,9 @@ LOST_SHARE = 0.5  # of the watched steps
 
 def entropy(probabilities: torch.Tensor) -> float:
     """Return the entropy, in nats, of the probabilities normalised to sum to 1; log(L) where all are equal."""
-    q = probabilities / probabilities.sum()
-    return float(torch.special.entr(q).sum())
+    values = probabilities.tolist()
+    total = math.fsum(values)
+    return -math.fsum(p / total * math.log(p / total) for p in values if p > 0)
 
 
 class StepNumbers(NamedTuple):
@@ -63,7 +64,7 @@ class StepNumbers(NamedTuple):
     def finite(self) -> bool:
         """Whether every number that a step rests on is finite; the step is skipped where one is not."""
         decisive = (*self[:3], self.descent_loss, self.ascent_loss)
-        return all(bool(torch.isfinite(number).all()) for number in decisive)
+        return all(math.isfinite(x) for number in decisive for x in number.reshape(-1).tolist())
 
     @property
     def ascent_norms(self) -> torch.Tensor:
@@ -85,9 +86,9 @@ def step_metrics(slsam: Any, step: Step, numbers: StepNumbers) -> dict[str, floa
         numbers (`StepNumbers`): Its numbers, on the host.
     """
     # Every step has these numbers.
-    norm = float(numbers.ascent_squared.sum().sqrt())
+    norm, mask = math.sqrt(math.fsum(numbers.ascent_squared.tolist())), step.mask.tolist()
     metrics = {
-        "active_fraction": float(step.mask.double().mean()),
+        "active_fraction": sum(mask) / len(mask),
         "grad_norm_ascent": norm,
         "entropy": entropy(slsam.probabilities),
         "lowest_active_block": float(step.lowest_active),

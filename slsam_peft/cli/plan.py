@@ -2,13 +2,23 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.parsing import DTYPES
 from slsam_peft.cli.quiet import silence_libraries
-from slsam_peft.config import ADAPTER_DTYPES, ASCENTS, BANDITS, DESCENTS, DESIGNS, GRANULARITIES, SLSAMConfig
+from slsam_peft.config import (
+    ADAPTER_DTYPES,
+    ASCENTS,
+    BANDITS,
+    DESCENTS,
+    DESIGNS,
+    GRANULARITIES,
+    METHODS,
+    SLSAMConfig,
+)
 from slsam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +26,7 @@ if TYPE_CHECKING:
 
     from slsam_peft.algorithm.arms import Arm
     from slsam_peft.cost.expected import ExpectedCost
+    from slsam_peft.cost.model import Rule
 
 NAME = "plan"
 HELP = "Say what a step will cost and whether its memory fits, from a model's configuration alone"
@@ -23,6 +34,7 @@ HELP = "Say what a step will cost and whether its memory fits, from a model's co
 GIB = 2**30
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 192)  # memory of GPUs that are sold
 _NAMES = {
+    "method": METHODS,
     "ascent": ASCENTS,
     "descent": DESCENTS,
     "design": DESIGNS,
@@ -31,12 +43,15 @@ _NAMES = {
 }
 _NUMBERS = (
     "rho",
+    "loss_rise",
+    "ascent_sequences",
     "active_fraction",
     "ascent_fraction",
     "cost_budget",
     "min_probability",
     "hidden_state_cache_limit_mib",
 )
+_WHOLE = ("ascent_sequences",)
 # The bandit moves probability between the arms and keeps their sum.
 _NO_MATTER = " The plan is the same for all of them: it is that of the start, where every arm is equally probable."
 
@@ -66,8 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = _help(known[name]) + (_NO_MATTER if name == "bandit" else "")
         settings.add_argument(f"--{name}", choices=allowed, default=known[name].default, help=text)
     for name in _NUMBERS:
+        kind, shown = (int, "N") if name in _WHOLE else (float, "X")
         settings.add_argument(
-            f"--{name}", type=float, metavar="X", default=known[name].default, help=_help(known[name])
+            f"--{name}", type=kind, metavar=shown, default=known[name].default, help=_help(known[name])
         )
 
 
@@ -97,6 +113,15 @@ def _add_training(group: Any) -> None:
         help="recompute what the backward pass needs (default: true)",
     )
     add("--optim", default="adamw_torch_fused", metavar="NAME", help="optimizer, by transformers' name")
+    # The data.
+    add("--rows", type=int, metavar="N", help="rows of your data: the plan says what an epoch of them takes")
+    add("--epochs", type=float, default=1.0, metavar="X", help="epochs (default: 1)")
+    add(
+        "--seconds_per_step",
+        type=float,
+        metavar="X",
+        help="of plain LoRA on your machine, as slsam-peft bench measures it: the plan says hours",
+    )
 
 
 def _help(field: Any) -> str:
@@ -133,12 +158,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {"lora_r": 1, "batch_size": 1, "max_length": 2, "gradient_accumulation_steps": 1}
+    least = {"lora_r": 1, "batch_size": 1, "max_length": 2, "gradient_accumulation_steps": 1, "rows": 1}
     for name, bound in least.items():
-        if getattr(args, name) < bound:
-            raise UserError(f"--{name}={getattr(args, name)} is not allowed; it must be {bound} or more.")
-    if args.memory is not None and not args.memory > 0:
-        raise UserError(f"--memory={args.memory} is not allowed; it must be more than 0.")
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name}={value} is not allowed; it must be {bound} or more.")
+    for name in ("memory", "epochs", "seconds_per_step"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name}={value} is not allowed; it must be a finite number above 0.")
+    if args.seconds_per_step is not None and args.rows is None:
+        raise UserError(f"--seconds_per_step={args.seconds_per_step} needs --rows, the rows of your data.")
+    sequences = args.batch_size * args.gradient_accumulation_steps
+    if args.ascent_sequences is not None and args.ascent_sequences > sequences:
+        raise UserError(
+            f"--ascent_sequences={args.ascent_sequences} is more than the {sequences} sequences of a step, which is "
+            "dense SAM's ascent; use --method sam, or fewer."
+        )
     if args.use_bnb_nested_quant and not args.load_in_4bit:
         raise UserError("--use_bnb_nested_quant needs --load_in_4bit.")
     if args.ascent == "partial" and args.batch_size * args.gradient_accumulation_steps < 2:
@@ -157,8 +193,10 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """Return the plan as plain values.
 
     Returns:
-        `dict`: `"model"`, `"arms"`, `"cost"`, `"memory"` (bytes), `"memory_gib"` (what it must fit; `None` where that
-            is not known), `"fits"` (the same) and `"smallest_card_gib"` (memory of the smallest GPU that holds it).
+        `dict`: `"model"`, `"arms"`, `"cost"`, `"epoch"` (`None` without `--rows`), `"memory"` (bytes),
+            `"plain_memory"` (plain LoRA's total), `"no_more_memory"` (the total where the ascent runs in a small pass
+            of its own; `None` where it does), `"memory_gib"` (what it must fit; `None` where that is not known),
+            `"fits"` (the same) and `"smallest_card_gib"` (memory of the smallest GPU that holds it).
 
     Raises:
         ValueError: a setting outside its range, or a budget out of reach.
@@ -168,9 +206,10 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from slsam_peft.algorithm.arms import arms_of
+    from slsam_peft.algorithm.ascents import Ascent
     from slsam_peft.cost.expected import ExpectedCost, rule_of
     from slsam_peft.cost.memory import OPTIMIZERS, MemorySettings, memory_of
-    from slsam_peft.cost.model import CostModel
+    from slsam_peft.cost.model import CostModel, Rule
     from slsam_peft.models.shapes import find_config, meta_model
 
     if args.optim not in OPTIMIZERS:
@@ -194,13 +233,22 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         compute_dtype=dtype,
         hidden_state_cache_limit_bytes=config.hidden_state_cache_limit_mib * 2**20,
     )
-    memory = memory_of(model, cost, shapes, rule_of(config), settings)
+    rule = expected.rule
+
+    def memory_under(other: "Rule") -> dict[str, float]:
+        return memory_of(model, cost, shapes, other, settings)
+
+    memory = memory_under(rule)
+    apart = rule_of(config, rides=False) if rule.stacked(shapes) and config.resolved.ascent == "auto" else None
     room, total = args.memory or _own_memory(), memory["total"] / GIB
     return {
         "model": _model_facts(args, model),
         "arms": _arm_rows(arms, expected, fraction),
-        "cost": _cost_facts(config, expected, fraction),
+        "cost": _cost_facts(config.resolved, expected, fraction),
+        "epoch": _epoch_facts(args, expected(fraction)),
         "memory": memory,
+        "plain_memory": memory_under(Rule(ascent=Ascent()))["total"],
+        "no_more_memory": None if apart is None else memory_under(apart)["total"],
         "memory_gib": room,
         "fits": None if room is None else total <= room,
         "smallest_card_gib": next((size for size in CARDS_GIB if total <= size), None),
@@ -215,6 +263,7 @@ def _own_memory() -> float | None:
 
 
 def _fraction(config: SLSAMConfig, expected: "ExpectedCost") -> float:
+    config = config.resolved
     if config.cost_budget is not None:
         return expected.solve(config.cost_budget)
     if config.active_fraction is not None and config.active_fraction < expected.least_fraction:
@@ -253,10 +302,32 @@ def _arm_rows(arms: "Sequence[Arm]", expected: "ExpectedCost", fraction: float) 
     ]
 
 
+def _epoch_facts(args: argparse.Namespace, ratio: float) -> dict[str, Any] | None:
+    """Return steps and hours of an epoch, `None` where nothing is known of the data."""
+    if args.rows is None:
+        return None
+    steps = math.ceil(args.rows / (args.batch_size * args.gradient_accumulation_steps))
+    hours = None if args.seconds_per_step is None else steps * args.seconds_per_step / 3600
+    return {
+        "rows": args.rows,
+        "epochs": args.epochs,
+        "steps": steps,
+        "plain_hours": hours,
+        "hours": None if hours is None else hours * ratio,
+    }
+
+
 def _cost_facts(config: SLSAMConfig, expected: "ExpectedCost", fraction: float) -> dict[str, Any]:
     plain = expected.model.plain(expected.shapes)
     relative = expected(fraction)
+    shapes, rule = expected.shapes, expected.rule
+    rides = rule.stacked(shapes)
+    ascent = rule.ascent.riding(shapes[0][0]) if rides else sum(n for n, _ in rule.ascent_shapes(shapes))
     return {
+        "sequences": sum(n for n, _ in shapes),
+        "ascent_sequences": ascent,
+        "rides": rides,
+        "method": config.method,
         "plain_flops": plain,
         "dense_sam": expected.model.dense_sam(expected.shapes) / plain,
         "expected": relative,

@@ -39,8 +39,10 @@ def show(plan: dict[str, Any], *, arms: bool = False) -> None:
         f"{facts['micro_batches']} x {facts['batch_size']} sequences of {facts['max_length']} tokens, gradient "
         f"checkpointing {'on' if facts['gradient_checkpointing'] else 'off'}."
     )
-    for name, answer in (("Cost", _price(plan["cost"])), ("Memory", _need(plan)), ("Fits", _verdict(plan))):
-        console.print(f"[bold]{name}[/bold]: {answer}")
+    answers = {"Cost": _price(plan["cost"]), "Epoch": _epoch(plan), "Memory": _need(plan), "Fits": _verdict(plan)}
+    for name, answer in answers.items():
+        if answer:
+            console.print(f"[bold]{name}[/bold]: {answer}")
     console.print()
     console.print(_cost(plan["cost"]))
     console.print(_memory(plan["memory"]))
@@ -49,11 +51,40 @@ def show(plan: dict[str, Any], *, arms: bool = False) -> None:
 
 
 def _price(cost: dict[str, Any]) -> str:
-    return f"a step is expected to cost {cost['expected']:.2f} plain LoRA steps (dense SAM: {cost['dense_sam']:.2f})."
+    n, m = cost["sequences"], cost["ascent_sequences"]
+    if not m:
+        how = ""
+    elif m == n:
+        how = ", all of which make the ascent,"
+    else:
+        where = ", beside the step before," if cost["rides"] else ", in a small pass of its own,"
+        how = f", {m} of which make{'s' if m == 1 else ''} the ascent{where}"
+    share = f"1 + {m}/{n}; " if 0 < m < n and cost["descent"] == "all" else ""
+    return (
+        f"a step on {n} sequence{'' if n == 1 else 's'}{how} is expected to cost {cost['expected']:.2f} plain LoRA "
+        f"steps on the same {n} ({share}dense SAM: {cost['dense_sam']:.2f})."
+    )
+
+
+def _epoch(plan: dict[str, Any]) -> str:
+    """Return what an epoch takes; empty where the rows are not known."""
+    epoch, ratio = plan["epoch"], plan["cost"]["expected"]
+    if epoch is None:
+        return ""
+    steps = f"{epoch['rows']:,} rows are {epoch['steps']:,} steps"
+    if epoch["hours"] is None:
+        return f"{steps}, each {ratio:.2f} times as long as plain LoRA's. --seconds_per_step X says hours."
+    total = f" (of {epoch['epochs']:g}: {epoch['hours'] * epoch['epochs']:.2f} h)" if epoch["epochs"] != 1 else ""
+    return f"{steps}, {epoch['hours']:.2f} h{total}; plain LoRA {epoch['plain_hours']:.2f} h."
 
 
 def _need(plan: dict[str, Any]) -> str:
-    return f"{plan['memory']['total'] / GIB:.2f} GiB at the peak, fragmentation not counted."
+    total, plain, apart = plan["memory"]["total"], plan["plain_memory"], plan["no_more_memory"]
+    said = f"{total / GIB:.2f} GiB at the peak, fragmentation not counted (plain LoRA: {plain / GIB:.2f})."
+    if apart is not None and apart < total:
+        flags = "--method auto --ascent partial"
+        said += f" {flags}, a small pass for the ascent, costs the same and takes {apart / GIB:.2f}."
+    return said
 
 
 def _arms(rows: list[dict[str, Any]]) -> Table:
@@ -88,7 +119,8 @@ def _cost(cost: dict[str, Any]) -> Table:
     table.add_column("TFLOPs", justify="right")
     table.add_column("plain LoRA = 1", justify="right")
     plain = cost["plain_flops"] / 1e12
-    name = f"SL-SAM, {cost['design']}, {cost['ascent']}, active_fraction {cost['active_fraction']:.3f}"
+    method = f"method {cost['method']}, " if cost["method"] else ""
+    name = f"SL-SAM, {method}{cost['design']}, {cost['ascent']}, active_fraction {cost['active_fraction']:.3f}"
     if cost["descent"] == "all":
         name += ", all trained"
     for label, ratio in (
@@ -97,7 +129,7 @@ def _cost(cost: dict[str, Any]) -> Table:
         (f"{name} (expected)", cost["expected"]),
     ):
         table.add_row(label, f"{ratio * plain:,.2f}", f"{ratio:.3f}")
-    if cost["ascent"] != "ahead":  # which takes no budget
+    if cost["method"] in (None, "depth") and cost["ascent"] != "ahead":  # others take no budget
         table.caption = f"within reach of cost_budget: {cost['least']:.3f} to {cost['most']:.3f}"
     return table
 

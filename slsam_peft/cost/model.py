@@ -235,11 +235,14 @@ class CostModel:
         """Cost that block `index` adds when it is not below the cut, `names` being what is active in it."""
         dense = rule.descent == "all"
         trained = self.decoder.blocks[index].trainable if dense else names
-        input_grad = not is_lowest or self.reentrant or (dense and index == 0 and self._uncut)
-        passes = self._passes(index, trained, input_grad)
-        cost = passes.back.on(parts.first) + passes.forward.on(parts.reused)
+        input_grad = not is_lowest or self.reentrant
+        # An ascent whose graph a dense descent goes on from has every trained arm on, any other the drawn ones alone.
+        kept = self._passes(index, trained, input_grad or (dense and index == 0 and self._uncut))
+        fresh = self._passes(index, names, input_grad)
+        cost = fresh.back.on(parts.first.minus(parts.reused))
+        cost += kept.back.on(parts.reused) + kept.forward.on(parts.reused)
         # A dense descent runs below the lowest active block too: `_const` counts it.
-        return cost if dense else cost + passes.back.on(parts.total)
+        return cost if dense else cost + kept.back.on(parts.total)
 
     @property
     def _uncut(self) -> bool:

@@ -1,4 +1,4 @@
-"""Times plain LoRA, dense SAM and our modes in alternation, in one process, on one model and the same batches."""
+"""Times plain LoRA and our modes in alternation, in one process, on one model and the same batches."""
 
 import statistics
 import tempfile
@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.models.load import compute_dtype
-from slsam_peft.runs.bench_modes import REFERENCE, Mode, parts_of, select_modes
+from slsam_peft.runs.bench_modes import REFERENCE, Mode, select_modes, sizes_of
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
@@ -57,9 +57,8 @@ class Measured:
 class _Clock(TrainerCallback):
     """Measures the time from the start to the end of each step, beside the cost it was predicted to have."""
 
-    def __init__(self, trainer: SFTTrainer, share: float) -> None:
+    def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
-        self.share = share
         self.seconds: list[float] = []
         self.predicted: list[float] = []
 
@@ -72,7 +71,7 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
         slsam = getattr(self.trainer, "slsam", None)
         if slsam is not None and "cost" in slsam.metrics:
-            self.predicted.append(slsam.metrics["cost"] * self.share)
+            self.predicted.append(slsam.metrics["cost"])
 
 
 def run_bench(
@@ -98,10 +97,10 @@ def run_bench(
         length (`int`, *optional*, defaults to `128`): Tokens per sequence.
         accumulation (`int`, *optional*, defaults to `1`): Micro-batches per step.
         steps (`int`, *optional*, defaults to `16`): Timed steps of each mode per round; one that is
-            not timed comes before them.
+            not timed comes before them, and one behind.
         rounds (`int`, *optional*, defaults to `3`): Rounds.
-        modes (`dict[str, Mode]`, *optional*): By name, `REFERENCE` first. Defaults to those of `MODES` that a step has
-            parts for.
+        modes (`dict[str, Mode]`, *optional*): By name, `REFERENCE` first. Defaults to those of `MODES` that differ
+            for such steps.
         tell (`Callable[[str], None]`, *optional*): Told what runs.
 
     Returns:
@@ -109,23 +108,22 @@ def run_bench(
     """
     # One model with one adapter serves all modes, on the same sequences.
     modes = modes or select_modes(None, batch, accumulation)
-    parts = parts_of(batch, accumulation)
     peft_model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
-    sequences = _random_sequences(tokenizer, batch * accumulation * (steps + 1), length)
+    sequences = random_sequences(tokenizer, batch * accumulation * (steps + 2), length)
     with tempfile.TemporaryDirectory() as folder:
-        # Trainers are made before the clock starts; a mode with fewer parts gets smaller steps.
+        # Trainers are made before the clock starts.
         trainers = {}
         for name, mode in modes.items():
-            sizes = (batch, parts - mode.fewer) if accumulation > 1 else (parts - mode.fewer, 1)
-            trainers[name] = _trainer(peft_model, tokenizer, _arguments(folder, *sizes, steps), sequences, mode.config)
-        if _emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
+            args = _arguments(folder, *sizes_of(mode, batch, accumulation), steps)
+            trainers[name] = _trainer(peft_model, tokenizer, args, sequences, mode.config)
+        if emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
             restore_float32(peft_model, {})
         # Modes alternate within a round, so that what else the machine does meets all of them.
         measured = {name: Measured(name) for name in modes}
         for number in range(rounds):
             for name, trainer in trainers.items():
                 tell(f"round {number + 1} of {rounds}: {name}")
-                _round(trainer, number, measured[name], 1 - modes[name].fewer / parts)
+                _round(trainer, number, measured[name])
             for name in modes:
                 measured[name].ratios.append(measured[name].seconds[-1] / measured[REFERENCE].seconds[-1])
     return list(measured.values())
@@ -136,7 +134,7 @@ def _arguments(folder: str, batch: int, accumulation: int, steps: int) -> SFTCon
         folder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        max_steps=steps + 1,
+        max_steps=steps + 2,
         max_length=None,
         bf16=torch.cuda.is_available(),
         logging_strategy="no",
@@ -152,7 +150,7 @@ def _trainer(
 ) -> SFTTrainer:
     common = {"args": args, "train_dataset": sequences, "processing_class": tokenizer}
     # The same precision for all: TRL's, as in the plain reference, or float32, see above.
-    kept = "float32" if _emulates_bfloat16() else "keep"
+    kept = "float32" if emulates_bfloat16() else "keep"
     trainer = (
         SFTTrainer(model, **common)
         if config is None
@@ -162,35 +160,38 @@ def _trainer(
     return trainer
 
 
-def _emulates_bfloat16() -> bool:
+def emulates_bfloat16() -> bool:
+    """Whether this machine computes in float32, since bfloat16 would be slower."""
     return compute_dtype("auto") == torch.float32
 
 
-def _round(trainer: SFTTrainer, number: int, measured: Measured, share: float) -> None:
-    """Train one round; the first step, which warms up and checks that hidden states may be reused, is not timed.
+def _round(trainer: SFTTrainer, number: int, measured: Measured) -> None:
+    """Train one round; its first step, which warms up and checks the model, and its last are not timed.
+
+    Behind the last one no batch comes, of which sequences could ride along.
 
     Args:
         trainer (`SFTTrainer`): Of the mode.
         number (`int`): Of the round.
         measured (`Measured`): Gets what the round cost.
-        share (`float`): Sequences per step as a share of the reference's.
     """
     if isinstance(trainer, SLSAMTrainer):  # other draws in every round
         trainer.slsam_config = replace(trainer.slsam_config, seed=number)
-    clock = _Clock(trainer, share)
+    clock = _Clock(trainer)
     trainer.add_callback(clock)
     with PeakMemory() as peak:
         trainer.train()
     trainer.remove_callback(clock)
     if isinstance(trainer, SLSAMTrainer):  # or the modes after it pay for the gradients it keeps
         trainer.slsam.memory.replace({})
-    measured.seconds.append(statistics.mean(clock.seconds[1:]))
+    measured.seconds.append(statistics.mean(clock.seconds[1:-1]))
     measured.peak_bytes.append(peak.bytes)
     if clock.predicted:
-        measured.predicted.append(statistics.mean(clock.predicted[1:]))
+        measured.predicted.append(statistics.mean(clock.predicted[1:-1]))
 
 
-def _random_sequences(tokenizer: Any, count: int, length: int) -> Dataset:
+def random_sequences(tokenizer: Any, count: int, length: int) -> Dataset:
+    """Return so many sequences of random tokens, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(tokenizer) // 2, (count, length), generator=generator)
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})

@@ -5,7 +5,7 @@ from typing import Any
 
 from slsam_peft.config import PAPER_FRACTION, SLSAMConfig
 
-_SHOWN = ("rho", "granularity", "bandit", "design", "ascent", "descent", "cost_budget")
+_SHOWN = ("method", "rho", "loss_rise", "granularity", "bandit", "design", "ascent", "descent", "cost_budget")
 
 
 def describe(config: SLSAMConfig) -> list[str]:
@@ -24,6 +24,7 @@ def tags_of(method: Mapping[str, Any]) -> list[str]:
     if method.get("cost_budget") is None:
         fraction = method.get("active_fraction")
         tags.append(f"sl-sam:active_fraction={PAPER_FRACTION if fraction is None else fraction}")
-    if method.get("ascent") in ("partial", "ahead") and "ascent_fraction" in method:
-        tags.append(f"sl-sam:ascent_fraction={method['ascent_fraction']}")
+    if method.get("ascent") in ("auto", "partial", "ahead"):
+        names = ("ascent_sequences", "ascent_fraction")
+        tags += [f"sl-sam:{name}={method[name]}" for name in names if method.get(name) is not None]
     return tags

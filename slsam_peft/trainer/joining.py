@@ -198,7 +198,8 @@ def _picked(value: Any, entries: list[int], length: int) -> Any:
 
 
 def _filled(value: torch.Tensor, length: int, filler: int) -> torch.Tensor:
-    return F.pad(value, (0, length - value.shape[1]), value=filler)
+    missing = length - value.shape[1]
+    return F.pad(value, (0, missing), value=filler) if missing else value
 
 
 def _interleaved(first: torch.Tensor, second: torch.Tensor, parts: int) -> torch.Tensor:

@@ -7,21 +7,26 @@ import pytest
 import torch
 
 from slsam_peft import SLSAMConfig
+from slsam_peft.algorithm.radius import Length, Offsets
+from slsam_peft.algorithm.stack import Stack
+from slsam_peft.algorithm.swap import Swap
 from slsam_peft.cli.bench_plot import draw
 from slsam_peft.cli.main import main
 from slsam_peft.cli.outputs import write_figure
 from slsam_peft.errors import UserError
 from slsam_peft.runs.bench import run_bench
+from slsam_peft.runs.bench_check import IN_PLACE, STACK, SWAP, run_check
 from slsam_peft.runs.bench_modes import MODES as ALL
 from slsam_peft.runs.bench_modes import REFERENCE, Mode, select_modes
 from tests.tiny import llama, tokenizer
 
 MODES = {
     REFERENCE: Mode(),
-    "dense": Mode(SLSAMConfig(active_fraction=1.0)),
+    "sam": ALL["sam"],
     "half": Mode(SLSAMConfig(design="depth", active_fraction=0.5)),
-    "fewer": Mode(SLSAMConfig(ascent="partial", ascent_fraction=0.01, active_fraction=1.0), fewer=1),
-    "ahead": Mode(SLSAMConfig(ascent="ahead", ascent_fraction=0.01, active_fraction=1.0), fewer=1),
+    "small pass": ALL["auto, small pass"],
+    "auto": ALL["auto"],
+    "accumulated": ALL["auto, accumulated"],
 }
 
 
@@ -38,14 +43,15 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
         assert len(m.seconds) == len(m.ratios) == len(m.peak_bytes) == 2
         assert all(s > 0 for s in m.seconds)
         assert m.summary()["peak_bytes"] > 0
-    plain, dense, half, fewer, ahead = (m.summary() for m in measured)
+    plain, sam, half, small, ahead, accumulated = (m.summary() for m in measured)
     assert plain["ratio"] == plain["predicted"] == 1.0
-    assert math.isclose(dense["predicted"], 2.0, rel_tol=0.1)
-    assert half["predicted"] < dense["predicted"]
-    assert math.isclose(
-        fewer["predicted"], 1.0, rel_tol=0.1
-    )  # three of four sequences, and one of them for the ascent
-    assert math.isclose(ahead["predicted"], 1.0, rel_tol=0.1)  # three sequences and one of the next step
+    assert math.isclose(sam["predicted"], 2.0, rel_tol=0.1)
+    assert half["predicted"] < sam["predicted"]
+    # Four sequences, one of which makes the ascent; backward no further down than the drawn blocks.
+    assert 1.15 < small["predicted"] <= 1.26
+    assert 1.15 < accumulated["predicted"] <= 1.26
+    # One of the next step, and a second pair of factors, which are wide in a model so thin.
+    assert 1.25 <= ahead["predicted"] < 1.6
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     picture = tmp_path / "bench.png"
@@ -53,53 +59,41 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_under_accumulation_a_micro_batch_pays_for_the_ascent():
-    modes = {name: MODES[name] for name in (REFERENCE, "fewer")}
-    plain, fewer = run_bench(
-        llama(), tokenizer(), lora_r=4, batch=1, length=16, accumulation=4, steps=2, rounds=1, modes=modes
-    )
-    assert math.isclose(fewer.summary()["predicted"], 1.0, rel_tol=0.1)  # four passes of one sequence, as plain LoRA's
-    assert plain.summary()["predicted"] == 1.0
-
-
-def test_a_mode_with_fewer_parts_needs_two():
-    partial, ahead = (name for name, mode in ALL.items() if mode.fewer)
-    assert list(select_modes(None, 3, 1)) == list(ALL)
-    for (batch, accumulation), lacking in {
-        (2, 1): {partial},
-        (1, 3): {ahead},
-        (2, 4): {ahead},
-        (8, 2): {partial, ahead},
-        (1, 1): {partial, ahead, "partial 1/4, depth, budget 0.75"},
-    }.items():
-        assert set(ALL) - set(select_modes(None, batch, accumulation)) == lacking
-        for name in (partial, ahead):
-            if name not in lacking:
-                assert list(select_modes([name], batch, accumulation)) == [REFERENCE, name]
-                continue
-            with pytest.raises(UserError, match=r"needs --(batch_size 3|gradient_accumulation_steps 1 and --batch)"):
-                select_modes([name], batch, accumulation)
+def test_one_sequence_at_a_time_takes_several():
+    accumulated = {name for name, mode in ALL.items() if mode.accumulated}
+    assert len(accumulated) == 2
+    assert list(select_modes(None, 2, 1)) == list(ALL)
+    for accumulation in (1, 4):
+        assert set(ALL) - set(select_modes(None, 1, accumulation)) == accumulated
+    with pytest.raises(UserError, match="'auto, accumulated' needs --batch_size 2 or more"):
+        select_modes(["auto, accumulated"], 1, 4)
 
 
 def test_a_misspelt_mode_is_answered_with_the_nearest():
-    with pytest.raises(
-        UserError, match=r"'dense SAN' is not known\. Did you mean 'dense SAM'\? The modes are:\n  plain LoRA"
-    ):
-        select_modes(["dense SAN"], 2, 1)
+    with pytest.raises(UserError, match=r"'papre' is not known\. Did you mean 'paper'\? The modes are:\n  plain LoRA"):
+        select_modes(["papre"], 2, 1)
 
 
 def test_the_command_times_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     llama(num_hidden_layers=2).save_pretrained("model")
     tokenizer().save_pretrained("model")
-    words = "bench --model model --lora_r 4 --batch_size 1 --max_length 16 --steps 1 --rounds 1 --modes"
-    assert main([*words.split(), "dense SAM", "--output", "a.json", "--plot", "a.svg"]) == 0
+    words = "bench --model model --lora_r 4 --batch_size 1 --max_length 16 --steps 1 --rounds 1 --rows 1000 --modes"
+    assert main([*words.split(), "sam", "--output", "a.json", "--plot", "a.svg"]) == 0
     shown = capsys.readouterr().out
     assert all(
-        word in shown for word in ("Cost of a step", "s/step", "plain LoRA", "dense SAM", "Written: a.json, a.svg")
+        word in shown
+        for word in (
+            "Cost of a step on 1 sequence",
+            "s/step",
+            "h/epoch",
+            "plain LoRA",
+            "sam",
+            "Written: a.json, a.svg",
+        )
     )
     written = json.loads((tmp_path / "a.json").read_text())
-    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "dense SAM"]
+    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "sam"]
     assert written["modes"][0]["seconds_per_step"] > 0
 
 
@@ -107,3 +101,73 @@ def test_the_help_lists_every_mode(capsys):
     assert main(["bench", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert all(f'"{name}"' in shown for name in ALL if name != REFERENCE)
+
+
+def test_every_way_to_perturb_is_right():
+    found = {checked.mode: checked for checked in run_check(llama(), tokenizer(), lora_r=4, batch=2, length=12)}
+    assert list(found) == [SWAP, STACK, IN_PLACE]
+    for checked in found.values():
+        assert checked.good, checked
+        assert checked.deviation < 0.05  # look-ahead keeps its gradient in bfloat16
+        assert checked.change > 0.01
+
+
+@pytest.mark.parametrize(
+    ("broken", "wrong"),
+    [
+        (lambda patch: patch.setattr(Swap, "_moved", _unmoved), {SWAP}),
+        (lambda patch: patch.setattr(Stack, "_stack", _both_at_w(Stack._stack)), {STACK}),
+        (lambda patch: patch.setattr(Length, "offsets", _nothing), {SWAP, STACK, IN_PLACE}),
+    ],
+    ids=["swap", "stack", "radius"],
+)
+def test_a_mode_that_leaves_e_out_is_found(broken, wrong, monkeypatch):
+    broken(monkeypatch)
+    checked = run_check(llama(num_hidden_layers=2), tokenizer(), lora_r=4, batch=2, length=12)
+    assert {found.mode for found in checked if not found.good} == wrong
+    assert all(found.deviation > 0.9 for found in checked if found.mode in wrong)
+
+
+def _unmoved(self, offsets, sites):
+    return {p: p.detach().clone() for p in self.parameters}
+
+
+def _both_at_w(stack):
+    return lambda self, offsets: stack(self, {})
+
+
+def _nothing(self, gradients, weights, norm, unit):
+    return Offsets([torch.zeros_like(g) for g in gradients], torch.zeros_like(norm))
+
+
+def test_where_nothing_may_ride_along_the_check_says_why(monkeypatch):
+    monkeypatch.setattr("slsam_peft.runs.bench_check.why_not", lambda trainer: "a reason")
+    monkeypatch.setattr("slsam_peft.trainer.trainer.why_not", lambda trainer: "a reason")
+    swap, stack, _ = run_check(llama(num_hidden_layers=2), tokenizer(), lora_r=4, batch=2, length=12)
+    assert swap.good
+    assert (stack.good, stack.note) == (None, "not used here: a reason")
+
+
+def test_the_check_command_prints_what_it_holds_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llama(num_hidden_layers=2).save_pretrained("model")
+    tokenizer().save_pretrained("model")
+    argv = "bench --check --model model --lora_r 4 --batch_size 2 --max_length 12".split()
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    for word in (
+        "device",
+        "attention",
+        "sdpa",
+        "torch 2",
+        "flash_attn",
+        SWAP,
+        STACK,
+        IN_PLACE,
+        "Every mode that runs",
+    ):
+        assert word in shown
+    assert not (tmp_path / "slsam-bench.json").exists()
+    monkeypatch.setattr(Length, "offsets", _nothing)
+    assert main(argv) == 1
+    assert "Wrong here: swap, look-ahead stack, in place." in " ".join(capsys.readouterr().out.split())

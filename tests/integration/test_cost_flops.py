@@ -1,5 +1,7 @@
 """Predicted FLOPs against FLOPs counted on whole `trainer.train()` runs, on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -20,9 +22,10 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from slsam_peft.cost.block import Size
+from slsam_peft.algorithm.ascents import Part
+from slsam_peft.cost.block import NONE, Size
 from slsam_peft.cost.expected import active_names, rule_of
-from slsam_peft.cost.model import CostModel, Rule
+from slsam_peft.cost.model import CostModel
 from tests.tolerances import COUNTED_FLOPS
 
 WORDS, LENGTH = 500, 64
@@ -144,7 +147,11 @@ MODES = {
     "window": {"design": "window", "active_fraction": 0.5},
     "partial": {"design": "depth", "active_fraction": 0.5, "ascent": "partial"},
     "remembered": {"design": "depth", "active_fraction": 0.5, "ascent": "remembered"},
-    "ahead": {"ascent": "ahead", "active_fraction": 1.0},
+    "auto": {},
+    "auto_two_sequences": {"ascent_sequences": 2},
+    "small_pass": {"method": "auto", "ascent": "partial"},
+    "small_pass_modules": {"method": "auto", "ascent": "partial", "granularity": "module"},
+    "sam": {"method": "sam"},
     "dense_descent": {"design": "depth", "active_fraction": 0.5, "descent": "all"},
     "dense_descent_bernoulli": {"active_fraction": 0.25, "descent": "all"},
     "without_ascent": {"design": "depth", "active_fraction": 0.5, "rho": 0.0},
@@ -154,13 +161,19 @@ MODES = {
 
 
 def _forward_from(cost, lowest_active, shape):
-    """FLOPs of the pass that checks the hidden-state cache once: forward from a block on, and the head's."""
+    """FLOPs of a pass that checks something once: forward from a block on, and the head's."""
     names = {name for block in cost.decoder.blocks[lowest_active:] for name in block.trainable}
     return cost.forward_flops(names, [shape]) + 2 * cost.decoder.head * Size.of([shape]).scored
 
 
+def _stacked_forward(cost, shape):
+    """FLOPs of a forward pass with two weights per factor, and the head's."""
+    forward = sum(cost._passes(i, NONE, True, stacked=True).forward.on(Size.of([shape])) for i in range(len(cost)))
+    return forward + 2 * cost.decoder.head * Size.of([shape]).scored
+
+
 def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=True, family="llama"):
-    masks, config = _Masks(), SLSAMConfig(**mode)
+    masks, config = _Masks(), SLSAMConfig(trace=False, **mode)
     trainer = build(
         CONFIGS[family], SLSAMTrainer, batch, micro_batches, 3, checkpointing, slsam_config=config, callbacks=[masks]
     )
@@ -168,19 +181,24 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
     with counter() as count:
         trainer.train()
     cost, arms = CostModel.from_model(trainer.model, checkpointing), trainer.slsam.arms
-    shapes, rule = [(batch, LENGTH)] * micro_batches, rule_of(config)
-    known, predicted = set(), 0.0
+    shapes, steps = [(batch, LENGTH)] * micro_batches, len(masks.seen)
+    rule = rule_of(config, rides=bool(trainer.slsam.runner.pairs))
+    predicted = 0.0
     for step, mask in enumerate(masks.seen, 1):
-        names = active_names(arms, mask)
-        if config.ascent == "ahead" and step == len(masks.seen):  # no batch is left to look ahead to
-            rule = Rule(perturbed=False)
-        # There is no gradient of an arm before its first step, so it has no branch then.
-        predicted += cost.step(names, shapes, rule, known if config.ascent == "remembered" else None)
-        known |= names
+        # The first step's ascent is a pass of its own, and behind the last one no batch comes.
+        here = rule
+        if rule.ascent.rides:
+            joined = (batch + rule.ascent.riding(batch), LENGTH) if step < steps else None
+            small = Part(rule.ascent.sequences)
+            here = replace(rule, ascent=small, recalled=step > 1, joined=joined)
+        predicted += cost.step(active_names(arms, mask), shapes, here)
+    # What is checked once: that a pass may start from a hidden state; that tokens are separate (three times forward).
     lowest_blocks = [min(a.depth for a, on in zip(arms, mask.tolist(), strict=True) if on) for mask in masks.seen]
     checked = next((lowest_active for lowest_active in lowest_blocks if lowest_active > 0), None)
-    if rule.reusable(micro_batches) and checked is not None:
+    if rule.reused_shapes(shapes) and checked is not None:
         predicted += _forward_from(cost, checked, shapes[0])
+    if rule.ascent.rides:
+        predicted += 3 * _stacked_forward(cost, (batch + rule.ascent.riding(batch), LENGTH))
     return predicted, count.get_total_flops()
 
 
@@ -190,13 +208,14 @@ def test_our_steps_for_the_lowest_blocks_drawn(build, mode):
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
-@pytest.mark.parametrize("mode", ["depth", "partial", "remembered", "dense_descent"])
-def test_our_steps_under_accumulation(build, mode):
-    predicted, counted = _predicted_and_counted(build, MODES[mode], batch=2, micro_batches=4)
+@pytest.mark.parametrize("mode", ["depth", "partial", "remembered", "dense_descent", "auto", "small_pass"])
+@pytest.mark.parametrize(("batch", "micro_batches"), [(2, 4), pytest.param(1, 4, marks=pytest.mark.slow)])
+def test_our_steps_under_accumulation(build, mode, batch, micro_batches):
+    predicted, counted = _predicted_and_counted(build, MODES[mode], batch, micro_batches)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
-@pytest.mark.parametrize("mode", ["depth", "dense_descent"])
+@pytest.mark.parametrize("mode", ["depth", "dense_descent", "auto", "small_pass"])
 def test_our_steps_without_checkpointing(build, mode):
     predicted, counted = _predicted_and_counted(build, MODES[mode], checkpointing=False)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)

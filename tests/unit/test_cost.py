@@ -10,15 +10,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from slsam_peft.algorithm.arms import arms_of
+from slsam_peft.algorithm.ascents import Ahead, Ascent, Part, Remembered
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.block import Size
 from slsam_peft.cost.budget import independent_reach, reach_of, solve_active_fraction
-from slsam_peft.cost.expected import ExpectedCost
-from slsam_peft.cost.model import CostModel, Rule, ascent_share
+from slsam_peft.cost.expected import ExpectedCost, rule_of
+from slsam_peft.cost.model import CostModel, Rule
 from tests.tolerances import EXACT_FLOAT64
 
 BLOCKS, WIDTH, INNER, KEYS, WORDS, RANK = 6, 96, 256, 48, 500, 4
 SHAPES = [(4, 64)]
+NO_ASCENT = Rule(ascent=Ascent())
 
 
 def tiny_llama(targets="all-linear", blocks=BLOCKS):
@@ -70,11 +72,8 @@ def test_without_checkpointing_nothing_runs_again_and_block_0_needs_no_input_gra
 
 
 def test_two_passes_over_everything(cost):
-    branches = 3 * 2 * ADAPTERS * TOKENS  # forward, again, input gradient; pass 2 only
-    lowest_active = (
-        2 * 2 * INPUTS + 2 * 3 * RANK * WIDTH
-    ) * TOKENS  # both passes; the branches beside q, k and v's A once
-    assert cost.step([True] * BLOCKS, SHAPES) == 2 * cost.plain(SHAPES) + BLOCKS * branches - lowest_active
+    lowest_active = 2 * 2 * INPUTS * TOKENS  # in both passes
+    assert cost.step([True] * BLOCKS, SHAPES) == 2 * cost.plain(SHAPES) - lowest_active
     assert cost.dense_sam(SHAPES) == 2 * cost.plain(SHAPES)
 
 
@@ -84,7 +83,7 @@ def test_one_pass_above_a_lowest_active(cost):
     forward = 2 * (BASE + ADAPTERS) * TOKENS + 4 * WIDTH * PAIRS
     through = forward - 2 * LAST * TOKENS + 2 * (BASE + ADAPTERS) * TOKENS + 8 * WIDTH * PAIRS
     expected = BLOCKS * forward + 4 * through + 3 * 2 * ADAPTERS * TOKENS - 2 * INPUTS * TOKENS + HEAD
-    assert cost.step(active, SHAPES, Rule(perturbed=False)) == expected
+    assert cost.step(active, SHAPES, NO_ASCENT) == expected
 
 
 def test_the_hidden_state_cache_saves_the_forward_below_the_lowest_active(cost):
@@ -96,30 +95,77 @@ def test_the_hidden_state_cache_saves_the_forward_below_the_lowest_active(cost):
 
 def test_partial_ascent_is_two_passes_where_it_sees_everything(cost):
     active, shapes = [False] * 3 + [True] * 3, [(2, 32)] * 4
-    assert cost.step(active, shapes, Rule(ascent="partial", ascent_fraction=1.0)) == cost.step(active, shapes)
-    quarter = Rule(ascent="partial", ascent_fraction=0.25)
-    one = Rule(perturbed=False)
-    first, rest = cost.step(active, shapes[:1]), 3 * cost.step(active, shapes[:1], Rule(ascent="remembered"))
-    assert cost.step(active, shapes, one) < cost.step(active, shapes, quarter)
+    assert cost.step(active, shapes, Rule(ascent=Part(fraction=1.0))) == cost.step(active, shapes)
+    quarter = Rule(ascent=Part(fraction=0.25))
+    first, rest = cost.step(active, shapes[:1]), 3 * cost.step(active, shapes[:1], Rule(ascent=Remembered()))
+    assert cost.step(active, shapes, NO_ASCENT) < cost.step(active, shapes, quarter)
     assert cost.step(active, shapes, quarter) == pytest.approx(first + rest, rel=EXACT_FLOAT64)
 
 
 def test_parts_of_a_partial_ascent():
-    rule = Rule(ascent="partial", ascent_fraction=0.25)
+    rule = Rule(ascent=Part(fraction=0.25))
     assert rule.parts([(8, 16)])[1:] == (Size.of([(2, 16)]), Size())
     assert rule.parts([(2, 16)] * 8)[1:] == (Size.of([(2, 16)] * 2),) * 2
     assert rule.parts([(1, 16), (3, 8)])[1] == Size.of([(1, 16)])
-    assert [ascent_share(0.25, n) for n in (1, 2, 4, 7, 8)] == [1, 1, 1, 2, 2]
+    assert [Part(fraction=0.25).of(n) for n in (1, 2, 4, 7, 8)] == [1, 1, 1, 2, 2]
+    # So many sequences: of the first micro-batches, whole ones and a part of the next.
+    assert Rule(ascent=Part(3)).parts([(2, 16)] * 4)[1:] == (Size.of([(2, 16), (1, 16)]), Size.of([(2, 16)]))
+    assert Rule(ascent=Part(1)).parts([(1, 16)] * 4)[1:] == (Size.of([(1, 16)]),) * 2
+
+
+@pytest.mark.parametrize(("sequences", "batch"), [(1, 4), (2, 8)])
+def test_a_sparse_ascent_makes_the_gradients_of_drawn_arms_alone(cost, sequences, batch):
+    """A small pass: forward on m sequences; backward from the lowest drawn block up, weight gradients where drawn."""
+    active, tokens, pairs = [False, False, True, False, False, True], sequences * 64, sequences * 64 * 64
+    forward = 2 * (BASE + ADAPTERS) * tokens + 4 * WIDTH * pairs
+    through = forward - 2 * LAST * tokens + 2 * (BASE + ADAPTERS) * tokens + 8 * WIDTH * pairs
+    head = 3 * 2 * WORDS * WIDTH * sequences * 63
+    small = BLOCKS * forward + 4 * through + 2 * 2 * ADAPTERS * tokens - 2 * INPUTS * tokens + head
+    rule = Rule(ascent=Part(sequences), descent="all")
+    alone = cost.step(active, [(batch, 64)], Rule(ascent=Ascent(), descent="all"))
+    assert cost.step(active, [(batch, 64)], rule) - alone == small
+
+
+def test_sequences_that_ride_along_cost_their_share_and_a_second_pair_of_factors(cost):
+    """One pass, so many sequences longer; every factor is twice as wide in it, forward, again and backward."""
+    wide = Rule(ascent=Ahead(1), descent="all")
+    assert wide.run_on([(4, 64)]) == [(5, 64)]
+    assert wide.run_on([(4, 64), (4, 64)]) == [(4, 64), (4, 64)]  # only a lone micro-batch has another one's behind it
+    assert Rule(ascent=Ahead(1), joined=(5, 80)).run_on([(4, 64)]) == [(5, 80)]
+    plain, tokens = Rule(ascent=Ascent(), descent="all"), 5 * 64
+    # Block 0 has an input without a gradient: no gradient of the hidden state reaches q, k and v's A.
+    factors = BLOCKS * 2 * (4 * ADAPTERS - LAST) * tokens - 2 * 3 * RANK * WIDTH * tokens
+    more = cost.step([True] * BLOCKS, [(4, 64)], wide) - cost.step([True] * BLOCKS, [(5, 64)], plain)
+    assert more == factors
+
+
+def test_a_step_costs_one_and_the_share_of_its_ascent(cost):
+    """The words of the documentation: 1 + m/N, whichever way the ascent's sequences run; factors come on top."""
+    everything = [True] * BLOCKS
+    for n, m in ((4, 1), (16, 1), (16, 4)):
+        fresh = cost.ratio(everything, [(n, 64)], Rule(ascent=Part(m), descent="all"))
+        assert fresh == pytest.approx(1 + m / n, rel=0.02)
+        assert cost.ratio(everything, [(1, 64)] * n, Rule(ascent=Part(m), descent="all")) <= 1 + m / n
+    assert cost.ratio(everything, [(4, 64)], Rule(ascent=Part(9), descent="all")) == pytest.approx(2.0, rel=0.02)
+
+
+def test_auto_rides_unless_it_cannot():
+    assert rule_of(SLSAMConfig()).ascent.rides
+    assert not rule_of(SLSAMConfig(), rides=False).ascent.rides
+    assert not rule_of(SLSAMConfig(rho=0.0)).ascent_shapes(SHAPES)
+    assert rule_of(SLSAMConfig(method="sam")).ascent_shapes(SHAPES) == SHAPES
 
 
 RULES = [
     Rule(),
     Rule(reused=0),
-    Rule(perturbed=False),
-    Rule(ascent="remembered"),
-    Rule(ascent="partial"),
+    NO_ASCENT,
+    Rule(ascent=Remembered()),
+    Rule(ascent=Part(fraction=0.25)),
+    Rule(ascent=Part(1)),
     Rule(descent="all"),
-    Rule(ascent="partial", descent="all"),
+    Rule(ascent=Part(fraction=0.25), descent="all"),
+    Rule(ascent=Ahead(1), descent="all"),
 ]
 
 
@@ -157,15 +203,6 @@ def test_a_higher_lowest_active_never_costs_more(cost):
         assert costs == sorted(costs, reverse=True)
 
 
-def test_branches_cost_only_where_they_are(cost):
-    everything = [True] * BLOCKS
-    rule = Rule(ascent="remembered")
-    assert cost.step(everything, SHAPES, rule, branches=()) == cost.step(everything, SHAPES, Rule(perturbed=False))
-    names = cost.decoder.blocks[3].trainable
-    more = cost.step(everything, SHAPES, rule, branches=names) - cost.step(everything, SHAPES, rule, branches=())
-    assert more == 3 * 2 * ADAPTERS * TOKENS
-
-
 def test_independent_reach_against_all_masks():
     p = [0.3, 0.05, 0.6, 0.2]
     masks = [mask for mask in itertools.product((False, True), repeat=4) if any(mask)]
@@ -198,9 +235,7 @@ def test_budget_is_met_in_expectation(model, cost, changes, budget):
     assert 1 / BLOCKS <= fraction <= 1
     # averaged over 256 draws, the expectation of a fixed-size scheme moves in steps
     assert expected(fraction) == pytest.approx(budget, rel=1e-2 if config.design == "fixed_size" else 1e-3)
-    assert expected(1.0) == pytest.approx(
-        cost.ratio([True] * BLOCKS, SHAPES, Rule(ascent=config.ascent, descent=config.descent)), rel=EXACT_FLOAT64
-    )
+    assert expected(1.0) == pytest.approx(cost.ratio([True] * BLOCKS, SHAPES, rule_of(config)), rel=EXACT_FLOAT64)
 
 
 def test_finer_arms_reach_lower_than_blocks(model, cost):

@@ -60,6 +60,7 @@ def test_plan_of_a_local_configuration(capsys, folder):
     cost = CostModel.from_model(meta_model(find_config(folder), lora_r=4), True)
     assert made["cost"]["plain_flops"] == cost.plain([(4, 64)])
     assert made["cost"]["dense_sam"] == 2
+    assert (made["cost"]["sequences"], made["cost"]["ascent_sequences"], made["cost"]["rides"]) == (4, 1, True)
     assert [arm["name"].rpartition(".")[2] for arm in made["arms"]] == ["0", "1", "2", "3"]
     assert sum(arm["parameters"] for arm in made["arms"]) == made["model"]["trainable_parameters"]
     parts = {k: v for k, v in made["memory"].items() if k not in ("total", "block", "logits")}
@@ -77,6 +78,7 @@ def test_a_budget_is_met_and_its_design_shown(capsys, folder):
 
 def test_flags_change_what_they_should(capsys):
     base = ["--model", "smollm2-135m", "--batch_size", "2", "--max_length", "256"]
+    base += ["--ascent", "two_pass"]
     plain = planned(capsys, *base)["memory"]
     packed = planned(capsys, *base, "--load_in_4bit")["memory"]
     linear = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -85,6 +87,7 @@ def test_flags_change_what_they_should(capsys):
     assert planned(capsys, *base, "--rho", "0")["memory"]["perturbation"] == 0
     assert planned(capsys, *base, "--gradient_checkpointing", "false")["memory"]["activations"] > plain["activations"]
     assert planned(capsys, *base, "--ascent", "remembered")["memory"]["gradient_memory"] == plain["adapters"] / 2
+    assert planned(capsys, *base, "--method", "auto", "--ascent", "partial")["memory"]["gradient_memory"] == 0
     assert (
         plain["adapters"]
         == 2 * planned(capsys, *base, "--load_in_4bit", "--adapter_dtype", "keep")["memory"]["adapters"]
@@ -123,7 +126,8 @@ def test_the_answer_comes_first_and_arms_only_if_asked_for(capsys, folder, monke
     assert main(["plan", "--model", folder, "--batch_size", "2", "--max_length", "32"]) == 0
     shown = capsys.readouterr().out
     answers = [
-        shown.index(word) for word in ("Cost: a step is expected to cost", "Memory: ", "Fits: GPUs of 4 GiB or")
+        shown.index(word)
+        for word in ("Cost: a step on 2 sequences, 1 of which makes", "Memory: ", "Fits: GPUs of 4 GiB or")
     ]
     assert answers == sorted(answers)
     assert answers[-1] < shown.index("dense SAM ")
@@ -170,9 +174,10 @@ def test_defaults_are_those_of_trl_and_of_the_method():
     assert values.optim == trl["optim"]
     assert values.lora_r == trl["lora_r"]
     assert values.gradient_checkpointing == trl["gradient_checkpointing"]
-    for name, default in SLSAMConfig().to_dict().items():
-        if hasattr(values, name):
-            assert getattr(values, name) == default, name
+    defaults = {f.name: f.default for f in dataclasses.fields(SLSAMConfig)}
+    for name, value in vars(values).items():
+        assert name not in defaults or value == defaults[name] or name == "adapter_dtype", name
+    assert SLSAMConfig(method=values.method, ascent=values.ascent).resolved.method == "auto"
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -219,3 +224,72 @@ def test_70b_takes_less_than_a_minute_and_2_gib():
     assert len(made["arms"]) == 80
     assert made["cost"]["expected"] == pytest.approx(1.0, rel=1e-3)
     assert 36 * 2**30 < made["memory"]["weights"] < 42 * 2**30
+
+
+AUTO = ["--batch_size", "8", "--max_length", "32"]
+
+
+def test_the_cost_is_said_for_the_users_own_step(capsys, folder):
+    """The count is 1 + m/N, whether the ascent's sequences ride along, run apart or come first in an accumulation."""
+
+    def price(*argv):
+        assert main(["plan", "--model", folder, *argv]) == 0
+        return " ".join(capsys.readouterr().out.split()).partition("Cost: ")[2].partition("Fits")[0]
+
+    said = price(*AUTO)
+    assert said.startswith("a step on 8 sequences, 1 of which makes the ascent, beside the step before, is expected")
+    assert "plain LoRA steps on the same 8 (1 + 1/8; dense SAM: 2.00)" in said
+    assert "--method auto --ascent partial, a small pass for the ascent, costs the same and takes" in said
+    assert "2 of which make the ascent, in a small pass" in price(
+        *AUTO, "--method", "auto", "--ascent", "partial", "--ascent_sequences", "2"
+    )
+    said = price("--batch_size", "1", "--gradient_accumulation_steps", "8", "--max_length", "32")
+    assert said.startswith("a step on 8 sequences, 1 of which makes the ascent, in a small pass of its own,")
+    assert "--ascent partial" not in said
+    assert "a step on 8 sequences, all of which make the ascent, is expected to cost" in price(
+        *AUTO, "--method", "sam"
+    )
+    # The lowest of four blocks hands no gradient down, which TRL with checkpointing computes.
+    assert "a step on 8 sequences is expected to cost 0.99" in price(*AUTO, "--rho", "0")
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_small_pass_takes_no_more_memory_than_plain_lora_but_e(capsys, folder, steps):
+    argv = ["--model", folder, *AUTO, "--gradient_accumulation_steps", str(steps)]
+    made = planned(capsys, *argv, "--method", "auto", "--ascent", "partial")
+    kept = made["memory"]["perturbation"] + made["memory"]["hidden_state_cache"]
+    assert made["memory"]["total"] - made["plain_memory"] == pytest.approx(kept)
+    if steps == 1:
+        assert (
+            planned(capsys, *argv)["no_more_memory"]
+            == made["memory"]["total"]
+            < planned(capsys, *argv)["memory"]["total"]
+        )
+
+
+def test_hours_of_an_epoch_where_a_speed_is_known(capsys, folder):
+    argv = ["--model", folder, *AUTO, "--rows", "1001", "--epochs", "3"]
+    assert planned(capsys, *argv)["epoch"] == {
+        "rows": 1001, "epochs": 3.0, "steps": 126, "plain_hours": None, "hours": None,
+    }  # fmt: skip
+    made = planned(capsys, *argv, "--seconds_per_step", "20")
+    assert made["epoch"]["plain_hours"] == pytest.approx(0.7)
+    assert made["epoch"]["hours"] == pytest.approx(0.7 * made["cost"]["expected"])
+    assert main(["plan", *argv, "--seconds_per_step", "20"]) == 0
+    assert "Epoch: 1,001 rows are 126 steps, 0." in " ".join(capsys.readouterr().out.split())
+    assert planned(capsys, "--model", folder, *AUTO)["epoch"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ascent_sequences", "9"], "--ascent_sequences=9 is more than the 8 sequences of a step"),
+        (["--rows", "0"], "--rows=0 is not allowed; it must be 1 or more"),
+        (["--rows", "5", "--epochs", "nan"], "--epochs=nan is not allowed"),
+        (["--seconds_per_step", "2"], "--seconds_per_step=2.0 needs --rows"),
+        (["--rho", "1", "--loss_rise", "1"], "are both set"),
+    ],
+)
+def test_wrong_numbers_are_refused(capsys, folder, argv, message):
+    assert main(["plan", "--model", folder, *AUTO, *argv]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
