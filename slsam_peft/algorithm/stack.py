@@ -177,18 +177,14 @@ class Stack:
 
 
 class _Both(torch.autograd.Function):
-    """Two versions of each weight; the gradient of the first goes to the weight, that of the second is set aside.
-
-    One node for all weights, so that their gradients are parted together.
-    """
+    """Two versions of a weight; the gradient of the first goes to the weight, that of the second is set aside."""
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, owner: Stack, positions: Sequence[int], *weights: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.owner, ctx.positions = owner, positions
-        ctx.set_materialize_grads(False)
-        return tuple(owner._stacked[i].view_as(owner._stacked[i]) for i in positions)
+        ctx: Any, weight: torch.Tensor, stacked: torch.Tensor, owner: Stack, dim: int
+    ) -> torch.Tensor:
+        ctx.weight, ctx.owner, ctx.dim = weight, owner, dim
+        return stacked.view_as(stacked)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]  # noqa: D102
