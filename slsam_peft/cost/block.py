@@ -58,7 +58,8 @@ def cost_of_block(
     block: Block,
     active: frozenset[str],
     input_grad: bool,
-    stacked: bool = False,
+    stacked: frozenset[str] = NONE,
+    wanted: frozenset[str] = NONE,
     checkpointing: bool = True,
     early_stop: bool = True,
 ) -> BlockCost:
@@ -68,14 +69,14 @@ def cost_of_block(
         block (`Block`): The block.
         active (`frozenset[str]`): Names of its parameters that require a gradient.
         input_grad (`bool`): Whether its input requires one.
-        stacked (`bool`, *optional*, defaults to `False`): Whether factors hold two weights side by side, for tokens at
-            w + e and at w.
+        stacked (`frozenset[str]`, *optional*): Names of factors of pairs that hold two weights side by side, for
+            tokens at w + e and at w.
+        wanted (`frozenset[str]`, *optional*): Names of factors whose gradient is wanted of both kinds of tokens apart.
         checkpointing (`bool`, *optional*, defaults to `True`): Whether its forward runs again in the backward pass.
         early_stop (`bool`, *optional*, defaults to `True`): Whether that second forward stops once every tensor the
             backward pass needs is there, as torch's non-reentrant checkpoint does.
     """
-    width = 2 if stacked else 1
-    forward = sum(_forward(linear, width) for linear in block.linears)
+    forward = sum(_forward(linear, stacked) for linear in block.linears)
     pair = 4 * block.attention
     at_input = input_grad or bool(block.other_trainable & active)
     back, grads, roles = 0.0, at_input, set()
@@ -84,7 +85,7 @@ def cost_of_block(
         if linear.stage != stage:
             stage = linear.stage
             stage_grad = at_input if block.parallel and stage == FEED_FORWARD_INPUT else grads
-        back += _backward(linear, stage_grad, active, width)
+        back += _backward(linear, stage_grad, active, stacked, wanted)
         if stage_grad or linear.trainable & active:
             grads = True
             if stage == BLOCK_INPUT:
@@ -93,22 +94,36 @@ def cost_of_block(
         return BlockCost(Work(forward, pair), Work())
     backward = Work(back, _attention_backward(roles) * block.attention)
     if checkpointing:
-        backward = backward.plus(Work(forward - (_after_last_saved(block, width) if early_stop else 0.0), pair))
+        backward = backward.plus(Work(forward - (_after_last_saved(block, stacked) if early_stop else 0.0), pair))
     return BlockCost(Work(forward, pair), backward)
 
 
-def _forward(linear: AdaptedLinear, width: int) -> float:
-    return 2 * linear.base.features + width * sum(2 * factor.features for factor in linear.factors)
+def _width(linear: AdaptedLinear, stacked: frozenset[str]) -> int:
+    """Return how many weights a module's factors hold."""
+    return 2 if linear.trainable & stacked else 1
 
 
-def _backward(linear: AdaptedLinear, input_grad: bool, active: frozenset[str], width: int) -> float:
+def _forward(linear: AdaptedLinear, stacked: frozenset[str]) -> float:
+    factors = sum(2 * factor.features for factor in linear.factors)
+    return 2 * linear.base.features + _width(linear, stacked) * factors
+
+
+def _backward(
+    linear: AdaptedLinear,
+    input_grad: bool,
+    active: frozenset[str],
+    stacked: frozenset[str],
+    wanted: frozenset[str],
+) -> float:
     """FLOPs of a linear module's backward pass: input gradients where something below needs them, weight gradients."""
     cost = 2 * linear.base.features * (input_grad + bool(linear.base.trainable & active))
     reached = input_grad
     for factor in linear.factors:
         needs = input_grad if factor.reads_input else reached
         trained = bool(factor.trainable & active)
-        cost += 2 * width * factor.features * (needs + trained)
+        width = _width(linear, stacked)
+        apart = 2 if factor.trainable & wanted else width
+        cost += 2 * factor.features * (width * needs + apart * trained)
         reached = needs or trained
     return cost
 
@@ -122,9 +137,9 @@ def _attention_backward(roles: Collection[str]) -> float:
     return 2.0 * (value + (query or key) + query + key)
 
 
-def _after_last_saved(block: Block, width: int) -> float:
+def _after_last_saved(block: Block, stacked: frozenset[str]) -> float:
     """FLOPs that a checkpoint's second forward leaves out: the last matmul, whose operands are saved before it."""
     if block.tail or not block.linears:
         return 0.0
     last = block.linears[-1]
-    return 2 * width * last.factors[-1].features if last.factors else 2 * last.base.features
+    return 2 * _width(last, stacked) * last.factors[-1].features if last.factors else 2 * last.base.features

@@ -9,6 +9,7 @@ from trl import SFTTrainer
 from slsam_peft.algorithm.arms import Arms
 from slsam_peft.algorithm.passes import Step
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.cost.block import NONE
 from slsam_peft.cost.expected import active_names, rule_of
 from slsam_peft.cost.model import CostModel
 
@@ -41,6 +42,7 @@ class StepCost:
             reused=step.cached,
             recalled=step.perturbation is not None and not step.ascents,
             joined=self.joined if step.riding else None,
+            wanted=active_names(self.arms, step.next_mask) if step.riding and step.next_mask is not None else NONE,
         )
         return self.model.ratio(active_names(self.arms, step.mask), self.shapes, rule)
 
