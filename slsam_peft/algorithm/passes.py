@@ -561,7 +561,7 @@ class PassRunner:
         after = rng.snapshot(self.accelerators)
         losses = []
         for disturbed in (None, Stack.RIDING, Stack.OWN):
-            stack = Stack(self.pairs, offsets, riding.own)
+            stack = Stack(self.pairs, offsets, riding.own, everywhere=True)
             if disturbed is not None:
                 stack.disturb(disturbed)
             rng.restore(after)

@@ -60,6 +60,7 @@ class Stack:
         offsets (`Mapping[nn.Parameter, torch.Tensor]`): e of the weights that own tokens see moved.
         own (`torch.Tensor`): Which tokens are this step's own, boolean, shape `(batch, length)`.
         wanted (`Collection[nn.Parameter]`, *optional*): Weights whose riding gradient is wanted. Defaults to all.
+        everywhere (`bool`, *optional*, defaults to `False`): Whether pairs that are not perturbed hold two weights too.
 
     Attributes:
         riding (`dict[nn.Parameter, torch.Tensor]`): Gradients that riding tokens made, at w.
@@ -74,6 +75,7 @@ class Stack:
         offsets: Mapping[nn.Parameter, torch.Tensor],
         own: torch.Tensor,
         wanted: Collection[nn.Parameter] | None = None,
+        everywhere: bool = False,
     ) -> None:
         self.pairs = pairs
         self.own = own
@@ -82,11 +84,13 @@ class Stack:
         self._weights: list[Any] = [weight for pair in pairs for weight in pair.weights]
         self._wanted = set(self._weights if wanted is None else wanted)
         self._masks: dict[torch.device, torch.Tensor] = {}
-        self._stacked = self._stack(offsets)
+        perturbed = [pair for pair in pairs if everywhere or any(weight in offsets for weight in pair.weights)]
+        self._stacked = self._stack(perturbed, offsets)
 
-    def _stack(self, offsets: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, torch.Tensor]:
-        """Return the two versions of each weight of a perturbed pair side by side, in few operations for all."""
-        perturbed = [pair for pair in self.pairs if any(weight in offsets for weight in pair.weights)]
+    def _stack(
+        self, perturbed: Sequence[Pair], offsets: Mapping[nn.Parameter, torch.Tensor]
+    ) -> dict[nn.Parameter, torch.Tensor]:
+        """Return the two versions of each weight of some pairs side by side, in few operations for all."""
         weights: list[Any] = [weight for pair in perturbed for weight in pair.weights]
         stacked, first, second = {}, [], []
         for i, weight in enumerate(weights):
@@ -101,6 +105,7 @@ class Stack:
             if weights:
                 torch._foreach_copy_(first, weights)
                 torch._foreach_copy_(second, weights)
+            if moved:
                 torch._foreach_add_([first[i] for i in moved], [offsets[weights[i]] for i in moved])
         return stacked
 
