@@ -130,15 +130,21 @@ class OperationCounter(TorchDispatchMode):
     def sampler_apart(self) -> Iterator[None]:
         """Count what the sampler does apart, inside the context."""
         methods = {name: self._apart(getattr(Sampler, name)) for name in OF_THE_SAMPLER}
-        with mock.patch.multiple(Sampler, **methods), mock.patch.object(SLSAM, "_read", self._noted(SLSAM._read)):
+        with (
+            mock.patch.multiple(Sampler, **methods),
+            mock.patch.object(SLSAM, "_read", self._noted(SLSAM._read)),
+            mock.patch.object(torch.Tensor, "tolist", self._noted(torch.Tensor.tolist, _on_device)),
+        ):
             yield
 
-    def _noted(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Count as a read what copies a step's numbers to the host: here they lie there already."""
+    def _noted(
+        self, method: Callable[..., Any], where: Callable[[torch.Tensor], bool] = lambda _: True
+    ) -> Callable[..., Any]:
+        """Count as reads what copies to the host, of tensors that would lie on a device: here it is no operation."""
 
         def counted(*args: Any) -> Any:
-            if self._now is not None:
-                self._now.reads += 1
+            if self._now is not None and not self._in_sampler:
+                self._now.reads += where(args[0])
             return method(*args)
 
         return counted
@@ -157,7 +163,11 @@ class OperationCounter(TorchDispatchMode):
 def _reads(name: str, args: Any) -> bool:
     """Whether the host reads a device's number; float64 and masks are the host's own here, as they are on a GPU."""
     source = next((a for a in args if isinstance(a, torch.Tensor)), None)
-    return name in READS and source is not None and source.dtype not in (torch.float64, torch.bool)
+    return name in READS and source is not None and _on_device(source)
+
+
+def _on_device(tensor: torch.Tensor) -> bool:
+    return tensor.dtype not in (torch.float64, torch.bool)
 
 
 class _StepSpan(TrainerCallback):
