@@ -27,7 +27,7 @@ def write_trace(folder, arms, steps, config=None, *, fraction=0.4, cost=True, do
     config = config or SLSAMConfig()
     slsam = SimpleNamespace(
         config=config,
-        bandit=SimpleNamespace(mean=fraction),
+        sampler=SimpleNamespace(mean=fraction),
         arms=[SimpleNamespace(name=n, depth=d) for n, d in zip(names, depths, strict=True)],
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def _heading(trace: "TraceData", age: float | None) -> Text:
         text.append(f"  written {age / 60:.0f} min ago", style="yellow")
     elif age is not None:
         text.append(f"  written {age:.0f} s ago", style="dim")
-    text.append(f"  design {config['design']}, bandit {config['bandit']}, rho {config['rho']:g}", style="dim")
+    text.append(f"  design {config['design']}, bandit {config['bandit']}, {trace.radius}", style="dim")
     return text
 
 

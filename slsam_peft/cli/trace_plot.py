@@ -108,7 +108,7 @@ def _subtitle(trace: TraceData) -> str:
     parts = [
         f"{len(trace.names)} arms",
         f"{plain['steps']:,} steps",
-        f"rho {config['rho']:g}",
+        trace.radius,
         f"design {config['design']}",
         f"bandit {config['bandit']}",
         f"ascent {config['ascent']}",

@@ -39,7 +39,7 @@ class TraceFile:
             "budget": slsam.config.cost_budget,
             "total": total,
         }
-        self._fraction = slsam.bandit.mean
+        self._fraction = slsam.sampler.mean
         self._folder = Path(folder)
         self._due = 0.0
         self._broken = False
@@ -49,7 +49,7 @@ class TraceFile:
         if self._broken:
             return
         self.trace.record(step, slsam)
-        self._fraction = slsam.bandit.mean  # a cost budget is solved for the first batch that comes
+        self._fraction = slsam.sampler.mean  # a cost budget is solved for the first batch that comes
         if time.monotonic() >= self._due:
             self._write(self._folder, done=False)
 
