@@ -1,7 +1,6 @@
 """`slsam-peft quickstart` trains a small 4-bit LLM twice, as plain LoRA and with SL-SAM, on data built on the spot."""
 
 import argparse
-import gc
 import math
 import tempfile
 import time
@@ -88,38 +87,38 @@ def run(args: argparse.Namespace) -> int:
     with screen.working("Looking for the model") as say:
         name = find_model(args.model or SMOLLM2, say)
     dtype = compute_dtype("auto") if args.dtype is None else getattr(torch, args.dtype)
+    with screen.working(f"Loading {Path(name).name} in NF4"):
+        loaded = parts.load_chat_model(name, dtype)
+    rate = args.slsam_learning_rate or RATE_FACTOR * args.learning_rate
     contenders = (
         parts.Contender(name="Plain LoRA", learning_rate=args.learning_rate, slsam=SLSAMConfig(rho=0.0, trace=False)),
-        parts.Contender(
-            name="SL-SAM", learning_rate=args.slsam_learning_rate or RATE_FACTOR * args.learning_rate, slsam=slsam
-        ),
+        parts.Contender(name="SL-SAM", learning_rate=rate, slsam=slsam),
     )
     screen.settings(name, str(dtype).removeprefix("torch."), settings, contenders)
-    _train(name, dtype, data, settings, contenders, Path(args.output), screen)
+    _train(loaded, data, settings, contenders, Path(args.output), screen)
     screen.cost(time.monotonic() - start, _peak_bytes())
     return 0
 
 
 def _train(
-    name: str,
-    dtype: Any,
+    loaded: tuple[Any, Any],
     data: Any,
     settings: "QuickstartSettings",
     contenders: "Sequence[Contender]",
     folder: Path,
     screen: "Screen",
 ) -> None:
-    """Train each contender on a model of its own, save the last one's adapter and show all of them side by side."""
+    """Train one contender after the other, save the last one's adapter and show all of them side by side."""
     from slsam_peft.runs import quickstart as parts
 
+    model, tokenizer = loaded
     sample = data["test"][0]
     outcomes: list[Outcome] = []  # before training, then of each contender
     with tempfile.TemporaryDirectory(prefix="slsam-quickstart-") as scratch:
         for contender in contenders:
             progress = screen.progress(contender.name, settings.steps)
-            with screen.working(f"{contender.name}: loading the model in NF4"):
-                model, tokenizer = parts.load_chat_model(name, dtype)
-                own = str(Path(scratch, contender.name))
+            own = str(Path(scratch, contender.name))
+            with screen.working("Preparing the data"):
                 trainer = parts.build_trainer(model, tokenizer, data, settings, contender, own, progress.update)
             # An untrained adapter changes nothing, so the first one's loss and answer are those of all.
             if not outcomes:
@@ -129,13 +128,11 @@ def _train(
             with progress:
                 trainer.train()
             seconds = time.monotonic() - start
-            with screen.working(f"{contender.name}: measuring the held-out loss"):
+            with screen.working(f"{contender.name}: measuring the held-out loss after training"):
                 outcomes.append(parts.measure(trainer, sample["prompt"], seconds))
             if contender is contenders[-1]:
                 parts.save_adapter(trainer, folder, _card(settings, contenders, outcomes))
-            # The trainer refers to itself, so its model would stay beside the next one.
-            del model, trainer
-            gc.collect()
+            model = parts.without_adapter(trainer)
     screen.outcomes(settings, contenders, outcomes)
     screen.answers(
         sample["prompt"][0]["content"],

@@ -129,8 +129,8 @@ class Screen:
         how = "lower than" if ahead > 0 else "higher than" if ahead < 0 else "as high as"
         by = f"{abs(ahead):.3f} nats " if ahead else ""
         self.console.print(
-            f"\n{contenders[-1].name}'s held-out loss is {by}{how} plain LoRA's, in one run of each. What several seeds and "
-            "other data say: recipes/compare."
+            f"\n{contenders[-1].name}'s held-out loss is {by}{how} plain LoRA's. This is one run of each: "
+            "slsam-peft compare trains several seeds."
         )
 
     def answers(self, question: str, documentation: str, answers: dict[str, str]) -> None:

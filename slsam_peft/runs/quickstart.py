@@ -147,10 +147,11 @@ def build_trainer(
 ) -> SLSAMTrainer:
     """Return an `SLSAMTrainer` for `model` that reports every step.
 
-    Trainers of equal `settings` on equally loaded models start from the same adapter and see the same batches.
+    Trainers of equal `settings`, one after the other on the same model, start from the same adapter and see the same
+    batches.
 
     Args:
-        model (`PreTrainedModel`): From `load_chat_model`, and not trained yet.
+        model (`PreTrainedModel`): From `load_chat_model` or `without_adapter`.
         tokenizer (`PreTrainedTokenizerBase`): From `load_chat_model`.
         data (`datasets.DatasetDict`): Splits `"train"` and `"test"`, as `stdlib_docs` builds them.
         settings (`QuickstartSettings`): What to train with.
@@ -232,6 +233,15 @@ def measure(trainer: SLSAMTrainer, messages: list[dict[str, str]], seconds: floa
     """
     loss = trainer.evaluate()["eval_loss"]
     return Outcome(loss, answer(trainer.model, trainer.processing_class, messages), seconds)
+
+
+def without_adapter(trainer: SLSAMTrainer) -> Any:
+    """Take the adapter off a trainer's model, and return the base model as it was loaded, for another trainer.
+
+    The trainer is of no use afterwards.
+    """
+    trained: Any = trainer.model
+    return trained.unload()
 
 
 def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:
