@@ -24,14 +24,14 @@ RATE_FACTOR = 2.0  # of SL-SAM's learning rate to plain LoRA's: two to four did 
 
 # Name, type, default, help.
 NUMBERS = (
-    ("epochs", int, 6, "how often each training pair is seen"),
+    ("epochs", int, 5, "how often each training pair is seen"),
     ("batch_size", int, 4, "sequences per step"),
     ("learning_rate", float, 5e-4, "plain LoRA's peak learning rate; it falls linearly to 0"),
     ("slsam_learning_rate", float, None, f"SL-SAM's (default: {RATE_FACTOR:g} times plain LoRA's)"),
     ("lora_r", int, 8, "rank of the adapters, on all linear layers"),
     ("n_train", int, 32, "training pairs"),
     ("label_noise", float, 0.25, "share of the training pairs whose answers are swapped, in [0, 1]"),
-    ("n_test", int, 64, "held-out pairs, from other modules"),
+    ("n_test", int, 48, "held-out pairs, from other modules"),
     ("seed", int, 0, "seed of data, adapters, batches and active sets"),
 )
 

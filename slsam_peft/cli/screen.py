@@ -164,7 +164,7 @@ class Screen:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(name, Text(value))
+            table.add_row(Text(name), Text(value))
         self.console.print(table)
 
 

@@ -92,12 +92,13 @@ class Outcome:
     Args:
         loss (`float`): Mean loss on the held-out rows afterwards, in nats.
         answer (`str`): The trained model's answer to the sample question.
-        seconds (`float`): Wall-clock time of the steps, without loading and measuring.
+        seconds (`float`, *optional*, defaults to `0.0`): Wall-clock time of its steps, without loading and measuring;
+            0 where there were none.
     """
 
     loss: float
     answer: str
-    seconds: float
+    seconds: float = 0.0
 
 
 def load_data(settings: QuickstartSettings) -> "DatasetDict":
