@@ -120,8 +120,8 @@ class Screen:
         table.add_row(
             "Cost of a step, by count", "", *(_cost(c.ascent_sequences(sequences), sequences) for c in contenders)
         )
-        table.add_row("Training, by the clock", "", *(f"{o.seconds:.0f} s" for o in outcomes[1:]))
-        table.add_row("", "", *(f"{o.seconds / plain.seconds:.2f}" for o in outcomes[1:]))
+        table.add_row("Cost of a step, by the clock", "", *(f"{o.seconds / plain.seconds:.2f}" for o in outcomes[1:]))
+        table.add_row("Time of the training", "", *(f"{o.seconds:.0f} s" for o in outcomes[1:]))
         self.console.print()
         self.console.print(table)
         # Whatever came out is said, and what it is worth.
@@ -130,7 +130,7 @@ class Screen:
         by = f"{abs(ahead):.3f} nats " if ahead else ""
         self.console.print(
             f"\n{contenders[-1].name}'s held-out loss is {by}{how} plain LoRA's. This is one run of each: "
-            "slsam-peft compare trains several seeds."
+            "slsam-peft compare trains on several seeds."
         )
 
     def answers(self, question: str, documentation: str, answers: dict[str, str]) -> None:
@@ -175,8 +175,8 @@ def _method(contender: "Contender") -> str:
     if not config.is_perturbed:
         return rate
     return (
-        f"method={config.method}: {config.fraction:.0%} of the blocks perturbed in each step, all trained; "
-        f"loss_rise={config.loss_rise:g}; {rate}"
+        f"{rate}, method={config.method}: {config.fraction:.0%} of the blocks perturbed in each step, all trained, "
+        f"loss_rise={config.loss_rise:g}"
     )
 
 
