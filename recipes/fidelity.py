@@ -2,9 +2,9 @@
 """How much of a small radius survives bfloat16: the gradient difference g' - g against the same in float32.
 
 SmolLM2-135M-Instruct, LoRA r=8 on all linear layers, its B factors trained a little, four sequences of documentation.
-For each radius and each way to perturb the script prints the cosine of g' - g with the float32 one, the ratio of their
-lengths, and the ascent gain. The last way computes g' at a radius that bfloat16 resolves and scales the difference
-back to the one asked for.
+For each radius and each precision the script prints the cosine of g' - g with the float32 one, the ratio of their
+lengths, and the ascent gain. The last rows compute g' at a radius that bfloat16 resolves and scale the difference back
+to the one asked for.
 
 With `--gains` it prints instead what the watch on the radius would see: the ascent gains of 20 batches, and whether
 the warning would come.
@@ -25,7 +25,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slsam_peft import arms_of
-from slsam_peft.algorithm.perturbation import Shift, ascent_offsets, perturbed
+from slsam_peft.algorithm.perturbation import Perturbation
+from slsam_peft.algorithm.radius import Length
+from slsam_peft.algorithm.swap import sites_of
 from slsam_peft.algorithm.telemetry import LOST_SHARE, LOW_GAIN, WATCHED_STEPS
 from slsam_peft.data.stdlib_docs import stdlib_docs
 from slsam_peft.models.smollm2 import fetch_smollm2
@@ -34,12 +36,10 @@ RADII = (0.003, 0.01, 0.05, 0.2)
 RESOLVED = 0.05  # smallest radius whose difference bfloat16 still resolves (cosine about 0.95)
 WARM_UP = 10  # AdamW steps in float32, so that B is not 0
 
-# name: (base, adapters, autocast, perturbed by branch)
+# name: (base, adapters, autocast)
 WAYS = {
-    "float32 adapters, autocast, in place": (torch.bfloat16, torch.float32, True, False),
-    "float32 adapters, autocast, branch": (torch.bfloat16, torch.float32, True, True),
-    "bfloat16 adapters, in place": (torch.bfloat16, torch.bfloat16, False, False),
-    "bfloat16 adapters, branch": (torch.bfloat16, torch.bfloat16, False, True),
+    "float32 adapters, autocast": (torch.bfloat16, torch.float32, True),
+    "bfloat16 adapters": (torch.bfloat16, torch.bfloat16, False),
 }
 
 
@@ -54,9 +54,8 @@ class Probe:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(adapters)
         self.batch, self.autocast = batch, autocast
-        arms = arms_of(self.model, "tensor")
-        self.parameters = [arm.parameters[0] for arm in arms]
-        self.linears = [arm.linears[0] for arm in arms]
+        self.parameters = [arm.parameters[0] for arm in arms_of(self.model, "tensor")]
+        self.sites = sites_of(self.model, self.parameters)
 
     def loss(self) -> float:
         """Return the loss alone."""
@@ -65,19 +64,19 @@ class Probe:
 
     def gradient(self) -> tuple[float, list[torch.Tensor]]:
         """Return the loss and the gradients."""
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # in a pass at w + e the model's own list has w + e in it
+            parameter.grad = None
         with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
             loss = self.model(**self.batch).loss
         loss.backward()
         return float(loss), [p.grad.detach().clone() for p in self.parameters]
 
     @contextmanager
-    def moved(self, gradients: list[torch.Tensor], rho: float, branch: bool) -> Iterator[None]:
-        """Run the context at w + e."""
+    def moved(self, gradients: list[torch.Tensor], rho: float) -> Iterator[None]:
+        """Run the context at w + e, as a step does."""
         norm = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).norm()
-        offsets = ascent_offsets(gradients, norm, rho)
-        linears = self.linears if branch else [None] * len(offsets)
-        with perturbed([Shift(p, e, m) for p, e, m in zip(self.parameters, offsets, linears, strict=True)]):
+        offsets = Length(rho).offsets(gradients, self.parameters, norm, torch.ones_like(norm)).offsets
+        with Perturbation(self.parameters, offsets, self.sites).applied():
             yield
 
 
@@ -86,10 +85,10 @@ def flat(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([g.float().flatten() for g in gradients])
 
 
-def differences(probe: Probe, branch: bool, rho: float) -> tuple[torch.Tensor, float]:
+def differences(probe: Probe, rho: float) -> tuple[torch.Tensor, float]:
     """Return g' - g and the ascent gain at radius `rho`."""
     loss, gradients = probe.gradient()
-    with probe.moved(gradients, rho, branch):
+    with probe.moved(gradients, rho):
         raised, shifted = probe.gradient()
     norm = float(flat(gradients).norm())
     return flat(shifted) - flat(gradients), (raised - loss) / (rho * norm)
@@ -104,22 +103,21 @@ def measure(folder: Path, batch: dict) -> list[dict]:
         reference.gradient()
         optimizer.step()
     weights = [p.detach().clone() for p in reference.parameters]
-    exact = {rho: differences(reference, True, rho) for rho in track(RADII, "float32")}
+    exact = {rho: differences(reference, rho) for rho in track(RADII, "float32")}
     rows = [{"way": "float32", "rho": r, "cosine": 1.0, "ratio": 1.0, "gain": exact[r][1]} for r in RADII]
     # Every other way starts from the same weights.
-    for way, (base, adapters, autocast, branch) in WAYS.items():
+    for way, (base, adapters, autocast) in WAYS.items():
         probe = Probe(folder, batch, base, adapters, autocast)
         with torch.no_grad():
             torch._foreach_copy_(probe.parameters, weights)
-        found = {rho: differences(probe, branch, rho) for rho in track(RADII, way)}
+        found = {rho: differences(probe, rho) for rho in track(RADII, way)}
         rows += [row(way, rho, found[rho], exact[rho]) for rho in RADII]
-        if branch:
-            resolved, gain = found[RESOLVED]
-            rows += [
-                row(f"{way}, scaled from {RESOLVED}", rho, (resolved * (rho / RESOLVED), gain), exact[rho])
-                for rho in RADII
-                if rho < RESOLVED
-            ]
+        resolved, gain = found[RESOLVED]
+        rows += [
+            row(f"{way}, scaled from {RESOLVED}", rho, (resolved * (rho / RESOLVED), gain), exact[rho])
+            for rho in RADII
+            if rho < RESOLVED
+        ]
     return rows
 
 
@@ -141,7 +139,7 @@ def gains(folder: Path, batches: list[dict]) -> list[dict]:
             loss, gradients = probe.gradient()
             norm = float(flat(gradients).norm())
             for rho in radii:
-                with probe.moved(gradients, rho, True), torch.no_grad():
+                with probe.moved(gradients, rho), torch.no_grad():
                     seen[rho].append((probe.loss() - loss) / (rho * norm))
         # The watch warns where enough gains are low.
         for rho, values in seen.items():

@@ -90,13 +90,6 @@ _EITHER_OR = (
 )
 
 
-def radius_of(settings: Mapping[str, Any]) -> str:
-    """Return how settings, as `to_dict` stores them, name their radius, for pictures and screens."""
-    if settings.get("loss_rise") is not None:
-        return f"loss rise {settings['loss_rise']:g}"
-    return f"rho {settings['rho']:g}" if settings.get("rho") is not None else str(settings.get("radius"))
-
-
 def choices(allowed: tuple[str, ...], callable_too: bool = False) -> str:
     """Return the allowed names as a phrase for help texts and errors."""
     return ", ".join(f"'{name}'" for name in allowed) + (" or a callable" if callable_too else "")

@@ -24,7 +24,7 @@ def modules(count, per_block=7):
 def write_trace(folder, arms, steps, config=None, *, fraction=0.4, cost=True, done=True, seed=0):
     """Write the trace of a run whose probabilities rise with depth, and return the recorder."""
     names, depths = arms
-    config = config or SLSAMConfig()
+    config = (config or SLSAMConfig(method="sam")).resolved
     slsam = SimpleNamespace(
         config=config,
         sampler=SimpleNamespace(mean=fraction),

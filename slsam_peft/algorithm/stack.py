@@ -60,7 +60,7 @@ class Stack:
         offsets (`Mapping[nn.Parameter, torch.Tensor]`): e of the weights that own tokens see moved.
         own (`torch.Tensor`): Which tokens are this step's own, boolean, shape `(batch, length)`.
         wanted (`Collection[nn.Parameter]`, *optional*): Weights whose riding gradient is wanted. Defaults to all.
-        everywhere (`bool`, *optional*, defaults to `False`): Whether pairs that are not perturbed hold two weights too.
+        everywhere (`bool`, *optional*, defaults to `False`): Whether all pairs hold two weights, perturbed or not.
 
     Attributes:
         riding (`dict[nn.Parameter, torch.Tensor]`): Gradients that riding tokens made, at w.

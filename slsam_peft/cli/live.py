@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from slsam_peft.config import radius_of
+    pass
 from slsam_peft.saving.trace_data import TraceData
 
 LOOK_SECONDS = 0.5
@@ -86,7 +86,7 @@ def _heading(trace: "TraceData", age: float | None) -> Text:
         text.append(f"  written {age / 60:.0f} min ago", style="yellow")
     elif age is not None:
         text.append(f"  written {age:.0f} s ago", style="dim")
-    text.append(f"  design {config['design']}, bandit {config['bandit']}, {radius_of(config)}", style="dim")
+    text.append(f"  design {config['design']}, bandit {config['bandit']}, {trace.radius}", style="dim")
     return text
 
 

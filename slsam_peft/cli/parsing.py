@@ -18,7 +18,7 @@ _MEANT = {
     ("lora_dropout",): "dropout",
     ("lora_target_modules",): "target_modules lora_target lora_modules",
     ("dtype",): "torch_dtype precision compute_dtype",
-    ("num_train_epochs",): "epochs num_epochs n_epochs",
+    ("num_train_epochs", "epochs"): "num_train_epochs epochs num_epochs n_epochs",
     ("max_steps", "steps"): "max_steps steps updates num_steps n_steps iters iterations",
     ("per_device_train_batch_size", "batch_size"): "per_device_train_batch_size batch_size train_batch_size bs",
     ("gradient_accumulation_steps",): "gradient_accumulation grad_accum grad_accumulation accumulation",

@@ -1,7 +1,7 @@
 """Prints what the quickstart shows in a terminal."""
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -12,17 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
-
-    from slsam_peft.runs.quickstart import QuickstartSettings
+    from slsam_peft.runs.quickstart import Contender, Outcome, QuickstartSettings
 
 
 class TrainingProgress:
-    """A progress bar with the loss and the share of active blocks, fed with the trainer's logs."""
+    """A progress bar with the loss and the share of perturbed blocks, fed with the trainer's logs.
 
-    def __init__(self, console: Console, total: int) -> None:
+    Args:
+        console (`rich.console.Console`): Where to.
+        name (`str`): What is being trained.
+        total (`int`): Its steps.
+    """
+
+    def __init__(self, console: Console, name: str, total: int) -> None:
         self._bar = Progress(
-            TextColumn("Training"),
+            TextColumn(name, markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -46,8 +50,8 @@ class TrainingProgress:
         """Show `step` (from 1); the loss is a moving average over about ten steps."""
         self._loss = logs["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * logs["loss"]
         note = f"loss {self._loss:.3f}"
-        if "slsam/active_fraction" in logs:
-            note += f"  {logs['slsam/active_fraction']:.0%} of blocks active"
+        if "slsam/rho" in logs:  # not in a step without a perturbation
+            note += f"  {logs['slsam/active_fraction']:.0%} of blocks perturbed"
         self._bar.update(self._task, completed=step, note=note)
 
 
@@ -73,38 +77,71 @@ class Screen:
 
             yield say
 
-    def progress(self, total: int) -> TrainingProgress:
-        """Return the progress bar of `total` steps."""
-        return TrainingProgress(self.console, total)
+    def progress(self, name: str, total: int) -> TrainingProgress:
+        """Return the progress bar of a training of `total` steps."""
+        return TrainingProgress(self.console, name, total)
 
-    def settings(self, model: str, dtype: str, data: "DatasetDict", settings: "QuickstartSettings") -> None:
+    def settings(
+        self, model: str, dtype: str, settings: "QuickstartSettings", contenders: "Sequence[Contender]"
+    ) -> None:
         """Show what is going to be trained, on what, and how."""
-        config = settings.slsam
-        self._rows(
+        s = settings
+        rows = [
             ("Model", f"{Path(model).name}, linear layers in 4-bit NF4, computing in {dtype}"),
-            ("Data", f"{len(data['train'])} questions on Python's standard library; {len(data['test'])} held out"),
-            ("LoRA", f"r={settings.lora_r} on all linear layers"),
-            ("SL-SAM", f"rho={config.rho}, active_fraction={config.fraction}, bandit={config.bandit}"),
             (
-                "Steps",
-                f"{settings.max_steps} of {settings.batch_size} sequences, learning rate {settings.learning_rate}",
+                "Data",
+                f"{s.n_train} questions on Python's standard library, {s.wrong_answers} of the answers swapped; "
+                f"{s.n_test} held out",
             ),
+            ("LoRA", f"r={s.lora_r} on all linear layers"),
+            ("Training", f"{s.epochs} epochs, {s.steps} steps of {s.batch_size} sequences, the same for both"),
+        ]
+        self._rows(*rows, *((c.name, _method(c)) for c in contenders))
+
+    def outcomes(
+        self, settings: "QuickstartSettings", contenders: "Sequence[Contender]", outcomes: "Sequence[Outcome]"
+    ) -> None:
+        """Show the trainings side by side.
+
+        Args:
+            settings (`QuickstartSettings`): What they share.
+            contenders (`Sequence[Contender]`): Plain LoRA first.
+            outcomes (`Sequence[Outcome]`): What was there before training, then what came of each contender.
+        """
+        # A column each; times are compared with plain LoRA's.
+        before, plain, *_ = outcomes
+        sequences = min(settings.batch_size, settings.n_train)
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        table.add_column("", style="bold", no_wrap=True)
+        for name in ("Before", *(c.name for c in contenders)):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_row("Held-out loss (nats)", *(f"{o.loss:.3f}" for o in outcomes))
+        table.add_row("Learning rate", "", *(f"{c.learning_rate:g}" for c in contenders))
+        table.add_row(
+            "Cost of a step, by count", "", *(_cost(c.ascent_sequences(sequences), sequences) for c in contenders)
+        )
+        table.add_row("Cost of a step, by the clock", "", *(f"{o.seconds / plain.seconds:.2f}" for o in outcomes[1:]))
+        table.add_row("Time of the training", "", *(f"{o.seconds:.0f} s" for o in outcomes[1:]))
+        self.console.print()
+        self.console.print(table)
+        # Whatever came out is said, and what it is worth.
+        ahead = plain.loss - outcomes[-1].loss
+        how = "lower than" if ahead > 0 else "higher than" if ahead < 0 else "as high as"
+        by = f"{abs(ahead):.3f} nats " if ahead else ""
+        self.console.print(
+            f"\n{contenders[-1].name}'s held-out loss is {by}{how} plain LoRA's. This is one run of each: "
+            "slsam-peft compare trains on several seeds."
         )
 
-    def losses(self, before: float, after: float) -> None:
-        """Show the held-out loss before and after."""
+    def answers(self, question: str, documentation: str, answers: dict[str, str]) -> None:
+        """Show one held-out question, what the documentation says, and the answers to it by who gave them."""
         self.console.print()
-        self._rows(("Held-out loss", f"{before:.3f} before, {after:.3f} after"))
+        self._rows(("Question", question), ("Documentation", documentation), *answers.items())
 
-    def answers(self, question: str, before: str, after: str, documentation: str) -> None:
-        """Show one held-out question, the answers to it, and what the documentation says."""
+    def adapter(self, folder: Path, name: str) -> None:
+        """Show where the adapter lies, which training it is of, and how plain PEFT loads it."""
         self.console.print()
-        self._rows(("Question", question), ("Before", before), ("After", after), ("Documentation", documentation))
-
-    def adapter(self, folder: Path) -> None:
-        """Show where the adapter lies and how plain PEFT loads it."""
-        self.console.print()
-        self._rows(("Adapter", str(folder.absolute())))
+        self._rows((f"{name}'s adapter", str(folder.absolute())))
         self.console.print("Load it in plain PEFT:")
         for line in (
             "from peft import AutoPeftModelForCausalLM",
@@ -127,5 +164,24 @@ class Screen:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(name, Text(value))
+            table.add_row(Text(name), Text(value))
         self.console.print(table)
+
+
+def _method(contender: "Contender") -> str:
+    """Return how a contender trains, in a line."""
+    rate = f"learning rate {contender.learning_rate:g}"
+    config = contender.slsam.resolved
+    if not config.is_perturbed:
+        return rate
+    return (
+        f"{rate}, method={config.method}: {config.fraction:.0%} of the blocks perturbed in each step, all trained, "
+        f"loss_rise={config.loss_rise:g}"
+    )
+
+
+def _cost(ascent_sequences: int, sequences: int) -> str:
+    """Return the predicted cost of a step in plain LoRA steps, and how it comes about."""
+    if not ascent_sequences:
+        return "1"
+    return f"1 + {ascent_sequences}/{sequences} = {1 + ascent_sequences / sequences:.4g}"

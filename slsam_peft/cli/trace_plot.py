@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from slsam_peft.config import radius_of
 from slsam_peft.saving.trace_data import TraceData
 
 WIDTH = 11.0  # inches
@@ -109,7 +108,7 @@ def _subtitle(trace: TraceData) -> str:
     parts = [
         f"{len(trace.names)} arms",
         f"{plain['steps']:,} steps",
-        radius_of(config),
+        trace.radius,
         f"design {config['design']}",
         f"bandit {config['bandit']}",
         f"ascent {config['ascent']}",

@@ -1,5 +1,6 @@
-"""Holds the quickstart's parts: a chat model in NF4, LoRA trained with SL-SAM, one answer, the adapter on disk."""
+"""Holds the quickstart's parts: a chat model in NF4, LoRA trained plainly and with SL-SAM, an answer, the adapter."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.cost.expected import rule_of
+from slsam_peft.data.stdlib_docs import stdlib_docs
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import load_tokenizer, load_with_tokenizer
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
@@ -32,23 +35,84 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartSettings:
-    """What the quickstart trains with.
+    """What both trainings of the quickstart share.
 
     Args:
-        max_steps (`int`): Steps of training.
+        n_train (`int`): Training rows.
+        n_test (`int`): Held-out rows.
+        label_noise (`float`): Share of the training rows whose answers are swapped, in [0, 1].
+        epochs (`int`): How often each training row is seen.
         batch_size (`int`): Sequences per step.
-        learning_rate (`float`): Peak learning rate; it falls linearly to 0.
         lora_r (`int`): Rank of the adapters, on every linear layer; `lora_alpha` is twice that.
-        seed (`int`): Seed of the adapters' start and of the batches.
-        slsam (`SLSAMConfig`): Settings of SL-SAM.
+        seed (`int`): Seed of the data, of the adapters' start and of the batches.
     """
 
-    max_steps: int
+    n_train: int
+    n_test: int
+    label_noise: float
+    epochs: int
     batch_size: int
-    learning_rate: float
     lora_r: int
     seed: int
+
+    @property
+    def wrong_answers(self) -> int:
+        """Return how many training rows have the answer of another one."""
+        return round(self.label_noise * self.n_train)
+
+    @property
+    def steps(self) -> int:
+        """Return the steps of a training; an epoch's last step may have fewer sequences."""
+        return self.epochs * math.ceil(self.n_train / self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One of the ways to train that the quickstart compares.
+
+    Args:
+        name (`str`): What it is called on the screen.
+        learning_rate (`float`): Peak learning rate; it falls linearly to 0.
+        slsam (`SLSAMConfig`): Settings of SL-SAM; plain LoRA where `rho` is 0.
+    """
+
+    name: str
+    learning_rate: float
     slsam: SLSAMConfig
+
+    def ascent_sequences(self, sequences: int) -> int:
+        """Return how many of a step's sequences make its ascent, m of N: a step costs 1 + m/N plain LoRA steps."""
+        return rule_of(self.slsam, rides=False).ascent.take(0, 1, sequences, 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training.
+
+    Args:
+        loss (`float`): Mean loss on the held-out rows afterwards, in nats.
+        answer (`str`): The trained model's answer to the sample question.
+        seconds (`float`, *optional*, defaults to `0.0`): Wall-clock time of its steps, without loading and measuring;
+            0 where there were none.
+    """
+
+    loss: float
+    answer: str
+    seconds: float = 0.0
+
+
+def load_data(settings: QuickstartSettings) -> "DatasetDict":
+    """Return questions on Python's standard library, in splits `"train"` and `"test"`; see `stdlib_docs`.
+
+    Raises:
+        UserError: there are not as many rows, or the noise is so little that it means one row.
+    """
+    try:
+        return stdlib_docs(
+            n_train=settings.n_train, n_test=settings.n_test, seed=settings.seed, label_noise=settings.label_noise
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--{error}" if isinstance(error, ValueError) else str(error)) from error
 
 
 def load_chat_model(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -78,16 +142,21 @@ def build_trainer(
     tokenizer: Any,
     data: "DatasetDict",
     settings: QuickstartSettings,
+    contender: Contender,
     scratch: str,
     report: Callable[[int, dict[str, float]], None],
 ) -> SLSAMTrainer:
     """Return an `SLSAMTrainer` for `model` that reports every step.
 
+    Trainers of equal `settings`, one after the other on the same model, start from the same adapter and see the same
+    batches.
+
     Args:
-        model (`PreTrainedModel`): From `load_chat_model`.
+        model (`PreTrainedModel`): From `load_chat_model` or `without_adapter`.
         tokenizer (`PreTrainedTokenizerBase`): From `load_chat_model`.
         data (`datasets.DatasetDict`): Splits `"train"` and `"test"`, as `stdlib_docs` builds them.
         settings (`QuickstartSettings`): What to train with.
+        contender (`Contender`): How to train.
         scratch (`str`): Folder for whatever the trainer writes.
         report (`Callable`): Called with the step's number, from 1, and its log.
     """
@@ -95,10 +164,10 @@ def build_trainer(
     set_seed(settings.seed)
     arguments = SFTConfig(
         output_dir=scratch,
-        max_steps=settings.max_steps,
+        num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=contender.learning_rate,
         seed=settings.seed,
         max_length=MAX_LENGTH,
         # 135M parameters and short sequences fit without recomputing activations.
@@ -122,7 +191,7 @@ def build_trainer(
         eval_dataset=data["test"],
         processing_class=tokenizer,
         peft_config=lora,
-        slsam_config=settings.slsam,
+        slsam_config=contender.slsam,
         callbacks=[_Report(report)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -153,6 +222,27 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
         model.train(training)
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     return text if output[0, -1] == tokenizer.eos_token_id else f"{text} ..."
+
+
+def measure(trainer: SLSAMTrainer, messages: list[dict[str, str]], seconds: float = 0.0) -> Outcome:
+    """Return the loss on the trainer's held-out rows and the model's answer to a conversation, as they are now.
+
+    Args:
+        trainer (`SLSAMTrainer`): From `build_trainer`.
+        messages (`list[dict]`): The conversation.
+        seconds (`float`, *optional*): How long the training took.
+    """
+    loss = trainer.evaluate()["eval_loss"]
+    return Outcome(loss, answer(trainer.model, trainer.processing_class, messages), seconds)
+
+
+def without_adapter(trainer: SLSAMTrainer) -> Any:
+    """Take the adapter off a trainer's model, and return the base model as it was loaded, for another trainer.
+
+    The trainer is of no use afterwards.
+    """
+    trained: Any = trainer.model
+    return trained.unload()
 
 
 def save_adapter(trainer: SLSAMTrainer, folder: Path, card: str) -> None:

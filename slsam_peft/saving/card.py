@@ -3,9 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slsam_peft.config import PAPER_FRACTION, SLSAMConfig
+from slsam_peft.config import PAPER_FRACTION, RADII, SLSAMConfig
 
-_SHOWN = ("method", "rho", "loss_rise", "granularity", "bandit", "design", "ascent", "descent", "cost_budget")
+# In the order they are shown; what is not set gives no tag.
+_SHOWN = (
+    "method",
+    "rho",
+    "loss_rise",
+    "ascent_sequences",
+    "granularity",
+    "bandit",
+    "design",
+    "ascent",
+    "descent",
+    "cost_budget",
+)
 
 
 def describe(config: SLSAMConfig) -> list[str]:
@@ -24,7 +36,15 @@ def tags_of(method: Mapping[str, Any]) -> list[str]:
     if method.get("cost_budget") is None:
         fraction = method.get("active_fraction")
         tags.append(f"sl-sam:active_fraction={PAPER_FRACTION if fraction is None else fraction}")
-    if method.get("ascent") in ("auto", "partial", "ahead"):
-        names = ("ascent_sequences", "ascent_fraction")
-        tags += [f"sl-sam:{name}={method[name]}" for name in names if method.get(name) is not None]
+    # A share of the sequences counts where the ascent is made by some of them, and no number of them is set.
+    if method.get("ascent") in ("auto", "partial", "ahead") and method.get("ascent_fraction") is not None:
+        tags.append(f"sl-sam:ascent_fraction={method['ascent_fraction']}")
+    # The names of radii say no more than `rho` and `loss_rise` do; an object has a name of its own.
+    if method.get("radius") not in (None, *RADII):
+        tags.append(f"sl-sam:radius={method['radius']}")
     return tags
+
+
+def settings_of(config: SLSAMConfig) -> str:
+    """Return the settings of `describe`'s tags as a phrase for a card's text: "method=auto, loss_rise=0.3, ..."."""
+    return ", ".join(tag.removeprefix("sl-sam:") for tag in describe(config)[1:])

@@ -58,6 +58,15 @@ class TraceData:
         return self.values["activity"] / self.plain["steps"]
 
     @property
+    def radius(self) -> str:
+        """How far steps were perturbed, as it was set: a length, a rise of the loss, or an object by its name."""
+        config = self.plain["config"]
+        for name in ("rho", "loss_rise"):
+            if config.get(name) is not None:
+                return f"{name} {config[name]:g}"
+        return f"radius {config.get('radius')}"
+
+    @property
     def mean_cost(self) -> float:
         """Mean predicted cost over every step, in plain LoRA steps; NaN where none was predicted."""
         return float(self.values["cost_total"][0]) / self.plain["steps"]

@@ -268,7 +268,7 @@ def test_another_process_may_be_faster(cache: Path, monkeypatch: pytest.MonkeyPa
 def test_quickstart_from_end_to_end(cache: Path, tmp_path: Path) -> None:
     """The command itself, in a process of its own, on the tiny model."""
     model = smollm2.fetch_smollm2()
-    flags = "--max_steps 6 --batch_size 4 --n_train 24 --n_test 8 --learning_rate 0.05 --active_fraction 1".split()
+    flags = "--epochs 2 --batch_size 4 --n_train 12 --n_test 8 --learning_rate 0.02 --slsam_learning_rate 0.03".split()
     command = [sys.executable, "-m", "slsam_peft.cli.main", "quickstart", "--model", str(model), *flags]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -282,17 +282,25 @@ def test_quickstart_from_end_to_end(cache: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for text in ("4-bit NF4", "24 questions", "rho=0.05", "6/6", "Question ", "Before ", "After ", "peak memory"):
-        assert text in done.stdout
+    shown = " ".join(done.stdout.split())
+    for text in (
+        *("4-bit NF4", "12 questions", "3 of the answers swapped", "6 steps of 4 sequences", "method=auto", "6/6"),
+        *("learning rate 0.02", "learning rate 0.03", "1 + 1/4 = 1.25", "Question ", "Documentation ", "peak memory"),
+    ):
+        assert text in shown
     line = next(line for line in done.stdout.splitlines() if line.startswith("Held-out loss"))
-    before, after = (float(word) for word in line.split() if word[0].isdigit())
-    assert after < before - 0.1
+    before, plain, ours = (float(word) for word in line.split() if word[0].isdigit())
+    assert max(plain, ours) < before - 0.1
+    assert plain != ours
     adapter = work / "slsam-quickstart-adapter"
     assert [path.name for path in work.iterdir()] == [adapter.name]
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= {p.name for p in adapter.iterdir()}
     assert "training_args.bin" not in {p.name for p in adapter.iterdir()}
     card = (adapter / "README.md").read_text()
-    assert "sl-sam:rho=0.05" in card
+    assert "sl-sam:method=auto" in card
+    assert f"Held-out loss: {before:.3f} before, {ours:.3f} after; plain LoRA" in card
+    assert json.loads((adapter / "slsam.json").read_text())["training"]["learning_rate"] == 0.03
+    assert (adapter / "slsam_trace.safetensors").is_file()
     assert str(tmp_path) not in card
 
     two_lines = done.stdout.partition("Load it in plain PEFT:\n")[2].splitlines()[:2]

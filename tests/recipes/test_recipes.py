@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.arguments import parse
 from slsam_peft.cli.main import main
-from slsam_peft.cli.quickstart import NUMBERS
+from slsam_peft.cli.quickstart import NUMBERS, RATE_FACTOR
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))  # of sft; each other subcommand has a folder
@@ -94,17 +94,39 @@ def test_plain_lora_differs_only_in_slsam() -> None:
         yaml.safe_load((ROOT / "recipes" / f"{stem}.yaml").read_text()) for stem in ("lora_slsam", "plain_lora")
     )
     of_slsam = {f.name for f in fields(SLSAMConfig)} - {"seed"}
-    shared = [{k: v for k, v in r.items() if k not in of_slsam | {"output_dir"}} for r in (with_slsam, plain)]
+    apart = of_slsam | {"output_dir", "learning_rate"}
+    shared = [{k: v for k, v in r.items() if k not in apart} for r in (with_slsam, plain)]
     assert shared[0] == shared[1]
-    assert (plain["rho"], plain["active_fraction"]) == (0, 1)
+    assert {name: plain[name] for name in of_slsam & plain.keys()} == {"rho": 0}
+    assert 2 <= with_slsam["learning_rate"] / plain["learning_rate"] <= 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipes_set_nothing_of_slsam_that_is_the_default(path: Path) -> None:
+    written = yaml.safe_load(path.read_text())
+    of_slsam = {f.name: f.default for f in fields(SLSAMConfig) if f.name != "seed"}
+    assert {name: written[name] for name in of_slsam.keys() & written.keys()} in ({"method": "auto"}, {"rho": 0.0})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_costs_in_the_recipes_are_those_of_their_steps(path: Path) -> None:
+    """ "1 + m/N" is told in a comment, for N sequences on one device."""
+    written, text = yaml.safe_load(path.read_text()), path.read_text()
+    sequences = written["per_device_train_batch_size"] * written.get("gradient_accumulation_steps", 1)
+    told = re.findall(r"costs 1 \+ (\d+)/(\d+) plain LoRA steps", text)
+    assert told == ([("1", str(sequences))] if "method" in written else [])
+    assert SLSAMConfig().resolved.ascent_sequences == 1
 
 
 def test_cpu_recipe_has_the_settings_of_the_quickstart() -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "cpu_smollm2.yaml").read_text())
-    names = {"batch_size": "per_device_train_batch_size"}
-    for field, _, default, _ in NUMBERS:
-        if field not in ("n_train", "n_test"):  # the recipe takes all pairs
-            assert recipe[names.get(field, field)] == default, field
+    names = {"batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"}
+    defaults = {field: default for field, _, default, _ in NUMBERS}
+    # A recipe swaps no answers and evaluates on all held-out pairs.
+    for field in defaults.keys() - {"label_noise", "n_train", "n_test", "learning_rate", "slsam_learning_rate"}:
+        assert recipe[names.get(field, field)] == defaults[field], field
+    assert recipe["dataset_train_split"] == f"train[:{defaults['n_train']}]"
+    assert recipe["learning_rate"] == RATE_FACTOR * defaults["learning_rate"]
 
 
 def test_cpu_recipe_runs_and_plain_peft_loads_its_adapter(
@@ -192,9 +214,9 @@ def test_python_script_runs(tiny_model: Path, chats: Path, tmp_path: Path, capsy
     script = load(ROOT / "recipes" / "train_slsam.py")
     out = tmp_path / "adapter"
     arguments = ["--model", str(tiny_model), "--data", str(chats), "--output_dir", str(out)]
-    script.main([*arguments, "--max_steps", "2", "--active_fraction", "0.4"])
+    script.main([*arguments, "--max_steps", "2"])
     said = capsys.readouterr().out
-    assert said.count("active with probability") == 5
+    assert said.count("perturbed with probability") == 5
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out)
 
 

@@ -127,8 +127,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_flags_may_be_spelled_with_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(quickstart, "run", lambda args: seen.append((args.max_steps, args.output)) or 0)
-    assert main(["quickstart", "--max-steps=7", "--output", "a-b"]) == 0
+    monkeypatch.setattr(quickstart, "run", lambda args: seen.append((args.epochs, args.output)) or 0)
+    assert main(["quickstart", "--epochs=7", "--output", "a-b"]) == 0
     assert seen == [(7, "a-b")]
 
 

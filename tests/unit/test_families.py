@@ -224,7 +224,7 @@ def test_what_is_wrongly_taken_to_lie_above_never_gives_a_wrong_gradient():
 def test_under_depth_a_head_is_trained_as_often_as_the_top():
     model = model_of("xlm-roberta")
     slsam = SLSAM(arms_of(model), SLSAMConfig(active_fraction=0.3, design="depth"))
-    masks = torch.stack([slsam.design(slsam.probabilities, slsam.generator) for _ in range(50)])
+    masks = torch.stack([slsam.sampler.draw().mask for _ in range(50)])
     assert masks[:, -2:].all()
 
 
@@ -389,7 +389,7 @@ def test_micro_batches_without_a_gradient_count_nothing():
             return model.head(y).square().mean()
 
         closure, forward_only = passes_of(forward)
-        return Passes(closure, closure, None, forward_only)
+        return Passes(closure, closure, forward_only)
 
     _, expected = reference_step(slsam.arms, mask, RHO, without(False).logged)
     slsam.accumulate(without(True), 0, 2)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from slsam_peft import SLSAMConfig
+from slsam_peft.algorithm.radius import Length
 from slsam_peft.cli import live, trace_plot
 from slsam_peft.cli.main import main
 from slsam_peft.saving.checksum import add_checksum
@@ -129,6 +130,22 @@ def test_budget_runs_and_numbers_that_are_not_known(folder):
     alone = panels(figure(folder / "partial"))
     for title, words in (("Sharpness", "ascent='two_pass'"), ("Cost of a step", "no cost model")):
         assert words in alone[title].texts[0].get_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (SLSAMConfig(), "loss_rise 0.3"),
+        (SLSAMConfig(rho=0.25), "rho 0.25"),
+        (SLSAMConfig(rho=0.0), "rho 0,"),
+        (SLSAMConfig(radius=Length(0.1)), "radius slsam_peft.algorithm.radius:Length"),
+    ],
+)
+def test_picture_and_screen_tell_the_radius_as_it_was_set(folder, config, shown):
+    write_trace(folder / "run", blocks(3), 5, config)
+    trace = read_trace(folder / "run" / FILE_NAME)
+    assert shown in f"{trace_plot._subtitle(trace)},"
+    assert shown.rstrip(",") in str(live._heading(trace, None))
 
 
 def test_few_steps_mark_what_was_active(folder):
