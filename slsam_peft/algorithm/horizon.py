@@ -187,8 +187,8 @@ class Horizon:
         run.watched = lowest_active > 0 and (run.keep or run.sparse) and run.cut not in self._watched
         with ExitStack() as stack:
             self._guard(stack, run)
-            for block in self.blocks[: max(lowest_active - 1, 0)]:
-                stack.callback(block.register_forward_hook(self._passing(run)).remove)
+            for index, block in enumerate(self.blocks[: max(lowest_active - 1, 0)]):
+                stack.callback(block.register_forward_hook(self._passing(index, run)).remove)
             if lowest_active > 0:
                 below = self.blocks[lowest_active - 1]
                 stack.callback(below.register_forward_hook(self._recorder(run), with_kwargs=True).remove)
@@ -387,12 +387,21 @@ class Horizon:
         self.kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
         self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
 
-    def _passing(self, run: _Pass) -> Callable[..., None]:
-        """Return the hook behind a block that lies below the cut and not next to it."""
+    def _passing(self, index: int, run: _Pass) -> Callable[..., Any]:
+        """Return the hook behind the block at `index`, which lies below the cut and not next to it."""
+        above = (*self.blocks[run.lowest_active :], *self.above)
 
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if run.keep:
                 run.states.append(rng.snapshot(self.accelerators))
+            # Where it is watched, no graph of a block outlives it but what someone holds on to.
+            hidden, tail = split(output)
+            if hidden is None or not run.watched or index >= run.lowest_trained or not torch.is_grad_enabled():
+                return None
+            for tensor in tensors((hidden, tail)):
+                check_cut(tensor, above, f"block {index + 1}")
+            cut, *rest = mapped((hidden, *(tail or ())), run.side_channels.cut)
+            return joined(cut, None if tail is None else tuple(rest))
 
         return hook
 

@@ -6,6 +6,7 @@ own output; those whose blocks are fed from the side by something trained; and t
 more of the lower blocks than their hidden state (losses of routers, long skips, losses on hidden states).
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,27 +77,49 @@ class SideChannels:
     The hidden state is cut there, so whatever is reached left the blocks below another way, however small its part in
     the loss: the second pass must not leave those blocks out.
 
-    Attributes:
-        found (`bool`): Whether it did.
-        leaves (`list[torch.Tensor]`): The hidden states that stand for what lies below, where they were cut.
+    It holds on to no hidden state, so that of the blocks below nothing is kept but what someone else holds on to.
     """
 
     def __init__(self) -> None:
-        self.found = False
-        self._open = True
-        self.leaves: list[torch.Tensor] = []  # those made here
+        self._notes = _Notes()
+        self._leaves: list[weakref.ref[torch.Tensor]] = []
+
+    @property
+    def found(self) -> bool:
+        """Whether it did."""
+        return self._notes.found
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The hidden states that stand for what lies below where they were cut, as far as anyone needs them still."""
+        return [leaf for known in self._leaves if (leaf := known()) is not None]
 
     def watched(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return a hidden state that enters a block below the cut, such that a gradient for it is noticed."""
         if not hidden.requires_grad:
-            hidden = hidden.detach().requires_grad_()
-            self.leaves.append(hidden)
-        hidden.register_hook(self._notice)
+            return self.cut(hidden.detach().requires_grad_())
+        hidden.register_hook(self._notes.notice)
         return hidden
+
+    def cut(self, output: torch.Tensor) -> torch.Tensor:
+        """Return what a block below the cut returned, without its graph, such that a gradient for it is noticed."""
+        if not output.requires_grad:  # nothing of the blocks below had a part in it
+            return output
+        leaf = output.detach().requires_grad_()
+        self._leaves.append(weakref.ref(leaf))
+        leaf.register_hook(self._notes.notice)
+        return leaf
 
     def close(self) -> None:
         """Notice nothing more: a backward through the blocks below is to come."""
-        self._open = False
+        self._notes.open = False
 
-    def _notice(self, gradient: torch.Tensor) -> None:
-        self.found = self.found or self._open
+
+class _Notes:
+    """What the hooks of hidden states write to; it knows none of them, or they would keep one another alive."""
+
+    def __init__(self) -> None:
+        self.found, self.open = False, True
+
+    def notice(self, gradient: torch.Tensor) -> None:
+        self.found = self.found or self.open
