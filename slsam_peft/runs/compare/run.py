@@ -230,7 +230,7 @@ def build_trainer(
     }
     set_seed(seed)  # of the adapters' start
     if settings["slsam"] is not None:
-        slsam = SLSAMConfig.from_dict({**settings["slsam"], "seed": seed})
+        slsam = SLSAMConfig.from_dict({**settings["slsam"], "seed": seed, "trace": False})
         trainer = SLSAMTrainer(model, slsam_config=slsam, **common)
     elif settings["random_rho"] is not None:
         trainer = RandomPerturbationTrainer(model, random_rho=settings["random_rho"], **common)
