@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     # Expected costs need the model's config, and what a run would trip over is tried before the first one.
     with console.status("Loading libraries"):
-        from slsam_peft.runs.compare.jobs import Plan
+        from slsam_peft.runs.compare.recorded import RecordedPlan
         from slsam_peft.runs.compare.run import expected_costs
 
         if not args.debug:
             silence_progress_bars()
-        plan = Plan(settings, expected_costs(settings))
+        plan = RecordedPlan(settings, store.read(), expected_costs(settings))
         if trains and (tasks := plan.tasks_to_do(store.read())):
             from slsam_peft.runs.compare.checks import check_plan
 
@@ -138,11 +138,12 @@ def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) 
         method (`str`): Its name in the comparison.
         settings (`dict`): `Job.settings`.
     """
-    tried = f"learning rate {settings['learning_rate']:g}"
-    if plan.settings.methods[method].rhos:
-        slsam = settings["slsam"]
-        tried += f", rho {settings['random_rho'] if slsam is None else slsam['rho']:g}"
-    return f"{task}, {method}, {tried}, seed {settings['seed']}"
+    from slsam_peft.runs.compare.settings import Candidate
+
+    how, radii = plan.settings.methods[method], {"rho": settings["random_rho"], **(settings["slsam"] or {})}
+    rho, rise = radii["rho"] if how.rhos else None, radii["loss_rise"] if how.loss_rises else None
+    tried = Candidate(settings["learning_rate"], rho, rise).shown
+    return f"{task}, {method}, learning rate {tried}, seed {settings['seed']}"
 
 
 def _say(plan: "Plan", row: dict[str, Any], console: Any) -> None:

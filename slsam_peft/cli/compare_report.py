@@ -12,7 +12,7 @@ from slsam_peft.runs.compare.settings import CompareSettings
 
 HEADINGS = {"loss": "held-out loss", "accuracy": "token accuracy", "exact": "exact answers"}
 UNITS = {"loss": " (nats per token)", "accuracy": "", "exact": ""}
-MATCHED = {"steps": "equal steps", "cost": "equal cost"}
+MATCHED = {"steps": "equal steps", "cost": "equal cost", "epochs": "equal epochs"}
 COLUMNS = (
     "method",
     "learning rate",
@@ -81,8 +81,8 @@ def _notes(settings: CompareSettings) -> str:
     where = f" of {settings.tuning_task}" if settings.tuning_task else ""
     tuned = "Learning rates and radii were given; none was tuned."
     if tried > 1:
-        tuned = f"Each method tried {tried} learning rates (or pairs of one and rho), chosen by the validation loss "
-        tuned += f"of seed {settings.tuning_seed}{where}."
+        tuned = f"Each method tried {tried} learning rates (or pairs of one and a radius), chosen by the "
+        tuned += f"validation loss of seed {settings.tuning_seed}{where}."
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
         "ones of the mean, too narrow for few seeds (about 83 % instead of 95 % with five, 70 % with three); "
@@ -119,9 +119,7 @@ def _differences(line: Line, metric: str) -> list[str]:
 
 
 def _chosen(line: Line) -> str:
-    if line.chosen is None:
-        return "open"
-    return f"{line.chosen.rate:g}" + (f", rho {line.chosen.rho:g}" if line.chosen.rho is not None else "")
+    return "open" if line.chosen is None else line.chosen.shown
 
 
 def _count(steps: int | None) -> str:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,19 @@ from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
 from slsam_peft.cli.forest_plot import build as forest_plot
 from slsam_peft.cli.forest_plot import by_effect, draw
+from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
-from slsam_peft.runs.compare.jobs import Plan, row_settings
+from slsam_peft.runs.compare.jobs import IN_EVERY_ROW, Plan, row_settings, told
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.report import build_report
-from slsam_peft.runs.compare.settings import Candidate, CompareSettings
+from slsam_peft.runs.compare.settings import (
+    Candidate,
+    CompareSettings,
+    TrainingSettings,
+    plain_values,
+    slsam_config,
+)
 from slsam_peft.runs.compare.statistics import holm, paired_difference
 from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.tasks import load_task, swap_answers
@@ -93,6 +100,42 @@ def finished(plan: Plan, folder: Path) -> RowStore:
         (
             {"methods": {"sam": {"learning_rates": [1e-3], "slsam": {"rho": 0}, "rhos": [0.5]}}},
             "methods.sam.rhos and slsam.rho are both set",
+        ),
+        (
+            {
+                "methods": {
+                    "a": {"learning_rates": [1e-3], "slsam": {"method": "auto", "loss_rise": 1}, "loss_rises": [0.5]}
+                }
+            },
+            "methods.a.loss_rises and rhos or slsam.loss_rise are both set",
+        ),
+        ({"methods": {"a": {"learning_rates": [1e-3], "loss_rises": [0.5]}}}, "only SL-SAM has this radius"),
+        (
+            {"methods": {"a": {"learning_rates": [1e-3], "slsam": {"rho": 0.1}, "loss_rises": [0.5]}}},
+            "rho=0.1 and loss_rise=0.5",
+        ),
+        (
+            {"methods": {"a": {"learning_rates": [1e-3], "slsam": {}, "loss_rises": [-1]}}},
+            "loss_rises: -1 is not allowed",
+        ),
+        ({"methods": {"a": {"learning_rates": [1e-3], "slsam": {"method": "automatic"}}}}, "Did you mean 'auto'"),
+        (
+            {
+                "methods": {
+                    "plain": {"learning_rates": [1e-3]},
+                    "a": {"learning_rates": [1e-3], "slsam": {"method": "auto", "ascent_sequences": 5}},
+                }
+            },
+            "methods.a: ascent_sequences=5 is more than the 4 sequences of a step",
+        ),
+        (
+            {
+                "methods": {
+                    "plain": {"learning_rates": [1e-3]},
+                    "a": {"learning_rates": [1e-3], "batch_size": 1, "slsam": {"method": "auto", "ascent": "partial"}},
+                }
+            },
+            "methods.a: ascent='partial' takes a part of a step's sequences",
         ),
         ({"training": {"steps": 3, "lora_dropout": 1.5}}, "training.lora_dropout=1.5 is not allowed"),
         ({"training": {"steps": 3, "lora_dropout": 1}}, "share in [0, 1)"),
@@ -166,6 +209,20 @@ def test_steps_are_matched_by_cost() -> None:
     assert [plan.steps("docs", method, "steps") for method in COSTS] == [12, 12, 12]
 
 
+def test_steps_are_matched_by_epochs() -> None:
+    """Equal sequences of the optimizer's own batches: what a step costs besides is reported, not paid for."""
+    methods = values()["methods"]
+    methods["sam"]["batch_size"], methods["cheap"]["batch_size"] = 16, 3
+    plan = Plan(settings(methods=methods, match=["epochs", "steps", "cost"]), COSTS)
+    assert [plan.steps("docs", method, "epochs") for method in COSTS] == [12, 3, 16]
+    assert [plan.steps("docs", method, "steps") for method in COSTS] == [12, 12, 12]
+    assert [plan.steps("docs", method, "cost") for method in COSTS] == [12, 2, 21]
+    text = markdown(build_report(plan, {}), "loss", plan.settings)
+    assert (
+        text.index("### docs, equal epochs") < text.index("### docs, equal steps") < text.index("### docs, equal cost")
+    )
+
+
 def test_smaller_batches_cost_in_proportion() -> None:
     methods = values()["methods"]
     methods["sam"]["batch_size"] = 2
@@ -214,6 +271,45 @@ def test_settings_of_a_row_have_the_names_that_keys_are_made_of() -> None:
     assert not {"steps", "label_noise", "quantize"} & {*stored, *stored["task"], *stored["training"]}
 
 
+def test_fields_that_come_later_are_in_a_row_only_where_they_are_not_at_their_default() -> None:
+    @dataclass(frozen=True)
+    class Later(TrainingSettings):
+        neftune: float | None = None
+        names: tuple[str, ...] = ()
+        options: dict[str, int] = field(default_factory=dict)
+
+    always = IN_EVERY_ROW[TrainingSettings]
+    assert told(plain_values(Later(steps=3)), Later, always) == plain_values(TrainingSettings(steps=3))
+    assert told(plain_values(Later(steps=3, neftune=5.0)), Later, always)["neftune"] == 5.0
+    for kind, names in IN_EVERY_ROW.items():
+        assert set(names) <= {f.name for f in fields(kind)}
+
+
+def test_a_mapping_without_method_means_the_defaults_it_was_made_with() -> None:
+    """For ever: neither `SLSAMConfig`'s own default nor a field that changes nothing else may alter it."""
+    parts = {"bandit": "scale_free", "design": "bernoulli", "ascent": "two_pass", "descent": "active", "rho": 0.05}
+    for values in ({}, {"rho": 0.5}, {"min_probability": 0.2}, {"granularity": "module", "method": None}):
+        made = slsam_config(values).resolved
+        assert made.method is None
+        assert {name: getattr(made, name) for name in parts} == {**parts, "rho": values.get("rho", 0.05)}
+        assert (made.fraction, made.ascent_fraction, made.loss_rise) == (0.2, 0.25, None)
+    said = slsam_config({"loss_rise": 0.3, "ascent": "partial", "ascent_sequences": 2, "cost_budget": 0.9}).resolved
+    assert (said.rho, said.loss_rise, said.ascent_sequences, said.ascent_fraction) == (None, 0.3, 2, None)
+    assert (said.active_fraction, said.cost_budget, said.radius) == (None, 0.9, "loss_rise")
+    assert slsam_config({"radius": "length"}).resolved.rho == 0.05
+    auto = slsam_config({"method": "auto"}, seed=3)
+    assert auto == SLSAMConfig(method="auto", seed=3)
+
+
+def test_the_mapping_of_a_method_is_stored_as_it_was_written() -> None:
+    methods = {**values()["methods"], "auto": {"learning_rates": [1e-3, 2e-3], "slsam": {"method": "auto"}}}
+    plan = Plan(settings(methods=methods), {**COSTS, "auto": 1.25})
+    stored = {
+        name: row_settings(plan.job("docs", name, "steps", Candidate(1e-3), 0).settings)["slsam"] for name in methods
+    }
+    assert stored == {name: how.get("slsam") for name, how in methods.items()}
+
+
 def test_tuning_comes_first_and_chooses_the_learning_rate(tmp_path: Path) -> None:
     plan = Plan(settings(match=["steps"]), COSTS)
     first = list(plan.pending({}))
@@ -245,9 +341,26 @@ def test_radii_are_chosen_with_learning_rates(tmp_path: Path) -> None:
     while next_row(plan, store, lambda *_: None, best_at_the_smaller_radius) is not None:
         pass
     chosen = {line.method: line.chosen for line in build_report(plan, store.read())}
-    assert chosen == {"plain": (1e-4, None), "sam": (1e-3, 0.1), "random": (1e-3, 0.1)}
+    assert chosen == {"plain": Candidate(1e-4), "sam": Candidate(1e-3, 0.1), "random": Candidate(1e-3, 0.1)}
     with pytest.raises(UserError, match="plain LoRA has no radius"):
         settings(methods={"plain": {"learning_rates": [1e-3], "rhos": [0.1]}})
+
+
+def test_rises_of_the_loss_are_chosen_with_learning_rates(tmp_path: Path) -> None:
+    def best_at_the_larger_rise(job: dict[str, Any], report: Any) -> dict[str, Any]:
+        return {**scored(job), "loss": 3.0 - (job["slsam"] or {}).get("loss_rise", 0.0)}
+
+    methods = {
+        "plain": {"learning_rates": [1e-4, 2e-4]},
+        "auto": {"learning_rates": [1e-3], "loss_rises": [0.2, 0.5], "slsam": {"method": "auto"}},
+    }
+    plan = Plan(settings(methods=methods, match=["epochs"]), {"plain": 1.0, "auto": 1.25})
+    rows = rows_by(plan, tmp_path, best_at_the_larger_rise)
+    lines = {line.method: line for line in build_report(plan, rows)}
+    assert lines["auto"].chosen == Candidate(1e-3, loss_rise=0.5)
+    assert "| auto | 0.001, loss rise 0.5 |" in markdown(list(lines.values()), "loss", plan.settings)
+    reported = [row["settings"]["slsam"] for row in rows.values() if row["method"] == "auto"][2:]
+    assert reported == [{"method": "auto", "loss_rise": 0.5}] * 3
 
 
 def test_learning_rates_of_all_tasks_can_be_chosen_on_one(tmp_path: Path) -> None:
@@ -275,6 +388,7 @@ def test_runs_are_called_by_what_was_tried() -> None:
         "plain": {"learning_rates": [1e-4, 2e-4]},
         "sam": {"learning_rates": [1e-3], "rhos": [0.1, 0.5], "slsam": {"active_fraction": 1.0}},
         "random": {"learning_rates": [1e-3], "rhos": [0.5, 0.1], "random_rho": 0.2},
+        "auto": {"learning_rates": [1e-3], "loss_rises": [0.2, 0.5], "slsam": {"method": "auto"}},
     }
     plan = Plan(settings(methods=methods, match=["steps"]), dict.fromkeys(methods, 1.0))
     assert [run_name(plan, job.task, job.method, job.settings) for job in plan.pending({})] == [
@@ -284,6 +398,8 @@ def test_runs_are_called_by_what_was_tried() -> None:
         "docs, sam, learning rate 0.001, rho 0.5, seed 9",
         "docs, random, learning rate 0.001, rho 0.5, seed 9",
         "docs, random, learning rate 0.001, rho 0.1, seed 9",
+        "docs, auto, learning rate 0.001, loss rise 0.2, seed 9",
+        "docs, auto, learning rate 0.001, loss rise 0.5, seed 9",
     ]
 
 
@@ -579,6 +695,29 @@ def test_rows_alone_give_the_report_of_a_comparison_in_progress(tmp_path: Path) 
     assert text.count("| open |") == 6
     assert "None" not in text
     assert len(tables(nothing, "loss", plan.settings)) == 2
+
+
+def test_rows_say_the_steps_where_expected_costs_have_changed(tmp_path: Path) -> None:
+    """What a step is expected to cost may change; runs that exist are not done again beside themselves."""
+    before, now = {"plain": 1.0, "sam": 2.2, "cheap": 0.72}, COSTS
+    old = Plan(settings(), before)
+    rows = rows_by(old, tmp_path, lambda job, report: {**counted(job), "cost": 1.0 if job["slsam"] is None else 2.2})
+    rows = {key: row for key, row in rows.items() if row["method"] != "cheap"}
+    plan = RecordedPlan(settings(), rows, now)
+    assert [old.steps("docs", name, "cost") for name in now] == [12, 5, 17]
+    assert [plan.steps("docs", name, "cost") for name in now] == [12, 5, 16]  # no row says so: as expected now
+    assert plan.counts(rows)[0] == len(rows)
+    assert {job.method for job in plan.pending(rows)} == {"cheap"}
+
+
+def test_a_run_at_equal_steps_is_not_one_at_equal_cost_where_costs_are_known(tmp_path: Path) -> None:
+    """However near the numbers are: a comparison that was stopped in between goes on as it began."""
+    costs = {**COSTS, "cheap": 0.9}
+    rows = rows_by(Plan(settings(match=["steps"]), costs), tmp_path, scored)
+    rows = {key: {**row, "cost": costs[row["method"]]} for key, row in rows.items()}
+    training = {"steps": 12}
+    plan = RecordedPlan(settings(training=training, match=["steps", "cost"]), rows, costs)
+    assert plan.steps("docs", "cheap", "cost") == 13
 
 
 def test_runs_at_equal_steps_are_not_taken_for_those_at_equal_cost(tmp_path: Path) -> None:

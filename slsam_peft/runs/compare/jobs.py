@@ -3,11 +3,18 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from slsam_peft.runs.compare.settings import Candidate, CompareSettings, plain_values
+from slsam_peft.runs.compare.settings import (
+    Candidate,
+    CompareSettings,
+    TaskSettings,
+    TrainingSettings,
+    plain_value,
+    plain_values,
+)
 from slsam_peft.runs.compare.store import Row
 
 Rows = Mapping[str, Row]
@@ -20,14 +27,41 @@ VERSION = 1
 NAMES_IN_ROWS = {"steps": "updates", "label_noise": "noisy", "quantize": "quantise"}
 
 
+# The fields that every row holds. A field that comes later is in a row only where it is not at its default, so that
+# rows without it are found as they are.
+IN_EVERY_ROW = {
+    TaskSettings: (
+        *("source", "rows", "test_rows", "validation_rows", "label_noise", "steps", "puzzle", "puzzle_options"),
+        *("file", "test_file"),
+    ),
+    TrainingSettings: (
+        *("steps", "batch_size", "max_length", "lr_scheduler_type", "warmup_steps", "weight_decay", "lora_r"),
+        *("lora_alpha", "lora_dropout", "gradient_checkpointing", "dtype", "quantize", "prompt_format"),
+    ),
+}
+
+
 def row_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `Job.settings` under the names that rows have for them.
+    """Return `Job.settings` as rows have them, under their names.
 
     Args:
         settings (`dict`): `Job.settings`. The options of puzzles and of SL-SAM in it keep their names.
     """
-    parts = {part: _renamed(settings[part]) for part in ("task", "training")}
+    kinds = {"task": TaskSettings, "training": TrainingSettings}
+    parts = {part: _renamed(told(settings[part], kind, IN_EVERY_ROW[kind])) for part, kind in kinds.items()}
     return _renamed({**settings, **parts})
+
+
+def told(values: Mapping[str, Any], kind: type, always: Sequence[str]) -> dict[str, Any]:
+    """Return the values of a dataclass that a row holds: some always, others where they differ from their default.
+
+    Args:
+        values (`dict`): As `plain_values` gives them.
+        kind (`type`): The dataclass.
+        always (`Sequence[str]`): Names of the fields that every row holds.
+    """
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(kind)}
+    return {name: v for name, v in values.items() if name in always or v != plain_value(defaults[name])}
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,15 +111,17 @@ class Plan:
 
     def steps(self, task: str, method: str, match: str) -> int | None:
         """Return how many steps a method gets; `None` where that is not known, see `RecordedPlan`."""
-        cost = self.costs[method] * self.batch_share(method) if match == "cost" else 1.0
-        return max(1, round(self.plain_steps(task, method) / cost))
+        each = 1.0 if match == "steps" else self.batch_share(method)  # sequences of a step, of the common ones
+        if match == "cost":
+            each *= self.costs[method]
+        return max(1, round(self.plain_steps(task, method) / each))
 
     def job(self, task: str, method: str, match: str, tried: Candidate, seed: int) -> Job:
         """Return a run."""
         how = self.settings.methods[method]
-        slsam, random_rho = None if how.slsam is None else dict(how.slsam), how.random_rho
-        if tried.rho is not None:
-            slsam, random_rho = (None, tried.rho) if slsam is None else ({**slsam, "rho": tried.rho}, None)
+        slsam, random_rho = how.slsam_with(tried), how.random_rho
+        if slsam is None and tried.rho is not None:
+            random_rho = tried.rho
         values = {
             "model": self.settings.model,
             "task": plain_values(self.settings.tasks[task]),

@@ -1,7 +1,7 @@
-"""Rows tell, without the model, how many steps each method of a comparison got at equal cost."""
+"""Rows tell how many steps each method of a comparison got at equal cost, whatever a step is expected to cost now."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,37 +14,39 @@ TOLERANCE = 0.05  # counted and expected cost differ by less: which blocks were 
 
 
 class RecordedPlan(Plan):
-    """A `Plan` that needs no expected costs, for reports.
+    """A `Plan` that takes from rows how many steps SL-SAM gets at equal cost.
 
-    How many steps SL-SAM gets at equal cost depends on what a step costs, which only the model's config says. Rows of
-    such runs hold the number. A row belongs to a method if its key is that of one of the method's runs with so many
-    steps; where there are several numbers (equal steps, equal cost, another share of the steps), the counted cost in
-    the rows says which of them is that of equal cost. Where there is no such row yet, the number is not known.
+    That number depends on what a step is expected to cost, which may change from one version to the next while runs of
+    it exist. A row belongs to a method if its key is that of one of the method's runs with so many steps; where there
+    are several numbers (equal steps, equal cost, another share of the steps), the counted cost in the rows says which
+    of them is that of equal cost. Where there is no such row yet, expected costs give the number, and without them it
+    is not known.
 
     Args:
         settings (`CompareSettings`): The comparison.
         rows (`dict[str, Row]`): Its rows, by key.
+        costs (`dict[str, float]`, *optional*): Expected costs, as of `Plan`. Reports need none.
     """
 
-    def __init__(self, settings: CompareSettings, rows: Rows) -> None:
-        super().__init__(settings, {name: 1.0 for name, how in settings.methods.items() if how.slsam is None})
-        self._at_equal_cost = self._read(rows)
+    def __init__(self, settings: CompareSettings, rows: Rows, costs: Mapping[str, float] | None = None) -> None:
+        plain = {name: 1.0 for name, how in settings.methods.items() if how.slsam is None}
+        super().__init__(settings, {**(costs or {}), **plain})
+        self._at_equal_cost = self._read(rows, [name for name in settings.methods if name not in plain])
 
     def steps(self, task: str, method: str, match: str) -> int | None:
-        """Return how many steps a method gets; `None` where no row says so."""
-        if match == "cost" and method not in self.costs:
-            return self._at_equal_cost.get((task, method))
-        return super().steps(task, method, match)
+        """Return how many steps a method gets; `None` where nothing says so."""
+        recorded = self._at_equal_cost.get((task, method)) if match == "cost" else None
+        if recorded is not None:
+            return recorded
+        return None if match == "cost" and method not in self.costs else super().steps(task, method, match)
 
-    def _read(self, rows: Rows) -> dict[tuple[str, str], int]:
+    def _read(self, rows: Rows, methods: Sequence[str]) -> dict[tuple[str, str], int]:
         # Rows by all that their keys are made of but the number of steps.
         by_settings: dict[str, list[Row]] = {}
         for row in rows.values():
             by_settings.setdefault(_all_but_steps(row.get("settings")), []).append(row)
         found = {}
-        for method in self.settings.methods:
-            if method in self.costs:
-                continue
+        for method in methods:
             runs = {task: self._runs(task, method, by_settings) for task in self.settings.tasks}
             # What a step costs is the same on every task, so that all runs of the method tell it together.
             counted = [(row["cost"], steps) for of in runs.values() for row, steps in of if "error" not in row]
@@ -70,10 +72,11 @@ class RecordedPlan(Plan):
 
     def _choose(self, task: str, method: str, numbers: set[int], cost: float | None) -> int | None:
         """Return which of some numbers of steps is the one at equal cost; `None` where none is."""
-        at_equal_steps = self.steps(task, method, "steps")
+        others = numbers - {self.steps(task, method, match) for match in self.settings.match if match != "cost"}
         if cost is None:  # every run has diverged, and such rows have no cost
-            others = numbers - {at_equal_steps} if "steps" in self.settings.match else numbers
             return next(iter(others)) if len(others) == 1 else None
+        if method in self.costs and super().steps(task, method, "cost") not in numbers:
+            numbers = others  # a run at equal steps is none at equal cost, however near it is
         expected = max(1.0, self.plain_steps(task, method) / (cost * self.batch_share(method)))
         nearest = min(numbers, key=lambda steps: abs(steps - expected), default=None)
         near = nearest is not None and abs(nearest - expected) <= 0.5 + TOLERANCE * expected  # 0.5: it was rounded

@@ -18,16 +18,16 @@ from trl import SFTConfig, SFTTrainer
 
 from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.slsam import SLSAM
-from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.cost.model import CostModel
 from slsam_peft.data.scoring import Tokens, answered, score
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import find_model, load_config, load_with_tokenizer
 from slsam_peft.runs.compare.control import RandomPerturbationTrainer
-from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
+from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings, slsam_config
 from slsam_peft.runs.compare.tasks import load_task
 from slsam_peft.trainer.precision import restore_float32
+from slsam_peft.trainer.riding import lora_pairs
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
 TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
@@ -55,12 +55,12 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
         if method.slsam is None:
             expected[name] = 1.0
             continue
-        slsam, shapes = SLSAMConfig.from_dict(method.slsam), [(settings.batch_size(name), TYPICAL_LENGTH)]
+        slsam, shapes = slsam_config(method.slsam), [(settings.batch_size(name), TYPICAL_LENGTH)]
         try:
             arms = arms_of(model, slsam.granularity)
             cost = ExpectedCost(costs, arms, slsam, shapes)
             solved = None if slsam.cost_budget is None else cost.solve(slsam.cost_budget)
-            SLSAM(arms, slsam, fraction=solved)  # refuses here what it would refuse in a run
+            SLSAM(arms, slsam, fraction=solved, pairs=lora_pairs(model))  # refuses here what it would in a run
         except ValueError as error:
             raise UserError(f"methods.{name}: {error}") from error
         expected[name] = cost(slsam.fraction if solved is None else solved)
@@ -230,7 +230,7 @@ def build_trainer(
     }
     set_seed(seed)  # of the adapters' start
     if settings["slsam"] is not None:
-        slsam = SLSAMConfig.from_dict({**settings["slsam"], "seed": seed})
+        slsam = slsam_config(settings["slsam"], seed=seed, trace=False)  # a trace would be gone with the folder
         trainer = SLSAMTrainer(model, slsam_config=slsam, **common)
     elif settings["random_rho"] is not None:
         trainer = RandomPerturbationTrainer(model, random_rho=settings["random_rho"], **common)

@@ -11,7 +11,44 @@ from slsam_peft.data.sources import SOURCES as PACKAGED
 SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl", *PACKAGED)
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "nf4")
-MATCHES = ("steps", "cost")
+MATCHES = ("steps", "cost", "epochs")
+
+# What a mapping `slsam` without `method` means, whatever becomes of the defaults of `SLSAMConfig`: rows were made with
+# it.
+WITHOUT_METHOD = {
+    "active_fraction": 0.2,
+    "bandit": "scale_free",
+    "design": "bernoulli",
+    "ascent": "two_pass",
+    "ascent_fraction": 0.25,
+    "descent": "active",
+    "rho": 0.05,
+}
+# Settings that say in another way what one of those says, which is left out beside them.
+_SAID_BY = {
+    "active_fraction": ("cost_budget",),
+    "ascent_fraction": ("ascent_sequences",),
+    "rho": ("loss_rise", "radius"),
+}
+
+
+def slsam_config(values: Mapping[str, Any], **more: Any) -> SLSAMConfig:
+    """Return the settings of SL-SAM that a mapping in a comparison, or in a row, stands for.
+
+    Args:
+        values (`dict`): `MethodSettings.slsam` or a row's `slsam`. Without a `method` the rest is `WITHOUT_METHOD`.
+        **more: Further fields of `SLSAMConfig`, which no row holds.
+
+    Raises:
+        ValueError: `SLSAMConfig` refuses a value.
+    """
+    given = {name for name, value in values.items() if value is not None}
+    filled = dict(values)
+    if "method" not in given:
+        for name, value in WITHOUT_METHOD.items():
+            if not given & {name, *_SAID_BY.get(name, ())}:
+                filled[name] = value
+    return SLSAMConfig.from_dict({**filled, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +152,23 @@ class TrainingSettings:
 
 
 class Candidate(NamedTuple):
-    """A candidate holds settings of a method that are tried on the tuning seed."""
+    """A candidate holds settings of a method that are tried on the tuning seed.
+
+    Args:
+        rate (`float`): Learning rate.
+        rho (`float`, *optional*): Radius as a length, where several are tried.
+        loss_rise (`float`, *optional*): Radius as a rise of the loss, in nats, where several are tried.
+    """
 
     rate: float
     rho: float | None = None
+    loss_rise: float | None = None
+
+    @property
+    def shown(self) -> str:
+        """What was tried, as text: the learning rate, and the radius where several were tried."""
+        radii = (("rho", self.rho), ("loss rise", self.loss_rise))
+        return ", ".join([f"{self.rate:g}", *(f"{name} {value:g}" for name, value in radii if value is not None)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +178,16 @@ class MethodSettings:
     Args:
         learning_rates (`list[float]`): Tried on the tuning seed; the best one is used on all others. A single
             candidate (one rate, at most one radius) is not tried.
-        slsam (`dict`, *optional*): Settings of SL-SAM. Missing: plain LoRA.
+        slsam (`dict`, *optional*): Settings of SL-SAM, which name a `method`; without one the rest is
+            `WITHOUT_METHOD`. Missing: plain LoRA.
         random_rho (`float`, *optional*): A control: a random perturbation of this L2 norm in place of an ascent.
         batch_size (`int`, *optional*): In place of `TrainingSettings.batch_size`; a step costs in proportion.
         steps_share (`float`, *optional*, defaults to `1.0`): Share of the steps that it gets, in (0, 1], for
             controls that stop early.
         rhos (`list[float]`, *optional*): Radii tried with each learning rate, in place of `slsam.rho`, which is left
             out, or `random_rho`.
+        loss_rises (`list[float]`, *optional*): Radii as rises of the loss, in nats, tried with each learning rate in
+            place of `slsam.loss_rise`, which is left out.
     """
 
     learning_rates: tuple[float, ...]
@@ -143,11 +196,22 @@ class MethodSettings:
     batch_size: int | None = None
     steps_share: float = 1.0
     rhos: tuple[float, ...] | None = None
+    loss_rises: tuple[float, ...] | None = None
 
     @property
     def candidates(self) -> tuple["Candidate", ...]:
         """Return the settings tried on the tuning seed."""
-        return tuple(Candidate(rate, rho) for rate in self.learning_rates for rho in self.rhos or (None,))
+        return tuple(
+            Candidate(rate, rho, rise)
+            for rate in self.learning_rates
+            for rho in self.rhos or (None,)
+            for rise in self.loss_rises or (None,)
+        )
+
+    def slsam_with(self, tried: Candidate) -> dict[str, Any] | None:
+        """Return the settings of SL-SAM with a candidate's radius in them; `None` for other ways to train."""
+        radii = {name: value for name in ("rho", "loss_rise") if (value := getattr(tried, name)) is not None}
+        return None if self.slsam is None else {**self.slsam, **radii}
 
     def __post_init__(self) -> None:
         # Every number is checked and made a float, whatever YAML took it for.
@@ -168,13 +232,20 @@ class MethodSettings:
                 raise ValueError(f"rhos={list(self.rhos)}: plain LoRA has no radius; leave it out.")
             if "rho" in (self.slsam or {}):
                 raise ValueError("rhos and slsam.rho are both set; leave one of them out.")
+        if self.loss_rises is not None:
+            object.__setattr__(self, "loss_rises", _all_positive("loss_rises", self.loss_rises))
+            if self.slsam is None:
+                raise ValueError(f"loss_rises={list(self.loss_rises)}: only SL-SAM has this radius; leave it out.")
+            if self.rhos is not None or "loss_rise" in self.slsam:
+                raise ValueError("loss_rises and rhos or slsam.loss_rise are both set; leave one of them out.")
         # What the comparison itself decides is no setting of one method.
         if self.slsam is not None:
             if "seed" in self.slsam:
                 raise ValueError("slsam.seed is the run's own seed; leave it out.")
             if "adapter_dtype" in self.slsam:
                 raise ValueError("slsam.adapter_dtype: the adapters of all methods are in float32; leave it out.")
-            SLSAMConfig.from_dict(self.slsam)
+            for tried in self.candidates:
+                slsam_config(self.slsam_with(tried) or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +261,8 @@ class CompareSettings:
         tuning_task (`str`, *optional*): Task that learning rates are chosen on, for all tasks. Unset: each on its own.
         model (`str`, *optional*, defaults to `"smollm2"`): Base model: `"smollm2"`, a folder or a name on the Hub.
         match (`list[str]`, *optional*): What methods have in common: `"steps"`, `"cost"` (a method of cost c per
-            step gets 1/c of the steps), or both, the default.
+            step gets 1/c of the steps) or `"epochs"` (a method of k times the common batch size gets 1/k of them);
+            several of these too. Defaults to steps and cost.
         reference (`str`, *optional*, defaults to `"plain"`): Method that the others are compared with.
     """
 
@@ -201,7 +273,7 @@ class CompareSettings:
     tuning_seed: int
     tuning_task: str | None = None
     model: str = "smollm2"
-    match: tuple[str, ...] = MATCHES
+    match: tuple[str, ...] = ("steps", "cost")
     reference: str = "plain"
 
     def batch_size(self, method: str) -> int:
@@ -219,13 +291,8 @@ class CompareSettings:
             raise ValueError(f"match={list(self.match)} must be one or more different names.")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} is not allowed; name a folder, a hub name, or smollm2.")
-        # A part of one sequence is none.
-        for name, method in self.methods.items():
-            if (method.slsam or {}).get("ascent") == "partial" and self.batch_size(name) < 2:
-                raise ValueError(
-                    f"methods.{name}: ascent='partial' takes a part of a step's sequences, and batch_size="
-                    f"{self.batch_size(name)} has one; use a larger batch_size, or ascent='two_pass'."
-                )
+        for name in self.methods:
+            self._check_sequences(name)
         # Seeds are what torch and random take, and none is both tuned on and reported.
         for seed in (*self.seeds, self.tuning_seed):
             if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -244,16 +311,35 @@ class CompareSettings:
         if len(set(budgets.values())) > 1:
             listed = ", ".join(f"{name}: {count}" for name, count in budgets.items())
             raise ValueError(
-                f"every method must try as many learning rates (times rhos) as the others; they are {listed}."
+                f"every method must try as many learning rates (times radii) as the others; they are {listed}."
+            )
+
+    def _check_sequences(self, name: str) -> None:
+        """Refuse an ascent by a part of a step's sequences where a step has not so many."""
+        slsam, size = self.methods[name].slsam, self.batch_size(name)
+        if slsam is None:
+            return
+        parts = slsam_config(slsam).resolved
+        if parts.ascent == "partial" and size < 2:
+            raise ValueError(
+                f"methods.{name}: ascent='partial' takes a part of a step's sequences, and batch_size={size} has one; "
+                "use a larger batch_size, or ascent='two_pass'."
+            )
+        if parts.ascent_sequences is not None and parts.ascent_sequences > size:
+            raise ValueError(
+                f"methods.{name}: ascent_sequences={parts.ascent_sequences} is more than the {size} sequences of a "
+                "step; with all of them it is dense SAM, method: sam. Use fewer, or a larger batch_size."
             )
 
 
 def plain_values(settings: Any) -> dict[str, Any]:
     """Return a settings object as plain values, as JSON stores them."""
-    return {
-        key: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
-        for key, value in asdict(settings).items()
-    }
+    return {key: plain_value(value) for key, value in asdict(settings).items()}
+
+
+def plain_value(value: Any) -> Any:
+    """Return a setting as JSON stores it."""
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
 
 
 def _at_least_one(name: str, value: Any) -> None:
