@@ -122,7 +122,7 @@ def test_settings_in_the_text_are_allowed() -> None:
         assert isinstance(eval(code, {"SLSAMConfig": SLSAMConfig}), SLSAMConfig), code
 
 
-def test_the_switch_is_one_class_and_one_argument() -> None:
+def test_the_switch_is_one_class() -> None:
     call = next(
         node
         for node in ast.walk(ast.parse(blocks(README, "python")[0][1]))
@@ -130,7 +130,7 @@ def test_the_switch_is_one_class_and_one_argument() -> None:
     )
     assert isinstance(call, ast.Call)
     own = {keyword.arg for keyword in call.keywords} - set(inspect.signature(trl.SFTTrainer).parameters)
-    assert own == {"slsam_config"}
+    assert own == set()
 
 
 def test_the_readmes_settings_are_the_recipes() -> None:
@@ -142,8 +142,9 @@ def test_the_readmes_settings_are_the_recipes() -> None:
         for keyword in call.keywords
         if isinstance(keyword.value, ast.Constant) and keyword.arg not in ("output_dir", "target_modules")
     }
-    assert {"rho", "ascent", "learning_rate", "per_device_train_batch_size"} <= set(shown)
+    assert {"learning_rate", "per_device_train_batch_size"} <= set(shown)
     assert shown == {name: recipe[name] for name in shown}
+    assert recipe["method"] == SLSAMConfig().resolved.method
 
 
 def test_no_leftovers_of_this_test_are_shown() -> None:
