@@ -57,7 +57,7 @@ BAD = [
     ({"radius": "lenght"}, "radius='lenght'", "Did you mean 'length'?"),
     ({"radius": "length", "loss_rise": 0.3}, "radius='length' and loss_rise=0.3", "leave one unset"),
     ({"radius": "loss_rise", "rho": 0.3}, "radius='loss_rise' and rho=0.3", "leave one unset"),
-    ({"ascent": object()}, "ascent=<object", "is not known"),
+    ({"ascent": []}, "ascent=[]", "is not known"),
     ({"ascent": "ahead", "cost_budget": 1.0}, "active_fraction=None", "leave cost_budget unset"),
 ]
 

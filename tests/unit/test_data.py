@@ -456,7 +456,9 @@ def test_values_that_cannot_be_stored_are_named(tmp_path: Path, line: str, said:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b cut", gzip.compress(TEXT.encode() * 99)[:-9], b"no gzip"])
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8b cut", gzip.compress(TEXT.encode() * 99)[:-9], b"no gzip"], ids=["no end", "cut", "no gzip"]
+)
 def test_a_damaged_archive_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read: "):
