@@ -236,7 +236,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     rule = expected.rule
 
     def memory_under(other: "Rule") -> dict[str, float]:
-        return memory_of(model, cost, shapes, other, settings)
+        return memory_of(model, cost, shapes, other, settings, fraction)
 
     memory = memory_under(rule)
     apart = rule_of(config, rides=False) if rule.stacked(shapes) and config.resolved.ascent == "auto" else None

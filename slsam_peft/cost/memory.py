@@ -80,12 +80,12 @@ class Activations:
 
 
 def memory_of(
-    model: nn.Module, cost: CostModel, shapes: Shapes, rule: Rule, settings: MemorySettings
+    model: nn.Module, cost: CostModel, shapes: Shapes, rule: Rule, settings: MemorySettings, share: float = 1.0
 ) -> dict[str, float]:
     """Return bytes by part, the estimated peak under `"total"`.
 
     Of a block's graph and the head's tile only the larger counts towards the total, since they never exist together
-    where blocks are checkpointed. Every arm is taken to be active, which is the most a step needs.
+    where blocks are checkpointed. Passes are taken to reach the lowest block, which is the most a step needs.
 
     Args:
         model (`nn.Module`): The model on the meta device, its adapters in the dtype they are trained in.
@@ -93,6 +93,7 @@ def memory_of(
         shapes (`Sequence[tuple[int, int]]`): `(batch, length)` of the micro-batches of a step.
         rule (`Rule`): How a step runs.
         settings (`MemorySettings`): The rest.
+        share (`float`, *optional*, defaults to `1.0`): Of the adapters' parameters, how many are perturbed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     stacked, reused = rule.stacked(shapes), rule.reused_shapes(shapes)
@@ -107,9 +108,8 @@ def memory_of(
         "weights": weights,
         "adapters": adapters,
         "gradients": adapters,
-        "perturbation": adapters
-        * 2
-        * (perturbed + stacked),  # e and w + e; both halves and the next ascent's gradient
+        # e and w + e; both versions of each factor, and the next ascent's gradient
+        "perturbation": adapters * 2 * (perturbed * share + stacked),
         "gradient_memory": 2.0 * sum(p.numel() for p in trained) if rule.ascent.stale else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, kept, rule),

@@ -130,6 +130,7 @@ def test_peak_of_a_run(case, tmp_path, small_head):
         [(BATCH, LENGTH)] * micro_batches,
         rule,
         footprint.MemorySettings(compute_dtype=torch.float32),
+        1.0 if settings is None else SLSAMConfig(**settings).fraction,
     )
     assert parts["total"] - parts["runtime"] == pytest.approx(peak, rel=PEAK_MEMORY)
 
