@@ -26,7 +26,7 @@ def advise(trainer: Any, slsam: SLSAM) -> None:
     if slsam.runner.pairs:
         where = (
             f"rides along in the previous step's pass, whose memory is that of {sequences + wanted} sequences; "
-            "ascent='partial' costs the same and adds no memory to the peak"
+            "method='auto' with ascent='partial' costs the same and adds no memory to the peak"
         )
     else:
         where = "runs in a small pass of its own, which adds no memory to the peak"
