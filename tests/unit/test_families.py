@@ -312,9 +312,9 @@ class Dropping(nn.Module):
         return self.head(x).square().mean()
 
 
-@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize(("spare", "forwards"), [(True, 1), (True, 2), (False, 1)])
 @pytest.mark.parametrize("descent", ["active", "all"])
-def test_blocks_that_are_skipped_at_random_are_skipped_in_both_passes(descent, spare):
+def test_blocks_that_are_skipped_at_random_are_skipped_in_both_passes(descent, spare, forwards):
     torch.manual_seed(0)
     model, x = Dropping(0.3, dropout=0.2).double().train(), torch.randn(5, 6, dtype=torch.float64)
     lowest = [0]
@@ -322,7 +322,7 @@ def test_blocks_that_are_skipped_at_random_are_skipped_in_both_passes(descent, s
     slsam = SLSAM(
         arms_of(model), SLSAMConfig(rho=RHO, active_fraction=0.9, design=lambda p, g: mask(), descent=descent)
     )
-    closure, forward_only = passes_of(lambda: model(x))
+    closure, forward_only = passes_of(lambda: sum(model(x + i) for i in range(forwards)))
     exact = 0
     for step in range(32):
         lowest[0] = step % 4
