@@ -35,7 +35,8 @@ TABLE = re.compile(r"^\| method \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
 NO_PROSE = re.compile(r"```.*?^```|<details>.*?</details>|`[^`]*`|\]\([^)]*\)|!\[[^\]]*\]", re.DOTALL | re.MULTILINE)
 TRIPLE = re.compile(r"([+-]\d\.\d+)\s+\[([+-]\d\.\d+),\s+([+-]\d\.\d+)\]")
 SEEDS = re.compile(r"(\d+)\s+of\s+(\d+)\s+seeds")
-TRIED = re.compile(r"(\d\.\d+)\s+at\s+(\d(?:\.\d+)?e-\d)")
+RISE = r"(?:\s+with\s+a\s+rise\s+of\s+(\d\.\d+))?"
+TRIED = re.compile(rf"(\d\.\d+)(?:\s+\((\d+) %\))?{RISE}\s+at\s+(\d(?:\.\d+)?e-\d)")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?![\w])|(?<![\w./])\d{2,}(?:\s+%)?(?![\w./]\d|\w)")
 CELL = re.compile(r"(\d\.\d+)(?: \((\d+) %\))?(?:, p ([\d.e-]+))?")
 
@@ -147,9 +148,12 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
         if not claims or any((int(match[1]), int(match[2])) != _seeds_ahead(*claim) for claim in claims):
             yield match.start(), f"{where}: {match[0]} is not what the rows say"
     for match, sources, where in taken(TRIED):
-        losses = [loss for source in sources for loss in _tried(source, float(match[2]))]
-        if not any(_same(match[1], loss) for loss in losses):
-            yield match.start(), f"{where}: the reference was not tried with {match[0]}"
+        loss, exact, rise, rate = match.groups()
+        tried = [
+            row for source in sources for row in _tried(source, float(rate), None if rise is None else float(rise))
+        ]
+        if not any(_same(loss, row["loss"]) and (not exact or _same(exact, 100 * row["exact"])) for row in tried):
+            yield match.start(), f"{where}: nothing was tried with {' '.join(match[0].split())}"
     for match, sources, where in taken(NUMBER):
         shown = " ".join(match[0].split())
         if shown not in ELSEWHERE and not any(_same(shown, value) for value in _values(sources, shown)):
@@ -168,13 +172,18 @@ def _seeds_ahead(name: str, task: str, method: str, other: str) -> tuple[int, in
     return sum(ours[seed] < theirs[seed] for seed in shared), len(shared)
 
 
-def _tried(source: Comparison, rate: float) -> list[float]:
-    """Return the validation losses of the reference at a learning rate."""
-    runs = [row for row in source.rows.values() if row["method"] == source.settings.reference]
+def _tried(source: Comparison, rate: float, rise: float | None) -> list[Row]:
+    """Return the validation runs at a learning rate: those with a rise of the loss, or of the reference."""
     return [
-        row["loss"]
-        for row in runs
-        if row["settings"]["learning_rate"] == rate and row["settings"]["split"] == "validation"
+        row
+        for row in source.rows.values()
+        if (run := row["settings"])["learning_rate"] == rate
+        and run["split"] == "validation"
+        and (
+            row["method"] == source.settings.reference
+            if rise is None
+            else (run["slsam"] or {}).get("loss_rise") == rise
+        )
     ]
 
 

@@ -85,9 +85,9 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chats: Path
 def test_each_run_has_one_row(done: Path) -> None:
     rows = rows_of(done)
     assert len({row["key"] for row in rows}) == len(rows)
-    # A step of dense SAM costs two plain ones: no other method gets another number of steps at equal cost.
+    # A step of dense SAM costs two plain ones (3 / 2 is rounded): no other method gets another number at equal cost.
     assert sorted(row["method"] for row in rows) == sorted(["plain", "depth", RANDOM] * 4 + ["sam"] * 8)
-    assert {row["settings"]["updates"] for row in rows if row["method"] == "sam"} == {3, 1}
+    assert {row["settings"]["updates"] for row in rows if row["method"] == "sam"} == {3, 2}
 
 
 def test_costs_are_counted(done: Path) -> None:
@@ -291,10 +291,11 @@ def test_committed_rows_belong_to_their_recipe(path: Path) -> None:
     assert rows
     for row in rows.values():
         run = row["settings"]
-        tried = settings.methods[row["method"]].rhos
-        rho = (run["slsam"] or {}).get("rho", run["random_rho"]) if tried else None
-        assert not tried or rho in tried
-        job = plan.job(row["task"], row["method"], "steps", Candidate(run["learning_rate"], rho), run["seed"])
+        how, radii = settings.methods[row["method"]], {"rho": run["random_rho"], **(run["slsam"] or {})}
+        rho, rise = radii["rho"] if how.rhos else None, radii["loss_rise"] if how.loss_rises else None
+        assert rho in (how.rhos or (None,))
+        assert rise in (how.loss_rises or (None,))
+        job = plan.job(row["task"], row["method"], "steps", Candidate(run["learning_rate"], rho, rise), run["seed"])
         job = replace(job, settings={**job.settings, "steps": run["updates"]})
         assert job.key == row["key"]
         assert row_settings(job.settings) == run
@@ -304,6 +305,7 @@ def test_keys_of_committed_rows_are_those_they_were_made_with() -> None:
     keys = [
         json.loads(line)["key"]
         for path in RECIPES
+        if not path.stem.startswith("auto")  # whose rows name a method; they grow
         for line in (path.parent / "rows" / f"{path.stem}.jsonl").read_text().splitlines()
     ]
     digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:16]
@@ -325,8 +327,11 @@ def test_committed_rows_are_found_whatever_a_step_is_expected_to_cost(path: Path
     rows = RowStore(path.parent / "rows" / f"{path.stem}.jsonl").read()
     costs = expected_costs(replace(settings, model=str(smollm2_config)))
     plan, recorded = RecordedPlan(settings, rows, costs), RecordedPlan(settings, rows)
-    assert plan.counts(rows)[0] == recorded.counts(rows)[0] == len(rows)
-    assert not {job.key for job in plan.pending(rows)} & set(rows)
+    sampled = {key for key, row in rows.items() if row["settings"]["slsam"] is not None}  # others cost 1 for ever
+    for either in (plan, recorded):
+        runs = [job for cell in plan.cells() for job in (*either.tuning(*cell), *either.reported(rows, *cell))]
+        assert sampled <= {job.key for job in runs}
+    assert plan.counts(rows) == recorded.counts(rows)
     for cell in plan.cells():
         assert recorded.steps(*cell) in (plan.steps(*cell), None)  # None: no run of the method has a row yet
     assert build_report(plan, rows) == [
