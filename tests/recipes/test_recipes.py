@@ -197,7 +197,7 @@ def test_settings_that_do_not_fit_the_model_leave_nothing(
     flags += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(texts), "--eval_strategy", "no"]
     flags += ["--output_dir", str(tmp_path / "new" / "out")]
     for extra, said in (
-        (["--active_fraction", "0.1"], "active_fraction=0.1 of 5 arms"),
+        (["--ascent", "ahead", "--use_dora"], "se ascent='auto'"),
         (["--lora_target_modules", "nowhere"], "nowhere"),
         (["--torch_compile"], "torch.compile is not supported"),
         (["--eos_token", "<none>"], "'<none>'"),
