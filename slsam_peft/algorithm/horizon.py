@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
-from slsam_peft.algorithm.leaks import CrossLayerDependencyError, SideChannels, check_cut, leaves
+from slsam_peft.algorithm.leaks import CrossLayerDependencyError, SideChannels, check_cut, leaves, trained
 from slsam_peft.algorithm.outputs import (
     hidden_of,
     is_immutable,
@@ -366,7 +366,7 @@ class Horizon:
         if not found:
             return side.detach()
         if index >= run.lowest_active and run.sparse and not run.entangled:
-            upper = {id(p) for module in (*self.blocks[run.lowest_active :], *self.above) for p in module.parameters()}
+            upper = {id(p) for p in trained((*self.blocks[run.lowest_active :], *self.above))}
             upper |= {id(cut) for cut in run.cuts}
             run.entangled = any(x is None or id(x) not in upper for x in found)
         return side

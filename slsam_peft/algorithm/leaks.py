@@ -7,7 +7,7 @@ more of the lower blocks than their hidden state (losses of routers, long skips,
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,12 +44,20 @@ def check_cut(
     """
     if not hidden.requires_grad:  # as good as always
         return
-    forbidden = {id(leaf) for leaf in (*(p for m in above for p in m.parameters() if p.requires_grad), *cuts)}
+    forbidden = {id(leaf) for leaf in (*trained(above), *cuts)}
     if any(opaque if leaf is None else id(leaf) in forbidden for leaf in leaves(hidden)):
         raise CrossLayerDependencyError(
             f"what enters {place} depends on parameters above it (blocks that run on their own output, or are fed "
             "from the side by something trained)"
         )
+
+
+def trained(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    """Yield the parameters of modules that require a gradient, also where w + e stands in the place of w."""
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                yield from (leaf for leaf in leaves(parameter) if leaf is not None)
 
 
 def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor | None]:

@@ -133,7 +133,7 @@ def _unmoved(self, offsets, sites):
 
 
 def _both_at_w(stack):
-    return lambda self, offsets: stack(self, {})
+    return lambda self, perturbed, offsets: stack(self, perturbed, {})
 
 
 def _nothing(self, gradients, weights, norm, unit):

@@ -1,6 +1,7 @@
 """Predicted FLOPs against FLOPs counted on whole `trainer.train()` runs, on the CPU."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.algorithm.ascents import Part
+from slsam_peft.algorithm.leaks import SideChannels
 from slsam_peft.cost.block import NONE, Size
 from slsam_peft.cost.expected import active_names, rule_of
 from slsam_peft.cost.model import CostModel
@@ -168,7 +170,8 @@ def _forward_from(cost, lowest_active, shape):
 
 def _stacked_forward(cost, shape):
     """FLOPs of a forward pass with two weights per factor, and the head's."""
-    forward = sum(cost._passes(i, NONE, True, stacked=True).forward.on(Size.of([shape])) for i in range(len(cost)))
+    blocks = enumerate(cost.decoder.blocks)
+    forward = sum(cost._passes(i, NONE, True, block.trainable).forward.on(Size.of([shape])) for i, block in blocks)
     return forward + 2 * cost.decoder.head * Size.of([shape]).scored
 
 
@@ -178,7 +181,8 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
         CONFIGS[family], SLSAMTrainer, batch, micro_batches, 3, checkpointing, slsam_config=config, callbacks=[masks]
     )
     masks.trainer = trainer
-    with counter() as count:
+    # The first pass that is cut at a block looks for side channels, for which the input of block 0 has a gradient.
+    with counter() as count, mock.patch.object(SideChannels, "watched", lambda self, hidden: hidden):
         trainer.train()
     cost, arms = CostModel.from_model(trainer.model, checkpointing), trainer.slsam.arms
     shapes, steps = [(batch, LENGTH)] * micro_batches, len(masks.seen)
@@ -190,7 +194,8 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
         if rule.ascent.rides:
             joined = (batch + rule.ascent.riding(batch), LENGTH) if step < steps else None
             small = Part(rule.ascent.sequences)
-            here = replace(rule, ascent=small, recalled=step > 1, joined=joined)
+            wanted = active_names(arms, masks.seen[step]) if step < steps else NONE
+            here = replace(rule, ascent=small, recalled=step > 1, joined=joined, wanted=wanted)
         predicted += cost.step(active_names(arms, mask), shapes, here)
     # What is checked once: that a pass may start from a hidden state; that tokens are separate (three times forward).
     lowest_blocks = [min(a.depth for a, on in zip(arms, mask.tolist(), strict=True) if on) for mask in masks.seen]

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut
 from slsam_peft.algorithm.passes import Passes
 from slsam_peft.algorithm.perturbation import Perturbation
-from slsam_peft.algorithm.swap import sites_of
+from slsam_peft.algorithm.swap import Swap, sites_of
 from tests.decoders import batch, closures, decoder
 from tests.reference import assert_gradients_are, assert_step_is_exact, reference_step
 from tests.tiny import llama, lora
@@ -266,3 +267,15 @@ def test_gradients_are_contiguous():
     weight.weight.register_hook(lambda g: g.T.contiguous().T)
     slsam.update(closure)
     assert weight.weight.grad.is_contiguous()
+
+
+def test_a_cut_is_checked_at_w_plus_e_too():
+    """What enters a cut may depend on a parameter above it by the tensor that stands in its place."""
+    above, below = nn.Linear(3, 3), nn.Linear(3, 3)
+    parameters = [above.weight, above.bias]
+    swap = Swap(parameters, [torch.ones_like(p) for p in parameters], sites_of(above, parameters))
+    x = torch.ones(1, 3)
+    with swap.applied():
+        check_cut(below(x), [above], "the blocks")
+        with pytest.raises(CrossLayerDependencyError, match="depends on parameters above it"):
+            check_cut(below(above(x)), [above], "the blocks")
