@@ -363,7 +363,14 @@ def test_a_number_on_the_page_that_is_not_in_the_rows_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("1.09 at 1e-4", "1.19 at 1e-4"), ("in 2 of 5 seeds", "in 3 of 5 seeds"), ("96.1", "97.1")]
+    ("old", "new"),
+    [
+        ("1.09 at 1e-4", "1.19 at 1e-4"),
+        ("in 2 of 5 seeds", "in 3 of 5 seeds"),
+        ("96.1", "97.1"),
+        ("1.051 (27 %)", "1.051 (28 %)"),
+        ("1.075 (39 %) with a rise of 0.3", "1.075 (39 %) with a rise of 0.5"),
+    ],
 )
 def test_other_numbers_in_the_text_are_looked_at_too(old: str, new: str) -> None:
     page = PAGE.read_text()
