@@ -72,9 +72,9 @@ class Seen(TrainerCallback):
     def on_step_begin(self, *args, **kwargs):
         bandit, learn = self.trainer.slsam.sampler.bandit, type(self.trainer.slsam.sampler.bandit).update
 
-        def noting(mask, norms, inclusion):
+        def noting(mask, norms, *others):
             self.norms.append(norms[mask].tolist())
-            learn(bandit, mask, norms, inclusion)
+            learn(bandit, mask, norms, *others)
 
         bandit.update = noting
 

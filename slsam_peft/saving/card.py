@@ -46,5 +46,5 @@ def tags_of(method: Mapping[str, Any]) -> list[str]:
 
 
 def settings_of(config: SLSAMConfig) -> str:
-    """Return the settings of `describe`'s tags as a phrase for a card's text: "method=auto, loss_rise=0.3, ..."."""
+    """Return the settings of `describe`'s tags as a phrase for a card's text: "method=auto, loss_rise=0.5, ..."."""
     return ", ".join(tag.removeprefix("sl-sam:") for tag in describe(config)[1:])

@@ -24,7 +24,7 @@ def settings(config: SLSAMConfig) -> set[str]:
         (
             {},
             {
-                *("method=auto", "loss_rise=0.3", "ascent_sequences=1", "granularity=block", "bandit=scale_free"),
+                *("method=auto", "loss_rise=0.5", "ascent_sequences=1", "granularity=block", "bandit=scale_free"),
                 *("design=fixed_size", "ascent=auto", "descent=all", "active_fraction=0.25"),
             },
         ),
@@ -73,5 +73,5 @@ def test_nothing_is_said_of_what_a_record_lacks() -> None:
 
 def test_the_phrase_for_a_cards_text_has_the_settings_of_the_tags() -> None:
     config = SLSAMConfig()
-    assert settings_of(config).startswith("method=auto, loss_rise=0.3, ascent_sequences=1, ")
+    assert settings_of(config).startswith("method=auto, loss_rise=0.5, ascent_sequences=1, ")
     assert set(settings_of(config).split(", ")) == settings(config)

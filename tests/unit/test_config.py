@@ -72,7 +72,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(values, named, advice):
 
 PARTS = ("active_fraction", "bandit", "design", "ascent", "descent", "ascent_sequences", "ascent_fraction")
 PARTS += ("rho", "loss_rise", "radius", "cost_budget")
-AUTO = (0.25, "scale_free", "fixed_size", "auto", "all", 1, None, None, 0.3, "loss_rise", None)
+AUTO = (0.25, "scale_free", "fixed_size", "auto", "all", 1, None, None, 0.5, "loss_rise", None)
 ALONE = (None, "scale_free", "bernoulli", "two_pass", "active", None, 0.25, 0.05, None, "length", None)
 RESOLVED = [
     ({}, "auto", AUTO),

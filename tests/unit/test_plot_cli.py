@@ -135,7 +135,7 @@ def test_budget_runs_and_numbers_that_are_not_known(folder):
 @pytest.mark.parametrize(
     ("config", "shown"),
     [
-        (SLSAMConfig(), "loss_rise 0.3"),
+        (SLSAMConfig(), "loss_rise 0.5"),
         (SLSAMConfig(rho=0.25), "rho 0.25"),
         (SLSAMConfig(rho=0.0), "rho 0,"),
         (SLSAMConfig(radius=Length(0.1)), "radius slsam_peft.algorithm.radius:Length"),
