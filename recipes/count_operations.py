@@ -1,6 +1,5 @@
+# python recipes/count_operations.py
 """Count the operations of a step against plain `SFTTrainer` on the same sequences: what launches cost, not FLOPs.
-
-    python recipes/count_operations.py
 
 Where a model is small or a batch is short, a GPU waits for the host, and a step costs as much as it launches. An
 8-block Llama with LoRA on all linear layers is trained on the CPU, checkpointed, under bfloat16 autocast. Everything

@@ -108,8 +108,8 @@ def memory_of(
         "weights": weights,
         "adapters": adapters,
         "gradients": adapters,
-        # e and w + e; both versions of each factor, and the next ascent's gradient
-        "perturbation": adapters * 2 * (perturbed * share + stacked),
+        # e and w + e; the other version of each perturbed factor, and the next ascent's gradient
+        "perturbation": adapters * 2 * share * (perturbed + stacked),
         "gradient_memory": 2.0 * sum(p.numel() for p in trained) if rule.ascent.stale else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, kept, rule),

@@ -6,6 +6,7 @@ takes a fresh dictionary, since the trainer's loss may take entries out of the o
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class TrainerPasses:
         """
 
         def run(batch: Batch) -> torch.Tensor:
-            return self.step(model, dict(batch), num_items)
+            with nullcontext() if self.losses is None else self.losses.looked_at():
+                return self.step(model, dict(batch), num_items)
 
         def quiet(batch: Batch) -> torch.Tensor:
             with muted(self.trainer):
@@ -96,11 +98,6 @@ class TrainerPasses:
             riding=None if coming is None else self._riding(inputs, coming, run, quiet, forward, num_items),
             rode=rode,
         )
-
-    def close(self) -> None:
-        """Look at the model's outputs no longer."""
-        if self.losses is not None:
-            self.losses.close()
 
     def _units(self, inputs: Batch, num_items: Any) -> tuple[Any, Any]:
         """Return what a micro-batch's loss is divided by, and how many items of that it holds itself."""

@@ -20,11 +20,16 @@ class TokenLosses:
         self.loss_type = loss_type
         self.last: torch.Tensor | None = None
         self._own: torch.Tensor | None = None
-        self._handle = model.register_forward_hook(self._look)
+        self._model = model
 
-    def close(self) -> None:
-        """Look no longer."""
-        self._handle.remove()
+    @contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Look at the model's outputs inside the context."""
+        handle = self._model.register_forward_hook(self._look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def only(self, own: torch.Tensor) -> Iterator[None]:

@@ -167,9 +167,7 @@ class SLSAMMixin(_Base):
     def _end_training(self) -> None:
         if self._slsam_trace is not None:
             self._slsam_trace.finish()
-        if self._slsam_passes is not None:
-            self._slsam_passes.close()
-            self._slsam_passes = None
+        self._slsam_passes = None
 
     def _open_trace(self) -> TraceFile | None:
         if not (self.slsam_config.trace and self.is_world_process_zero()):

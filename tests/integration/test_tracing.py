@@ -99,7 +99,7 @@ def test_callbacks_receive_every_number_of_the_sampler(every, tmp_path):
     run(tmp_path, draws=listener, logging_steps=every, save_strategy="no", peft_config=lora(target_modules=["q_proj"]))
     logs = [logs for logs in listener.logs if logs]
     names = "active_fraction ascent_gain cost entropy grad_norm_ascent hidden_state_cache_mib "
-    names += "lowest_active_block sharpness skipped"
+    names += "lowest_active_block rho sharpness skipped"
     assert [" ".join(sorted(entry)) for entry in logs] == [names] * (STEPS // every)
     for i, entry in enumerate(logs):
         steps = listener.metrics[i * every : (i + 1) * every]

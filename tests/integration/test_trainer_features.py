@@ -257,19 +257,16 @@ def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
 
     descend = type(trainer.slsam.runner).descend
 
-    def failing(runner, step, pending, closure):
+    def failing(runner, step, pending, *, logged):
         if trainer.slsam.steps < 1:
-            return descend(runner, step, pending, closure)
+            return descend(runner, step, pending, logged=logged)
         seen["probabilities"] = trainer.slsam.probabilities.clone()
 
-        def interrupted():
-            handle = trainer.model.base_model.model.model.layers[-1].register_forward_pre_hook(broken)
-            try:
-                return closure()
-            finally:
-                handle.remove()
-
-        return descend(runner, step, pending, interrupted)
+        handle = trainer.model.base_model.model.model.layers[-1].register_forward_pre_hook(broken)
+        try:
+            return descend(runner, step, pending, logged=logged)
+        finally:
+            handle.remove()
 
     monkeypatch.setattr(type(trainer.slsam.runner), "descend", failing)
     with pytest.raises(RuntimeError, match="no luck"):
