@@ -69,7 +69,7 @@ class Probe:
         with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
             loss = self.model(**self.batch).loss
         loss.backward()
-        return float(loss), [p.grad.detach().clone() for p in self.parameters]
+        return float(loss.detach()), [p.grad.detach().clone() for p in self.parameters]
 
     @contextmanager
     def moved(self, gradients: list[torch.Tensor], rho: float) -> Iterator[None]:
