@@ -478,7 +478,7 @@ class SLSAM:
         self.metrics = step_metrics(self, step, numbers)
         if numbers.finite and not idle:
             self.skipped_in_a_row = 0
-        self._watch.see(self.metrics)
+        self._watch.see(self.metrics, stale=step.rode_losses is not None)
         # The step is complete: what belongs to it alone goes, what the next one needs stays.
         self._remember(step, numbers.finite, scale)
         self.active = step.mask

@@ -133,12 +133,18 @@ class RadiusWatch:
     def __init__(self) -> None:
         self.gains: list[float] = []
 
-    def see(self, metrics: dict[str, float]) -> None:
-        """Take in one step's metrics; after the first 20 gains warn if half of them lie below 0.3."""
+    def see(self, metrics: dict[str, float], *, stale: bool = False) -> None:
+        """Take in one step's metrics; after the first 20 gains warn if half of them lie below 0.3.
+
+        Args:
+            metrics (`dict[str, float]`): From `step_metrics`.
+            stale (`bool`, *optional*, defaults to `False`): Whether the loss at w is one step old: what that step has
+                learnt is in the gain then, and only one below 0 counts as low.
+        """
         gain = metrics.get("ascent_gain", math.nan)
         if len(self.gains) >= WATCHED_STEPS or not math.isfinite(gain):
             return
-        self.gains.append(gain)
+        self.gains.append(gain if not stale else math.copysign(1.0, gain))
         low = sum(g < LOW_GAIN for g in self.gains)
         if len(self.gains) == WATCHED_STEPS and low >= LOST_SHARE * WATCHED_STEPS:
             logger.warning(
