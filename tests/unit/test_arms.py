@@ -45,11 +45,13 @@ def test_tensor_arms_keep_the_order_of_named_parameters():
     assert covered(arms_of(model, "tensor")) == trainable(model)
 
 
-def test_linear_factors_take_a_branch_and_dora_is_moved_in_place():
-    assert all(linear is not None for arm in arms_of(decoder("llama")) for linear in arm.linears)
-    dora = arms_of(decoder("llama", use_dora=True), "module")
-    assert all(len(arm.parameters) == 3 for arm in dora)
-    assert all(linear is None for arm in dora for linear in arm.linears)
+def test_every_parameter_has_the_place_where_its_module_reads_it():
+    for settings, count in (({}, 2), ({"use_dora": True}, 3)):
+        for arm in arms_of(decoder("llama", **settings), "module"):
+            assert len(arm.parameters) == count
+            for parameter, sites in zip(arm.parameters, arm.sites, strict=True):
+                assert [site.parameter is parameter for site in sites] == [True]
+                assert sites[0].module._parameters[sites[0].name] is parameter
 
 
 def test_the_head_lies_above_and_embeddings_below():
@@ -70,7 +72,7 @@ def test_tied_weights_lie_at_their_lowest_place():
     arms = arms_of(model)
     assert arms[0].depth == -1
     assert covered(arms).count("base_model.model.model.embed_tokens.weight") == 1
-    assert arms[0].linears == (None,)
+    assert {site.module for site in arms[0].sites[0]} == {base.model.embed_tokens, base.lm_head}
 
 
 def test_only_the_active_adapter_is_an_arm():
