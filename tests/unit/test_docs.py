@@ -117,7 +117,7 @@ def test_python_blocks_run_in_order(
 
 def test_settings_in_the_text_are_allowed() -> None:
     shown = [code for page in PAGES for code in re.findall(r"`(SLSAMConfig\([^`]*\))`", prose(page))]
-    assert len(shown) > 2
+    assert len(shown) > 3
     for code in shown:
         assert isinstance(eval(code, {"SLSAMConfig": SLSAMConfig}), SLSAMConfig), code
 
