@@ -132,8 +132,10 @@ def _report(settings: Settings, embeddings: int) -> None:
     if not settings.model.use_peft:
         _say(f'The model is in {folder}. Load it: AutoModelForCausalLM.from_pretrained("{folder}")')
         return
-    revision, trusted = settings.model.model_revision, settings.training.trust_remote_code
-    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trusted)
+    args = settings.training
+    config = AutoConfig.from_pretrained(
+        base, revision=settings.model.model_revision, trust_remote_code=args.trust_remote_code
+    )
     loaded = f'AutoModelForCausalLM.from_pretrained("{base}")'
     if embeddings == config.get_text_config().vocab_size:
         _say(f'The adapter is in {folder}. Load it: PeftModel.from_pretrained({loaded}, "{folder}")')

@@ -68,18 +68,31 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(folder: Path) -> Non
     assert (settings.training.learning_rate, settings.training.seed, settings.training.max_steps) == (1e-3, 8, 4)
 
 
-def test_every_setting_of_slsam_can_be_given(folder: Path) -> None:
-    wanted = SLSAMConfig(
-        rho=0.2, granularity="module", bandit="paper", design="depth", ascent="partial", ascent_fraction=0.5,
-        descent="all", cost_budget=1.5, min_probability=0.2, bandit_rate=0.1, hidden_state_cache_limit_mib=5.0,
-        adapter_dtype="keep", max_skipped_steps=3, accept_state_mismatch=True, trace=False, seed=4,
-    )  # fmt: skip
-    default = SLSAMConfig()
-    unchanged = {f.name for f in fields(SLSAMConfig) if getattr(wanted, f.name) == getattr(default, f.name)}
-    assert unchanged == {"active_fraction"}  # excluded by cost_budget
+EVERY_SETTING = [
+    SLSAMConfig(
+        method="depth", rho=0.2, granularity="module", bandit="paper", design="depth", ascent="partial",
+        ascent_fraction=0.5, descent="all", cost_budget=1.5, min_probability=0.2, bandit_rate=0.1, radius="length",
+        hidden_state_cache_limit_mib=5.0, adapter_dtype="keep", max_skipped_steps=3, accept_state_mismatch=True,
+        trace=False, seed=4,
+    ),
+    SLSAMConfig(loss_rise=0.2, rho_max=1.0, ascent_sequences=2, active_fraction=0.5, ascent="partial"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", EVERY_SETTING, ids=["a budget", "a rise"])
+def test_settings_of_slsam_can_be_given(wanted: SLSAMConfig, folder: Path) -> None:
     names = {f.name: "slsam_seed" if f.name == "seed" else f.name for f in fields(SLSAMConfig)}
-    flags = [w for n, flag in names.items() if n not in unchanged for w in (f"--{flag}", str(getattr(wanted, n)))]
+    given = {n: flag for n, flag in names.items() if getattr(wanted, n) != getattr(SLSAMConfig(), n)}
+    flags = [word for name, flag in given.items() for word in (f"--{flag}", str(getattr(wanted, name)))]
     assert parse([*GOOD, *flags]).slsam == wanted
+
+
+def test_every_setting_of_slsam_is_among_them() -> None:
+    default = SLSAMConfig()
+    given = {
+        f.name for f in fields(SLSAMConfig) for c in EVERY_SETTING if getattr(c, f.name) != getattr(default, f.name)
+    }
+    assert given == {f.name for f in fields(SLSAMConfig)}
 
 
 @pytest.mark.parametrize(
