@@ -389,6 +389,8 @@ class SLSAMConfig:
     def _check_combinations(self) -> None:
         """Refuse parts that do not work together; on resolved settings."""
         how = f" (method={self.method!r})" if self.method is not None else ""
+        if not self.is_perturbed:  # and then there is no ascent, whatever it is called
+            return
         if self.descent == "all" and self.ascent == "remembered":
             raise ValueError(
                 f"descent='all'{how} needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass', "

@@ -86,6 +86,7 @@ class Passes:
         riding (`Riding`, *optional*): The micro-batch with sequences of the next step; `None` where none ride along.
         rode (callable, *optional*): Returns the mean loss, in the last pass, of the sequences that rode along in the
             step before, and what it was there, each of shape `()`; `None` where it is not known.
+        whole (`bool`, *optional*, defaults to `False`): Whether an ascent that wants a part of it is to take all of it.
     """
 
     logged: Closure
@@ -97,6 +98,7 @@ class Passes:
     divisor: torch.Tensor | float | None = None
     riding: Riding | None = None
     rode: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    whole: bool = False
 
 
 @dataclass(eq=False)
@@ -143,12 +145,12 @@ class Step:
         """Perturbed arms, shape `(L,)`."""
         return self.draw.mask
 
-    def losses(self) -> torch.Tensor:
+    def losses(self, device: torch.device) -> torch.Tensor:
         """Return the loss at w + e, the loss at w and that of the ascent's sequences at w + e, shape `(3,)`.
 
         One of the first two stands in where the other was not computed; so does the first for the third.
         """
-        descent = torch.full((), math.nan) if self.descent_loss is None else self.descent_loss
+        descent = torch.full((), math.nan, device=device) if self.descent_loss is None else self.descent_loss
         ascent = descent if self.ascent_loss is None else self.ascent_loss
         seen = descent if self.seen_loss is None else self.seen_loss
         losses = torch.stack([loss.reshape(()).to(descent.device) for loss in (descent, ascent, seen)])
@@ -341,9 +343,9 @@ class PassRunner:
         # A cut's sequences are in the pass that has just run: how their loss has risen costs nothing.
         if pending.whole:
             step.seen_loss = _added(step.seen_loss, loss)
-        elif pending.cut is not None and pending.cut.seen_in is not None:
-            seen = pending.cut.seen_in()
-            step.seen_loss = step.seen_loss if seen is None else _added(step.seen_loss, seen)
+        elif pending.cut is not None:
+            seen = None if pending.cut.seen_in is None else pending.cut.seen_in()
+            step.seen_loss = _added(step.seen_loss, torch.full_like(loss, math.nan) if seen is None else seen)
         self._see_rode(step, passes)
         step.descent_loss = _added(step.descent_loss, loss)
         return loss

@@ -34,6 +34,7 @@ from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metric
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
 
+TINY = 1e-9  # in the place of a share of no rank
 REDRAWS = 1000  # of arms that are not all frozen
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class SLSAM:
             pairs if rideable and self.ascent.rides else (),
             getattr(arms, "buffered", None),
         )
+        self._rides = bool(self.runner.pairs)  # on every rank alike, also where one of them stops riding
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
@@ -169,7 +171,7 @@ class SLSAM:
         if config.cost_budget is not None:
             raise ValueError(
                 f"cost_budget={config.cost_budget} needs a cost model of the whole model; use SLSAMTrainer, or solve "
-                "for the fraction (slsam_peft.cost.model) and pass SLSAM(..., fraction=...)."
+                "for the fraction (slsam_peft.cost.expected.ExpectedCost.solve) and pass SLSAM(..., fraction=...)."
             )
         if config.active_fraction is None or config.method is not None:
             return config.fraction if config.bandit == "paper" else max(config.fraction, 1.0 / count)
@@ -238,8 +240,11 @@ class SLSAM:
                 raise RuntimeError(f"micro-batch {index} of {count} came before the first; start a step with 0.")
             with self.runner.switched(step.trained), self._watched_order():
                 loss = self._micro_batch(step, passes, index)
+                lone = step.lone
                 if index == count - 1:
                     self._finish(step)
+                if lone is not None and step.lone is None and step.descent_loss is not None:  # it was done again
+                    loss = step.descent_loss
         except BaseException:
             begun = bool(self._before)
             self._abort()
@@ -270,7 +275,8 @@ class SLSAM:
             divisor=count if passes.divisor is None else passes.divisor,
         )
         # Where sequences of the next step ride along, its arms must be known; on every rank, whichever has some.
-        if self.runner.pairs and count == 1 and (passes.riding is not None or self.reduce is not None):
+        rides = self._rides if self.reduce is not None else bool(self.runner.pairs) and passes.riding is not None
+        if rides and count == 1:
             step.next_mask = self.sampler.draw_ahead().mask
         if self.ascent.stale and self.config.is_perturbed:
             self._recall(step)
@@ -332,7 +338,7 @@ class SLSAM:
     def _check_passes(self, passes: Passes, count: int) -> None:
         """Refuse micro-batches that the ascent cannot be made of."""
         if self.config.ascent == "partial" and self.config.is_perturbed and count == 1:
-            if passes.cut is None and passes.sequences is None:
+            if passes.cut is None and passes.sequences is None and not passes.whole:
                 raise ValueError(
                     "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or "
                     "several micro-batches, or use ascent='two_pass'."
@@ -436,8 +442,10 @@ class SLSAM:
         gradients = [p.grad for p in self.runner.parameters]
         if self.reduce is None:
             return gradients
-        sent = [] if losses is None else [losses]
+        sent, share = ([] if losses is None else [losses]), None
         if losses is not None and step.next_mask is not None:
+            share = losses.new_full((), float(bool(step.riding)))  # of the ranks, where something rode along
+            sent.append(share)
             for i in self.runner.members(step.next_mask):
                 riding = step.riding.setdefault(i, torch.zeros_like(self.runner.parameters[i]))
                 sent.append(riding)
@@ -445,11 +453,16 @@ class SLSAM:
             step.items, step.divisor = quotient(step.items, step.divisor, step.items.double()), 1.0
             sent.append(step.items)
         for i in self.runner.members(step.mask if losses is None else step.trained):  # the same tensors on every rank
+            if not self.runner.parameters[i].requires_grad:  # frozen for now: a gradient of 0 would move it
+                continue
             gradient = gradients[i]
             gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
             gradients[i] = gradient
             sent.append(gradient)
         self.reduce(sent)
+        if share is not None:
+            for riding in step.riding.values():
+                riding.div_(share.clamp(min=TINY).to(riding.device, riding.dtype))
         return gradients
 
     def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
@@ -459,7 +472,7 @@ class SLSAM:
         """Read the step's numbers once, then learn from them, or skip the step if one is not finite."""
         scale = self.loss_scale() if self.loss_scale is not None else None
         numbers = self._numbers(step, scale)
-        if not numbers.finite and step.lone is not None:
+        if not numbers.finite and step.lone is not None and scale is None:  # a gradient scaler must see it itself
             numbers = self._without_riding(step, scale)
         if not float(numbers.riding_norm) > 0:  # nothing rode along
             step.riding = {}
@@ -500,7 +513,7 @@ class SLSAM:
 
     def _numbers(self, step: Step, scale: torch.Tensor | None) -> StepNumbers:
         """Gather the step's numbers on the device and return them on the host."""
-        losses = step.losses()
+        losses = step.losses(self.runner.parameters[0].device)
         gradients = self._reduced(step, losses)
         for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
             if gradient is not None:  # a fused optimizer takes wrong steps on others, without an error

@@ -148,11 +148,11 @@ class RadiusWatch:
         low = sum(g < LOW_GAIN for g in self.gains)
         if len(self.gains) == WATCHED_STEPS and low >= LOST_SHARE * WATCHED_STEPS:
             logger.warning(
-                "the perturbation (length %.3g in the last step) is lost: in %d of the first %d steps the loss rose "
-                "by less than %g of what was asked for, so the descent gradient follows noise. Raise loss_rise or rho "
-                "(a length of 0.05 and more survives bfloat16), or compute in float32.",
+                "the perturbation (length %.3g in the last step) is lost: in %d of the first %d steps the loss %s, so "
+                "the descent gradient follows noise. Raise loss_rise or rho (a length of 0.05 and more survives "
+                "bfloat16), or compute in float32.",
                 metrics["rho"],
                 low,
                 WATCHED_STEPS,
-                LOW_GAIN,
+                "fell" if stale else f"rose by less than {LOW_GAIN:g} of what was asked for",
             )

@@ -97,6 +97,7 @@ class TrainerPasses:
             divisor=divisor,
             riding=None if coming is None else self._riding(inputs, coming, run, quiet, forward, num_items),
             rode=rode,
+            whole=sequences is None,
         )
 
     def _units(self, inputs: Batch, num_items: Any) -> tuple[Any, Any]:

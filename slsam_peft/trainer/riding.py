@@ -25,7 +25,7 @@ def _pairs_of(layer: Any) -> Iterator[Pair]:
         varied = layer.use_dora.get(name, False) or name in getattr(layer, "lora_variant", {})
         if varied or not (_is_plain(down) and _is_plain(up)):
             continue
-        if down.weight.requires_grad and up.weight.requires_grad and down.bias is None:
+        if down.weight.requires_grad and up.weight.requires_grad and down.bias is None and up.bias is None:
             yield Pair(down, up)
 
 

@@ -55,7 +55,7 @@ class TokenLosses:
         if self.last is None or self.last.shape[0] < scored.shape[0] or self.last.shape[1] < scored.shape[1]:
             return None
         first = self.last[: scored.shape[0], : scored.shape[1]]
-        return (first * scored.to(first.device)).sum()
+        return first.where(scored.to(first.device), 0.0).sum()
 
     def _look(self, module: nn.Module, args: Any, output: Any) -> None:
         log_probs = getattr(output, "log_probs", None)
@@ -67,5 +67,5 @@ class TokenLosses:
         if self._own is not None and self._own.shape == log_probs.shape:
             own = self._own.to(log_probs.device)
             output.label_mask = output.label_mask & own
-            output.entropy = output.entropy.detach() * own
+            output.entropy = output.entropy.detach().where(own, 0.0)
             output.is_top1 = output.is_top1 & own
