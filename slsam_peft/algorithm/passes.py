@@ -86,7 +86,7 @@ class Passes:
         riding (`Riding`, *optional*): The micro-batch with sequences of the next step; `None` where none ride along.
         rode (callable, *optional*): Returns the mean loss, in the last pass, of the sequences that rode along in the
             step before, and what it was there, each of shape `()`; `None` where it is not known.
-        whole (`bool`, *optional*, defaults to `False`): Whether an ascent that wants a part of it is to take all of it.
+        whole (`bool`, *optional*, defaults to `False`): Whether an ascent that wants a part is to take all of it.
     """
 
     logged: Closure
