@@ -243,3 +243,10 @@ def test_a_bad_record_is_named_with_what_is_wrong(text, expected, tmp_path):
     (tmp_path / RECORD_NAME).write_text(text)
     with pytest.raises(ValueError, match=rf"(?s){tmp_path / RECORD_NAME}.*{expected}"):
         SLSAMConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("ascent", ["remembered", "ahead", "two_pass", "partial"])
+def test_without_a_radius_no_ascent_is_refused(ascent):
+    """It is plain LoRA, whatever the ascent would have been."""
+    for method in (None, "auto", "paper", "sam", "depth"):
+        assert not SLSAMConfig(method=method, ascent=ascent, rho=0).resolved.is_perturbed

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
@@ -13,6 +14,7 @@ from slsam_peft.trainer.riding import lora_pairs
 from tests import decoders
 from tests.decoders import batch
 from tests.look_ahead import exact_norms, gradients_at, look_ahead_passes, mean_gradients
+from tests.tiny import llama, lora
 from tests.tolerances import EXACT_FLOAT64
 
 RHO = 0.2
@@ -235,6 +237,7 @@ def test_a_bad_riding_sequence_does_no_harm(fault):
         loss = slsam.accumulate(passes)
         handle.remove()
         assert torch.equal(torch.get_rng_state(), state)
+        assert torch.isfinite(loss)
         results.append((slsam, model, loss, {i: p.grad.clone() for i, p in enumerate(slsam.runner.parameters)}))
     (slsam, model, _, got), (_, _, loss, expected) = results
     assert_close_to(got, expected)
@@ -352,3 +355,15 @@ def test_exceptions_leave_everything_as_it_was(fault, monkeypatch):
         slsam.accumulate(look_ahead_passes(model, coming, own, wanted))
         results.append({i: p.grad for i, p in enumerate(slsam.runner.parameters)})
     assert all(torch.equal(p, results[1][i]) for i, p in results[0].items())
+
+
+def test_factors_with_a_bias_are_no_pairs():
+    """Frozen or not: a pair that is not perturbed is computed without its module, which would add the bias."""
+    model = get_peft_model(
+        llama(attention_bias=True), lora(task_type="CAUSAL_LM", lora_bias=True, target_modules=["q_proj"])
+    )
+    assert lora_pairs(model) == []
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            parameter.requires_grad_(False)
+    assert lora_pairs(model) == []
