@@ -256,6 +256,22 @@ def loss_rise(rank=None):
     return {"metrics": slsam.metrics}, {**seen, "norms": slsam.norms}
 
 
+def rides(folder):
+    """The default, with sequences that ride along; one rank gives that up in the third step, as a check may have it."""
+
+    class GivesUp(Watched):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2 and dist.get_rank() == 1:
+                self.slsam.runner.pairs = ()
+            radii.append(self.slsam.metrics.get("rho"))
+            return super().training_step(*args, **kwargs)
+
+    radii = []
+    trainer = train_small(GivesUp, folder / "out", SLSAMConfig(loss_rise=0.02), max_steps=6, **PLAIN_SGD)
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"radii": radii, "pairs": len(trainer.slsam.runner.pairs)}, weights
+
+
 def refused(folder):
     """FSDP2, asked for through the trainer's arguments and done to the model beforehand."""
     from torch.distributed.fsdp import fully_shard
@@ -304,6 +320,7 @@ SCENARIOS = {
     "resumed": resumed,
     "own loop": lambda folder: own_loop(dist.get_rank()),
     "loss rise": lambda folder: loss_rise(dist.get_rank()),
+    "rides": rides,
     "refused": refused,
     "dying": dying,
 }

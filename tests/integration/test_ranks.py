@@ -50,6 +50,7 @@ def seen(tmp_path_factory):
         "resumed",
         "own loop",
         "loss rise",
+        "rides",
         "refused",
     ]
     done = launch(folder, *names)
@@ -132,6 +133,14 @@ def test_a_loss_rise_is_that_of_all_ranks_ascent_sequences(seen):
     for name, value in tensors.items():
         assert torch.equal(value, other[name]), name
         torch.testing.assert_close(value, expected[name], rtol=TRAJECTORY, atol=TRAJECTORY, msg=name)
+
+
+def test_ranks_stay_together_where_one_of_them_stops_riding(seen):
+    (one, weights), (two, others) = seen("rides")
+    assert one["radii"] == two["radii"]
+    assert all(0 < rho < 2 for rho in one["radii"][1:]), "the case shows nothing at the longest radius"
+    assert one["pairs"] > two["pairs"] == 0
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
 
 
 def test_only_gradients_of_active_arms_travel(seen):
