@@ -257,7 +257,7 @@ def loss_rise(rank=None):
 
 
 def rides(folder):
-    """The default, with sequences that ride along; one rank gives that up in the third step, as a check may have it."""
+    """The default, with sequences that ride along; one rank gives that up in the third step."""
 
     class GivesUp(Watched):
         def training_step(self, *args, **kwargs):
@@ -268,8 +268,7 @@ def rides(folder):
 
     radii = []
     trainer = train_small(GivesUp, folder / "out", SLSAMConfig(loss_rise=0.02), max_steps=6, **PLAIN_SGD)
-    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return {"radii": radii, "pairs": len(trainer.slsam.runner.pairs)}, weights
+    return {"radii": radii, "pairs": len(trainer.slsam.runner.pairs)}, adapters(trainer)
 
 
 def refused(folder):
