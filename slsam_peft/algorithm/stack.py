@@ -210,8 +210,9 @@ class _Apart(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, owner: Stack, mask: torch.Tensor, side: int
     ) -> torch.Tensor:
         ctx.weight, ctx.owner, ctx.side, ctx.dtypes = weight, owner, side, (input.dtype, weight.dtype)
-        if torch.is_autocast_enabled(input.device.type):  # as it would cast them
-            dtype = torch.get_autocast_dtype(input.device.type)
+        kind = input.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # as it would cast them
+            dtype = torch.get_autocast_dtype(kind)
             input, weight = (x.to(dtype) if x.dtype != torch.float64 else x for x in (input, weight))
         ctx.save_for_backward(input, weight.detach(), mask)
         return F.linear(input, weight)
