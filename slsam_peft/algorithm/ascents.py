@@ -59,6 +59,10 @@ class Ascent:
             riding (`dict[int, torch.Tensor]`): Gradients of the sequences that rode along, likewise.
             scale (`torch.Tensor` or `None`): Factor on the loss.
         """
+        if self.rides:  # those of the next step's own sequences, or of none
+            memory.replace(riding, scale)
+        elif self.stale and descent:  # beside those of other arms
+            memory.store(descent, scale)
 
 
 class TwoPass(Ascent):
@@ -115,32 +119,11 @@ class Ahead(Part):
         """Return as many as `Part` takes."""
         return self.of(sequences)
 
-    def keep(
-        self,
-        memory: GradientMemory,
-        descent: Mapping[int, torch.Tensor],
-        riding: Mapping[int, torch.Tensor],
-        scale: torch.Tensor | None,
-    ) -> None:
-        """Keep the riding gradients alone: those of the next step's own sequences, or of none."""
-        memory.replace(riding, scale)
-
 
 class Remembered(Ascent):
     """Stale: the last descent gradient of the same arm; one pass (S2-SAM, NeurIPS 2024)."""
 
     stale = True
-
-    def keep(
-        self,
-        memory: GradientMemory,
-        descent: Mapping[int, torch.Tensor],
-        riding: Mapping[int, torch.Tensor],
-        scale: torch.Tensor | None,
-    ) -> None:
-        """Keep the descent gradients beside those of other arms."""
-        if descent:
-            memory.store(descent, scale)
 
 
 def build_ascent(

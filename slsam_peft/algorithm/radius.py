@@ -4,6 +4,7 @@ A radius is an object with one method, `offsets`. Another one is a class with th
 `SLSAMConfig(radius=...)`. Nothing here is read by the host.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -49,15 +50,12 @@ class Radius(Protocol):
         ...
 
 
-class Length:
-    r"""A fixed length: $e = \rho\, g / (\|g\|_2 + 10^{-12})$ (Foret et al. 2021; arXiv 2602.09395).
+class AlongGradient(ABC):
+    r"""A radius that goes along g itself: $e = \rho_t\, g / (\|g\|_2 + 10^{-12})$; subclasses state the length."""
 
-    Args:
-        rho (`float`): The length.
-    """
-
-    def __init__(self, rho: float) -> None:
-        self.rho = rho
+    @abstractmethod
+    def length(self, norm: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        """Return how long e is to be, shape `()`; arguments as in `Radius.offsets`."""
 
     def offsets(
         self,
@@ -67,10 +65,26 @@ class Length:
         unit: torch.Tensor,
     ) -> Offsets:
         """Return the perturbation, see `Radius`."""
-        return Offsets(scaled(gradients, self.rho / (norm + EPSILON)), torch.full_like(norm, self.rho))
+        rho = self.length(norm, unit)
+        return Offsets(scaled(gradients, rho / (norm + EPSILON)), rho)
 
 
-class LossRise:
+class Length(AlongGradient):
+    r"""A fixed length: $e = \rho\, g / (\|g\|_2 + 10^{-12})$ (Foret et al. 2021; arXiv 2602.09395).
+
+    Args:
+        rho (`float`): The length.
+    """
+
+    def __init__(self, rho: float) -> None:
+        self.rho = rho
+
+    def length(self, norm: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        """Return it."""
+        return torch.full_like(norm, self.rho)
+
+
+class LossRise(AlongGradient):
     r"""A rise of the loss: $\rho_t = \min(\sigma / \|g\|, \rho_\text{max})$ (LE-SAM, arXiv 2605.10183).
 
     To first order e raises the ascent sequences' mean loss by $\sigma$, whatever the model, its adapters' rank and
@@ -86,16 +100,9 @@ class LossRise:
         self.rise = rise
         self.longest = longest
 
-    def offsets(
-        self,
-        gradients: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        norm: torch.Tensor,
-        unit: torch.Tensor,
-    ) -> Offsets:
-        """Return the perturbation, see `Radius`."""
-        rho = (self.rise / (norm * unit + EPSILON)).clamp(max=self.longest)
-        return Offsets(scaled(gradients, rho / (norm + EPSILON)), rho)
+    def length(self, norm: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        """Return what raises the loss so much, to first order."""
+        return (self.rise / (norm * unit + EPSILON)).clamp(max=self.longest)
 
 
 def scaled(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor]:

@@ -351,7 +351,7 @@ class SLSAM:
         take = 0 if step.perturbation is not None else self._take(step, passes, index)
         # Once e is known, and where there is none, there is the descent alone.
         if not take:
-            return self._descend(step, pending, logged=True)
+            return self.runner.descend(step, pending, logged=True)
         # The ascent's micro-batches run at w and wait for e.
         closure = self._ascent_pass(step, pending, take)
         loss = self.runner.ascend(step, pending, closure)
@@ -362,7 +362,7 @@ class SLSAM:
         # The last of them completes e: all that wait descend, each with the random state it had in its ascent.
         self._set_perturbation(step)
         after = rng.snapshot(self.runner.accelerators)
-        losses = [self._descend(step, p, logged=not exact) for p in step.pending]
+        losses = [self.runner.descend(step, p, logged=not exact) for p in step.pending]
         if all(p.whole for p in step.pending):  # a part has used fewer random numbers than its micro-batch
             rng.restore(after)
         step.pending.clear()
@@ -393,9 +393,6 @@ class SLSAM:
                 else "no part of it can be taken (in a loop of your own, pass ascent_closure)",
             )
         return passes.unlogged
-
-    def _descend(self, step: Step, pending: Pending, *, logged: bool) -> torch.Tensor:
-        return self.runner.descend(step, pending, logged=logged)
 
     def _set_perturbation(self, step: Step) -> None:
         """Turn the ascent gradients in `.grad` into e and clear them."""
@@ -485,7 +482,7 @@ class SLSAM:
             self._skip_idle()
         elif not numbers.finite:
             self._skip(numbers)
-        elif bool(self.norms[seen].any()):
+        else:
             self.sampler.learn(step.draw, seen, self.norms)
         # The metrics count a skipped step among those skipped in a row; only a good one ends the row.
         self.metrics = step_metrics(self, step, numbers)
@@ -509,7 +506,7 @@ class SLSAM:
             return step.trained, numbers.descent_norms
         if step.ascent_squared is not None and not self.ascent.stale:
             return step.mask, numbers.ascent_norms
-        return step.mask & step.trained, numbers.descent_norms * step.mask
+        return step.mask, numbers.descent_norms * step.mask
 
     def _numbers(self, step: Step, scale: torch.Tensor | None) -> StepNumbers:
         """Gather the step's numbers on the device and return them on the host."""
@@ -547,8 +544,7 @@ class SLSAM:
         self.runner.clear()
         step.lone, step.next_mask, step.riding, step.descent_loss = None, None, {}, None
         rng.restore(pending.state)
-        alone = Pending(_alone(pending.passes), pending.state)
-        self.runner.descend(step, alone, logged=False)
+        self.runner.descend(step, Pending(replace(pending.passes, riding=None), pending.state), logged=False)
         return self._numbers(step, scale)
 
     def _is_idle(self, numbers: StepNumbers) -> bool:
@@ -624,11 +620,6 @@ class SLSAM:
         except BaseException:
             state.restore(self, before)
             raise
-
-
-def _alone(passes: Passes) -> Passes:
-    """Return a micro-batch's passes without what rides along."""
-    return replace(passes, riding=None)
 
 
 def _joint_norm(gradients: Collection[torch.Tensor], device: torch.device) -> torch.Tensor:

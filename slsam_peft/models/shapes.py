@@ -106,9 +106,10 @@ def meta_model(
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     except (ValueError, KeyError) as error:
         raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {first_line(error)}") from error
-    for p in model.parameters():
-        if p.requires_grad:  # rebound, not copied: a tensor on the meta device has nothing to copy, only a dtype
-            p.data = p.data.to(torch.float32 if float32_adapters else dtype)
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and all(p.requires_grad for p in own):
+            module.to(torch.float32 if float32_adapters else dtype)
     return model
 
 
