@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from slsam_peft.algorithm.passes import Cut, Passes, Riding
+from slsam_peft.algorithm.step import Cut, Passes, Riding
 from slsam_peft.trainer.cutting import count_sequences, first_sequences, scored_items
 from slsam_peft.trainer.joining import join
 

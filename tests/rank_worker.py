@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
-from slsam_peft.algorithm.passes import Cut, Passes
+from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.trainer.distributed import average_over_ranks
 from tests.tiny import build, llama, lora
 

@@ -1,25 +1,15 @@
-"""Groups named parameters into arms, each of which is switched on or off as one.
-
-Blocks and adapter modules are found by structure, never by their names:
-
-- the *block stack* is the outermost `nn.ModuleList` of composite modules that holds trainable parameters;
-- an *adapter module* is the largest module below a block whose frozen parameters all belong to one leaf, the layer it
-  adapts (entries of module and parameter dictionaries, where PEFT keeps further adapters, do not count).
-"""
+"""Groups named parameters into arms, each of which is switched on or off as one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
-from slsam_peft.algorithm.blocks import block_stacks
+from slsam_peft.algorithm.places import Place, places_of
 from slsam_peft.algorithm.swap import Site, Sites, sites_of
 from slsam_peft.config import GRANULARITIES, check_name
 
 Granularity = str | Callable[[str], str]
-
-_CONTAINERS = (nn.ModuleDict, nn.ParameterDict, nn.ModuleList, nn.ParameterList)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,21 +107,6 @@ class Arms(Sequence[Arm]):
         return f"Arms({len(self)} arms, {sum(a.size for a in self):,} parameters, {len(self.blocks)} blocks)"
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where one trainable parameter lives."""
-
-    name: str
-    parameter: nn.Parameter
-    owner: nn.Module
-    attribute: str
-    block_name: str | None
-    module_name: str  # the adapter module, or the owner
-    depth: int | None
-    shared: bool
-    unsure: bool  # whether the depth, below or above the blocks, is a guess
-
-
 def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     """Group the trainable parameters of `model` into ordered arms.
 
@@ -153,7 +128,7 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     """
     if not callable(granularity):
         check_name("granularity", granularity, GRANULARITIES, callable_too=True)
-    places, stacks = _places(model)
+    places, stacks = places_of(model)
     if not places:
         raise ValueError(
             "the model has no trainable parameter; pass a peft_config, or a PeftModel whose adapter is trainable "
@@ -164,7 +139,7 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
             "granularity='block' needs a stack of transformer blocks (an nn.ModuleList of composite modules) and "
             f"{type(model).__name__} has none with trainable parameters; use granularity='module' or 'tensor'."
         )
-    groups: dict[str, list[_Place]] = {}
+    groups: dict[str, list[Place]] = {}
     for place in places:
         groups.setdefault(_arm_name(place, granularity), []).append(place)
     sites = sites_of(model, [place.parameter for place in places])
@@ -180,7 +155,7 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     return Arms(arms, blocks, above, buffered, guessed)
 
 
-def _arm_name(place: _Place, granularity: Granularity) -> str:
+def _arm_name(place: Place, granularity: Granularity) -> str:
     if callable(granularity):
         name = granularity(place.name)
         if not isinstance(name, str):
@@ -195,7 +170,7 @@ def _arm_name(place: _Place, granularity: Granularity) -> str:
     return place.module_name
 
 
-def _arm(name: str, members: list[_Place], sites: Sites) -> Arm:
+def _arm(name: str, members: list[Place], sites: Sites) -> Arm:
     depths = [m.depth for m in members if m.depth is not None]
     return Arm(
         name=name,
@@ -204,158 +179,3 @@ def _arm(name: str, members: list[_Place], sites: Sites) -> Arm:
         sites=tuple(tuple(sites[m.parameter]) for m in members),
         depth=min(depths) if depths else None,
     )
-
-
-def _places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, ...]]]:
-    """Locate every trainable parameter; return the places and the block stacks that hold some of them."""
-    # A stack in which nothing is trained, such as a frozen vision tower, holds no arm.
-    stacks = [(path, stack) for path, stack in block_stacks(model) if any(p.requires_grad for p in stack.parameters())]
-    blocks = {f"{path}.{i}" if path else str(i): block for path, stack in stacks for i, block in enumerate(stack)}
-    block_names = list(blocks)
-    block_index = {name: i for i, name in enumerate(block_names)}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    order = {name: i for i, name in enumerate(modules)}
-    first_block = min((order[name] for name in block_names), default=0)
-    bodies = _bodies(modules)
-    base_leaves = _BaseLeaves()
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            owners.setdefault(parameter, []).append(name)
-
-    def depth_of(name: str) -> int | None:
-        if not block_names:
-            return None
-        path = name.rpartition(".")[0]
-        inside = _block_of(path, block_index)
-        if inside is not None:
-            return block_index[inside]
-        # What is not known to lie above the stack counts as below it: that only costs time.
-        below = _is_embedding(path, modules) or (order[path] < first_block and not is_head(path))
-        return -1 if below else len(block_names)
-
-    def is_head(path: str) -> bool:
-        """Whether a model that names its body (`base_model_prefix`) has the module outside, and the blocks inside."""
-        return any(
-            path.startswith(f"{around}." if around else "")
-            and not f"{path}.".startswith(f"{body}.")
-            and all(name.startswith(f"{body}.") for name in block_names)
-            for around, body in bodies
-        )
-
-    def is_unsure(name: str) -> bool:
-        path = name.rpartition(".")[0]
-        outside = bool(block_names) and _block_of(path, block_index) is None
-        return outside and order[path] < first_block and not _is_embedding(path, modules)
-
-    places = []
-    for parameter, names in owners.items():
-        name = names[0]
-        path, _, attribute = name.rpartition(".")
-        block_name = _block_of(path, block_index)
-        depths = [d for d in map(depth_of, names) if d is not None]
-        if len(names) > 1 and any(_block_of(n.rpartition(".")[0], block_index) != block_name for n in names):
-            block_name = None  # shared between blocks, or with the outside: an arm of its own
-        places.append(
-            _Place(
-                name=name,
-                parameter=parameter,
-                owner=modules[path],
-                attribute=attribute,
-                block_name=block_name,
-                module_name=_adapter_module(path, modules, block_index, base_leaves) or name,
-                depth=min(depths) if depths else None,
-                shared=len(names) > 1,
-                unsure=len(names) == 1 and is_unsure(name),
-            )
-        )
-    return places, [tuple(stack) for _, stack in stacks]
-
-
-def _bodies(modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
-    """Return the names of modules that name the child which is their body, and those of the bodies."""
-    found = []
-    for name, module in modules.items():
-        prefix = getattr(module, "base_model_prefix", None)
-        if isinstance(prefix, str) and prefix in module._modules:
-            found.append((name, f"{name}.{prefix}" if name else prefix))
-    return found
-
-
-def _block_of(path: str, block_index: dict[str, int]) -> str | None:
-    parts = path.split(".")
-    for i in range(1, len(parts) + 1):
-        prefix = ".".join(parts[:i])
-        if prefix in block_index:
-            return prefix
-    return None
-
-
-def _is_embedding(path: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether the module at `path`, or the adapter module around it, embeds token ids."""
-    while path:
-        module = modules[path]
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return True
-        if not isinstance(module, _CONTAINERS):
-            return any(isinstance(child, nn.Embedding) for child in module.children())
-        path = path.rpartition(".")[0]
-    return False
-
-
-class _BaseLeaves:
-    """Counts the modules below a module that own frozen parameters, dictionaries left out."""
-
-    def __init__(self) -> None:
-        self._memo: dict[nn.Module, int] = {}
-
-    def __call__(self, module: nn.Module) -> int:
-        if module not in self._memo:
-            own = any(not p.requires_grad for p in module.parameters(recurse=False))
-            below = sum(self(c) for c in module.children() if not isinstance(c, nn.ModuleDict | nn.ParameterDict))
-            self._memo[module] = int(own) + below
-        return self._memo[module]
-
-
-def _adapter_module(
-    path: str, modules: dict[str, nn.Module], block_index: dict[str, int], base_leaves: _BaseLeaves
-) -> str:
-    """Name of the adapter module around the module at `path`, or of the nearest module that is no container."""
-    while path and isinstance(modules[path], _CONTAINERS):
-        path = path.rpartition(".")[0]
-    found = owner = path
-    while path and path not in block_index and base_leaves(modules[path]) <= 1:
-        if base_leaves(modules[path]) == 1 and not isinstance(modules[path], _CONTAINERS):
-            found = path
-        path = path.rpartition(".")[0]
-    return found or owner
-
-
-class ArmNorms:
-    """L2 norms of gradients per arm, without leaving the device.
-
-    Args:
-        arms (`Sequence[Arm]`): The arms; norms come in their order.
-    """
-
-    def __init__(self, arms: Sequence[Arm]) -> None:
-        self._parameters = [p for arm in arms for p in arm.parameters]
-        self._arm_index = torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters])
-        self._count = len(arms)
-        self._index_on: dict[torch.device, torch.Tensor] = {}
-
-    def squared(self, gradients: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
-        """Return the squared norms, shape `(arms,)`, float64 where a gradient is float64 and float32 otherwise.
-
-        Args:
-            gradients (`Sequence[torch.Tensor | None]`): One per parameter, in arm order; `None` counts as 0.
-            device (`torch.device`): Where the result lies; norms taken on other devices are brought there.
-        """
-        tensors = [g for g in gradients if g is not None]
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        zero = torch.zeros((), dtype=dtype, device=device)
-        found = iter(torch._foreach_norm(tensors, 2, dtype=dtype)) if tensors else iter(())
-        norms = torch.stack([zero if g is None else next(found).to(device) for g in gradients])
-        if device not in self._index_on:
-            self._index_on[device] = self._arm_index.to(device)
-        return zero.new_zeros(self._count).index_add_(0, self._index_on[device], norms.square())

@@ -4,22 +4,21 @@ Below the lowest active block nothing needs a graph, and the second pass of a st
 that block up. So the hidden state that enters it is cut from whatever made it and cached, and the second pass starts
 from there. Both are exact.
 
-Blocks are run through forward hooks, which lie outside gradient checkpointing in transformers >= 5.23. A block's
-`forward` is shadowed on the instance only while a pass that skips it runs.
+Blocks are run through forward hooks, which lie outside gradient checkpointing in transformers >= 5.23.
 """
 
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
-from slsam_peft.algorithm.leaks import CrossLayerDependencyError, SideChannels, check_cut, leaves, trained
+from slsam_peft.algorithm.cut_pass import CachedHiddenState, Cursor, CutPass, skipped
+from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut, leaves, trained
 from slsam_peft.algorithm.outputs import (
     hidden_of,
     is_immutable,
@@ -32,98 +31,6 @@ from slsam_peft.algorithm.outputs import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class CachedHiddenState:
-    """What enters the lowest active block in one forward of the stack.
-
-    Args:
-        hidden (`torch.Tensor` or `None`): The hidden state, detached; `None` where it is not kept (over the limit, or
-            the block below returns a container beside it).
-        tail (`tuple` or `None`): What follows the hidden state in a block's output, detached, with `None` in the place
-            of tensors that no block takes in; `None` where blocks return the bare tensor.
-        states (`Sequence[rng.State]`): Random state behind each block below, in order: what skips blocks at random
-            skips them again.
-        sources (`dict[int, torch.Tensor]`): The same tensors with the graph of the blocks below, where that graph is
-            needed; by the `id` of the detached ones.
-    """
-
-    hidden: torch.Tensor | None = None
-    tail: tuple | None = None
-    states: Sequence[rng.State] = ()
-    sources: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One cut pass, and what has been seen of it.
-
-    Args:
-        lowest_active (`int`): As in `Horizon.truncated`.
-        lowest_trained (`int`): As in `Horizon.truncated`.
-        keep (`bool`): As in `Horizon.truncated`.
-        watched (`bool`): Whether to look for side channels and for stacks that run on their own output.
-        cached_states (`list[CachedHiddenState]`): One per forward.
-        leaves (`list[torch.Tensor]`): Tensors whose gradient is wanted, beside parameters.
-    """
-
-    lowest_active: int
-    lowest_trained: int
-    keep: bool = False
-    watched: bool = False
-    cached_states: list[CachedHiddenState] = field(default_factory=list)
-    leaves: list[torch.Tensor] = field(default_factory=list)
-    cuts: list[torch.Tensor] = field(default_factory=list)  # what the lowest active block was given, where watched
-    tail: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # as given to the model, and as kept
-    states: list[rng.State] = field(default_factory=list)  # behind each block below, in this forward
-    sides: dict[int, tuple[torch.Tensor, list]] = field(default_factory=dict)  # by id: itself, and leaves it needs
-    side_channels: SideChannels = field(default_factory=SideChannels)
-    forwards: int = 0
-    last: int = -1  # the block that ran last
-    entangled: bool = False  # blocks above the cut take in what has a graph in common with those below
-
-    @property
-    def sparse(self) -> bool:
-        """Whether blocks below the lowest active one are trained, so that their graph is needed later."""
-        return self.lowest_trained < self.lowest_active
-
-    @property
-    def cut(self) -> tuple[int, bool, bool]:
-        """What a pass is watched for once."""
-        return self.lowest_active, self.sparse, self.keep
-
-    def see(self, index: int) -> bool:
-        """Take note that the block at `index` is about to run; return whether it begins a forward of the stack."""
-        begins = index <= self.last or self.forwards == 0
-        if begins:
-            self.forwards += 1
-            self.states = []
-        self.last = index
-        return begins
-
-
-@dataclass(eq=False)
-class _Cursor:
-    """Walks through the cached hidden states of a pass, one per forward of the stack."""
-
-    cached_states: Sequence[CachedHiddenState]
-    index: int = 0
-    block: int = 0  # how many blocks of this forward have been skipped
-    leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def current(self) -> CachedHiddenState | None:
-        if self.index < len(self.cached_states) and self.cached_states[self.index].hidden is not None:
-            return self.cached_states[self.index]
-        return None
-
-    def leave_block(self, *, last: bool) -> None:
-        """Go on behind a block, with the random state of the first pass; behind the last one to the next forward."""
-        cached = self.current
-        if cached is not None and self.block < len(cached.states):
-            rng.restore(cached.states[self.block])
-        self.index, self.block = (self.index + 1, 0) if last else (self.index, self.block + 1)
 
 
 class Horizon:
@@ -183,7 +90,7 @@ class Horizon:
         Raises:
             CrossLayerDependencyError: the pass cannot be cut; it must run whole.
         """
-        run = _Pass(lowest_active, lowest_trained, keep and self.reuse)
+        run = CutPass(lowest_active, lowest_trained, keep and self.reuse)
         run.watched = lowest_active > 0 and (run.keep or run.sparse) and run.cut not in self._watched
         with ExitStack() as stack:
             self._guard(stack, run)
@@ -195,7 +102,7 @@ class Horizon:
             yield run.cached_states
         self._judge(run)
 
-    def _judge(self, run: _Pass) -> None:
+    def _judge(self, run: CutPass) -> None:
         """Learn from a pass that has run, forward and backward, what later ones may do."""
         run.side_channels.close()
         for cut in run.cuts:
@@ -215,7 +122,7 @@ class Horizon:
         elif run.entangled and run.sparse:
             self._stop_reuse(run, "blocks are fed from the side by something trained, or checkpointed reentrantly")
 
-    def _stop_reuse(self, run: _Pass, reason: str) -> None:
+    def _stop_reuse(self, run: CutPass, reason: str) -> None:
         run.cached_states.clear()
         if run.keep:
             self.reuse = False
@@ -244,13 +151,11 @@ class Horizon:
         Raises:
             RuntimeError: the pass entered the lowest active block another number of times than the first one.
         """
-        run, cursor = _Pass(lowest_active, lowest_trained), _Cursor(cached_states)
+        run, cursor = CutPass(lowest_active, lowest_trained), Cursor(cached_states)
         with ExitStack() as stack:
             self._guard(stack, run)
             for index, block in enumerate(self.blocks[:lowest_active]):
-                last = index == lowest_active - 1
-                stack.enter_context(_shadowed_forward(block, _skipping(block, cursor, run, last=last)))
-                stack.callback(block.register_forward_hook(_resumer(cursor, last=last)).remove)
+                stack.enter_context(skipped(block, cursor, run, last=index == lowest_active - 1))
             yield
         if cursor.index != len(cached_states):
             raise RuntimeError(
@@ -287,7 +192,7 @@ class Horizon:
             stack.callback(self.blocks[-1].register_forward_hook(look).remove)
             yield
 
-    def _guard(self, stack: ExitStack, run: _Pass) -> None:
+    def _guard(self, stack: ExitStack, run: CutPass) -> None:
         """Turn checkpointing off in blocks that need no graph, and see to what every block is given."""
         # Reentrant checkpointing wraps whatever it is given, and complains when nothing requires grad.
         for block in self.blocks[: max(run.lowest_trained, 0)]:
@@ -297,7 +202,7 @@ class Horizon:
         for index, block in enumerate(self.blocks):
             stack.callback(block.register_forward_pre_hook(self._entering(index, run), with_kwargs=True).remove)
 
-    def _entering(self, index: int, run: _Pass) -> Callable[..., Any]:
+    def _entering(self, index: int, run: CutPass) -> Callable[..., Any]:
         """Return the hook that runs before the block at `index`."""
         below = index < run.lowest_trained
         # What is left there is an input that requires grad (`enable_input_require_grads`). Reentrant checkpointing of
@@ -333,7 +238,7 @@ class Horizon:
 
         return hook
 
-    def _check_start(self, hidden: torch.Tensor, run: _Pass) -> None:
+    def _check_start(self, hidden: torch.Tensor, run: CutPass) -> None:
         """Check that the stack does not run on what has left it: cutting that has hidden where it came from.
 
         Raises:
@@ -349,7 +254,7 @@ class Horizon:
                 "on their own output"
             )
 
-    def _side(self, side: torch.Tensor, index: int, run: _Pass) -> torch.Tensor:
+    def _side(self, side: torch.Tensor, index: int, run: CutPass) -> torch.Tensor:
         """Return what the block at `index` takes in beside the hidden state, cut from a graph without a parameter.
 
         A backward through such a graph (of a frozen encoder whose input requires grad) makes nothing that is wanted,
@@ -371,7 +276,7 @@ class Horizon:
             run.entangled = any(x is None or id(x) not in upper for x in found)
         return side
 
-    def _settle_tail(self, run: _Pass, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _settle_tail(self, run: CutPass, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep of the tail behind the kept hidden state what the next block is given."""
         if not run.tail:
             return
@@ -387,7 +292,7 @@ class Horizon:
         self.kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
         self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
 
-    def _passing(self, index: int, run: _Pass) -> Callable[..., Any]:
+    def _passing(self, index: int, run: CutPass) -> Callable[..., Any]:
         """Return the hook behind the block at `index`, which lies below the cut and not next to it."""
         above = (*self.blocks[run.lowest_active :], *self.above)
 
@@ -405,7 +310,7 @@ class Horizon:
 
         return hook
 
-    def _recorder(self, run: _Pass) -> Callable[..., Any]:
+    def _recorder(self, run: CutPass) -> Callable[..., Any]:
         """Return the hook where the hidden state enters the lowest active block: behind the block below."""
         above = (*self.blocks[run.lowest_active :], *self.above)
 
@@ -433,7 +338,7 @@ class Horizon:
 
         return hook
 
-    def _record(self, run: _Pass, hidden: torch.Tensor, tail: tuple | None) -> None:
+    def _record(self, run: CutPass, hidden: torch.Tensor, tail: tuple | None) -> None:
         """Cache a hidden state, if it is to be kept and there is room."""
         cached = CachedHiddenState()
         run.cached_states.append(cached)
@@ -456,52 +361,6 @@ class Horizon:
             pairs = zip(tensors(copies), tensors(originals), strict=True)
             cached.sources = {id(copy): original for copy, original in pairs if original.requires_grad}
         self._count([hidden])
-
-
-def _resumer(cursor: _Cursor, *, last: bool) -> Callable[..., None]:
-    """Return the hook behind a block that a resumed pass skips."""
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        cursor.leave_block(last=last)
-
-    return hook
-
-
-def _skipping(block: nn.Module, cursor: _Cursor, run: _Pass, *, last: bool) -> Callable[..., Any]:
-    """Return a stand-in for `block.forward` that passes the hidden state on, the kept one from the last such block."""
-    original = block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        cached = cursor.current
-        if cached is None or cached.hidden is None:
-            return original(*args, **kwargs)
-        if not last:
-            return joined(hidden_of(args, kwargs), mapped(cached.tail, lambda tensor: None))
-
-        def leaf(kept: torch.Tensor) -> torch.Tensor:
-            given = kept.detach()
-            if run.sparse and id(kept) in cached.sources and torch.is_grad_enabled():
-                cursor.leaves.append((cached.sources[id(kept)], given.requires_grad_()))
-                run.leaves.append(given)
-            return given
-
-        return joined(leaf(cached.hidden), mapped(cached.tail, leaf))
-
-    return forward
-
-
-@contextmanager
-def _shadowed_forward(block: nn.Module, forward: Any) -> Iterator[None]:
-    had_own = "forward" in block.__dict__  # accelerate's device hooks put one there
-    own = block.__dict__.get("forward")
-    block.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if had_own:
-            block.__dict__["forward"] = own
-        else:
-            del block.__dict__["forward"]
 
 
 def _is_reentrant(block: nn.Module) -> bool:

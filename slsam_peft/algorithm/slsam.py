@@ -12,29 +12,30 @@ r"""SL-SAM composes one step out of the sampler, the ascent, the radius and the 
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from slsam_peft.algorithm import rng, state
-from slsam_peft.algorithm.arms import Arm, ArmNorms
+from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.ascents import build_ascent
+from slsam_peft.algorithm.exchange import average_ascent, average_descent
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.memory import GradientMemory
-from slsam_peft.algorithm.order import watched_order
-from slsam_peft.algorithm.passes import Closure, Cut, Passes, PassRunner, Pending, Step, quotient
+from slsam_peft.algorithm.norms import ArmNorms, joint_norm
+from slsam_peft.algorithm.order import RunOrder
+from slsam_peft.algorithm.passes import PassRunner
 from slsam_peft.algorithm.radius import build_radius
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.algorithm.stack import Pair
+from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step, quotient
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
 
-TINY = 1e-9  # in the place of a share of no rank
 REDRAWS = 1000  # of arms that are not all frozen
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class SLSAM:
         # The parts: what draws and learns, what makes e, what cuts passes, what runs them.
         self.cost = cost
         depths = [arm.depth for arm in arms]
-        self._depths = [-1 if d is None else d for d in depths]
+        self._depths = _depths(arms)
         self.sampler = Sampler(depths, len(arms) * self._fraction(fraction), config)
         rideable = bool(pairs) and {w for pair in pairs for w in pair.weights} == set(parameters)
         if config.ascent == "ahead" and config.is_perturbed and not rideable:
@@ -156,7 +157,7 @@ class SLSAM:
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
         self._random_before: rng.State = {}
-        self._behind: dict[torch.nn.Module, bool] = {}
+        self._order = RunOrder(arms)
         if config.method is None:
             logger.info(
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
@@ -238,7 +239,7 @@ class SLSAM:
             step = self._begin(count, passes) if index == 0 else self._current
             if step is None:
                 raise RuntimeError(f"micro-batch {index} of {count} came before the first; start a step with 0.")
-            with self.runner.switched(step.trained), self._watched_order():
+            with self.runner.switched(step.trained), self._order.watched():
                 loss = self._micro_batch(step, passes, index)
                 lone = step.lone
                 if index == count - 1:
@@ -283,38 +284,22 @@ class SLSAM:
         self._current = step
         return step
 
-    @contextmanager
-    def _watched_order(self) -> Iterator[None]:
-        """Note which modules run behind the blocks, as long as that is a guess for some."""
-        unsure = getattr(self.arms, "unsure", {})
-        if not unsure:
-            yield
-            return
-        modules = [module for modules in unsure.values() for module in modules]
-        with watched_order(self.arms.all_blocks, modules) as behind:  # type: ignore[attr-defined]
-            yield
-        self._behind |= behind
-
     def _settle_order(self, passes: Passes) -> None:
         """Set the depth of arms by what runs behind the blocks: seen in a pass to spare, or else in the last step."""
-        if not getattr(self.arms, "unsure", None):
+        if not self._order.unsure:
             return
         if passes.forward_only is not None:
-            with self._watched_order():
+            with self._order.watched():
                 passes.forward_only()
             rng.restore(self._random_before)
-        if not self._behind:
+        if not self._order.settle():
             return
-        arms: Any = self.arms
-        if not arms.confirm(self._behind):
-            return
-        depths = [arm.depth for arm in arms]
-        self._depths = [-1 if depth is None else depth for depth in depths]
+        self._depths = _depths(self.arms)
         drawn_so_far = self.sampler.scheme.state_dict()
-        self.sampler.scheme = build_scheme(self.config, depths)
+        self.sampler.scheme = build_scheme(self.config, [arm.depth for arm in self.arms])
         self.sampler.scheme.load_state_dict(drawn_so_far)
         if self.horizon is not None:
-            self.horizon.above = arms.above
+            self.horizon.above = getattr(self.arms, "above", ())
 
     def _lowest(self, arms: torch.Tensor) -> int:
         """Return the depth of the lowest arm in a mask, shape `(L,)`."""
@@ -396,7 +381,7 @@ class SLSAM:
 
     def _set_perturbation(self, step: Step) -> None:
         """Turn the ascent gradients in `.grad` into e and clear them."""
-        gradients = self._reduced(step)
+        gradients = average_ascent(self.reduce, self.runner, step, part=not self.ascent.exact)
         found = {i: g for i, g in enumerate(gradients) if g is not None}
         squared = self._norms.squared(gradients, self._device(gradients))
         unit = self._share(step, squared)
@@ -429,38 +414,6 @@ class SLSAM:
         squared = self._norms.squared(known, self._device(known))
         step.ascent_squared = squared
         self._perturb(step, gradients, squared.sum().sqrt(), squared.new_ones(()))
-
-    def _reduced(self, step: Step, losses: torch.Tensor | None = None) -> list[torch.Tensor | None]:
-        """Return each parameter's gradient, averaged over ranks; `None` where there is none.
-
-        What a decision rests on must be the same on every rank: the losses travel with the descent gradients, the
-        number of items, as a share of what the loss is divided by, with those of the ascent.
-        """
-        gradients = [p.grad for p in self.runner.parameters]
-        if self.reduce is None:
-            return gradients
-        sent, share = ([] if losses is None else [losses]), None
-        if losses is not None and step.next_mask is not None:
-            share = losses.new_full((), float(bool(step.riding)))  # of the ranks, where something rode along
-            sent.append(share)
-            for i in self.runner.members(step.next_mask):
-                riding = step.riding.setdefault(i, torch.zeros_like(self.runner.parameters[i]))
-                sent.append(riding)
-        if losses is None and not self.ascent.exact and isinstance(step.items, torch.Tensor):
-            step.items, step.divisor = quotient(step.items, step.divisor, step.items.double()), 1.0
-            sent.append(step.items)
-        for i in self.runner.members(step.mask if losses is None else step.trained):  # the same tensors on every rank
-            if not self.runner.parameters[i].requires_grad:  # frozen for now: a gradient of 0 would move it
-                continue
-            gradient = gradients[i]
-            gradient = torch.zeros_like(self.runner.parameters[i]) if gradient is None else gradient
-            gradients[i] = gradient
-            sent.append(gradient)
-        self.reduce(sent)
-        if share is not None:
-            for riding in step.riding.values():
-                riding.div_(share.clamp(min=TINY).to(riding.device, riding.dtype))
-        return gradients
 
     def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
         return next((g.device for g in gradients if g is not None), self.runner.parameters[0].device)
@@ -511,7 +464,7 @@ class SLSAM:
     def _numbers(self, step: Step, scale: torch.Tensor | None) -> StepNumbers:
         """Gather the step's numbers on the device and return them on the host."""
         losses = step.losses(self.runner.parameters[0].device)
-        gradients = self._reduced(step, losses)
+        gradients = average_descent(self.reduce, self.runner, step, losses)
         for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
             if gradient is not None:  # a fused optimizer takes wrong steps on others, without an error
                 parameter.grad = gradient.contiguous()
@@ -523,7 +476,7 @@ class SLSAM:
         gathered = StepNumbers(
             ascent_squared=squared / factor.square() if step.ascent_squared is None else step.ascent_squared,
             descent_squared=squared,
-            riding_norm=_joint_norm(step.riding.values(), squared.device),
+            riding_norm=joint_norm(step.riding.values(), squared.device),
             rho=nothing if step.rho is None else step.rho,
             seen_loss=seen,
             part_loss=before,
@@ -622,8 +575,6 @@ class SLSAM:
             raise
 
 
-def _joint_norm(gradients: Collection[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Return the norm of all gradients together, shape `()`; 0 where there are none."""
-    if not gradients:
-        return torch.zeros((), device=device)  # made there: a copy from the host would wait
-    return torch.stack([norm.to(device) for norm in torch._foreach_norm(list(gradients))]).norm()
+def _depths(arms: Sequence[Arm]) -> list[int]:
+    """Return the arms' depths; -1 where there are no blocks."""
+    return [-1 if arm.depth is None else arm.depth for arm in arms]

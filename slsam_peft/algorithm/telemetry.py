@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from slsam_peft.algorithm.passes import Step
+from slsam_peft.algorithm.step import Step
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import Arms
-from slsam_peft.algorithm.passes import Step
+from slsam_peft.algorithm.step import Step
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.block import NONE
 from slsam_peft.cost.expected import active_names, rule_of

@@ -14,8 +14,8 @@ from torch import nn
 from trl import DPOTrainer, RewardTrainer
 
 from slsam_peft.algorithm.ascents import Ascent
-from slsam_peft.algorithm.passes import Cut, Passes, Riding
 from slsam_peft.algorithm.stack import NotSeparableError
+from slsam_peft.algorithm.step import Cut, Passes, Riding
 from slsam_peft.trainer.cutting import (
     CannotCutError,
     ImageCounts,

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.algorithm.passes import Cut, Passes, Riding
+from slsam_peft.algorithm.step import Cut, Passes, Riding
 from slsam_peft.cost.expected import ExpectedCost, active_names, rule_of
 from slsam_peft.cost.model import CostModel
 from slsam_peft.models.shapes import find_config, meta_model

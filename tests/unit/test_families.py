@@ -374,7 +374,7 @@ def test_a_step_whose_arms_take_no_part_is_skipped_and_counted(caplog):
 
 def test_micro_batches_without_a_gradient_count_nothing():
     """One of two takes part: the step is that one's."""
-    from slsam_peft.algorithm.passes import Passes
+    from slsam_peft.algorithm.step import Passes
 
     torch.manual_seed(0)
     model, x = Dropping(0.0).double().train(), torch.randn(5, 6, dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm import horizon, perturbation, swap
-from slsam_peft.algorithm.passes import Passes
+from slsam_peft.algorithm.step import Passes
 from slsam_peft.algorithm.swap import Swap
 from slsam_peft.saving.checkpoint import FILE_NAME, load_state, save_state
 from tests.decoders import batch, closures, decoder

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.algorithm.passes import Passes
+from slsam_peft.algorithm.step import Passes
 from slsam_peft.algorithm.telemetry import RadiusWatch
 from tests.decoders import batch, decoder
 from tests.reference import assert_gradients_are, reference_step

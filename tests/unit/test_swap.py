@@ -7,8 +7,8 @@ from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut
-from slsam_peft.algorithm.passes import Passes
 from slsam_peft.algorithm.perturbation import Perturbation
+from slsam_peft.algorithm.step import Passes
 from slsam_peft.algorithm.swap import Swap, sites_of
 from tests.decoders import batch, closures, decoder
 from tests.reference import assert_gradients_are, assert_step_is_exact, reference_step

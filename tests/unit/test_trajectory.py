@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.algorithm.passes import Passes
+from slsam_peft.algorithm.step import Passes
 from slsam_peft.trainer.riding import lora_pairs
 from tests.decoders import batch, decoder
 from tests.look_ahead import exact_norms, first_rows, gradients_at, look_ahead_passes, mean_gradients

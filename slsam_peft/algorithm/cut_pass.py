@@ -1,0 +1,168 @@
+"""What one cut pass has seen, what it keeps for the second pass of a step, and how that one skips the blocks below.
+
+A block's `forward` is shadowed on the instance only while a pass that skips it runs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from slsam_peft.algorithm import rng
+from slsam_peft.algorithm.leaks import SideChannels
+from slsam_peft.algorithm.outputs import hidden_of, joined, mapped
+
+
+@dataclass(eq=False)
+class CachedHiddenState:
+    """What enters the lowest active block in one forward of the stack.
+
+    Args:
+        hidden (`torch.Tensor` or `None`): The hidden state, detached; `None` where it is not kept (over the limit, or
+            the block below returns a container beside it).
+        tail (`tuple` or `None`): What follows the hidden state in a block's output, detached, with `None` in the place
+            of tensors that no block takes in; `None` where blocks return the bare tensor.
+        states (`Sequence[rng.State]`): Random state behind each block below, in order: what skips blocks at random
+            skips them again.
+        sources (`dict[int, torch.Tensor]`): The same tensors with the graph of the blocks below, where that graph is
+            needed; by the `id` of the detached ones.
+    """
+
+    hidden: torch.Tensor | None = None
+    tail: tuple | None = None
+    states: Sequence[rng.State] = ()
+    sources: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class CutPass:
+    """One cut pass, and what has been seen of it.
+
+    Args:
+        lowest_active (`int`): As in `Horizon.truncated`.
+        lowest_trained (`int`): As in `Horizon.truncated`.
+        keep (`bool`): As in `Horizon.truncated`.
+        watched (`bool`): Whether to look for side channels and for stacks that run on their own output.
+        cached_states (`list[CachedHiddenState]`): One per forward.
+        leaves (`list[torch.Tensor]`): Tensors whose gradient is wanted, beside parameters.
+    """
+
+    lowest_active: int
+    lowest_trained: int
+    keep: bool = False
+    watched: bool = False
+    cached_states: list[CachedHiddenState] = field(default_factory=list)
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    cuts: list[torch.Tensor] = field(default_factory=list)  # what the lowest active block was given, where watched
+    tail: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # as given to the model, and as kept
+    states: list[rng.State] = field(default_factory=list)  # behind each block below, in this forward
+    sides: dict[int, tuple[torch.Tensor, list]] = field(default_factory=dict)  # by id: itself, and leaves it needs
+    side_channels: SideChannels = field(default_factory=SideChannels)
+    forwards: int = 0
+    last: int = -1  # the block that ran last
+    entangled: bool = False  # blocks above the cut take in what has a graph in common with those below
+
+    @property
+    def sparse(self) -> bool:
+        """Whether blocks below the lowest active one are trained, so that their graph is needed later."""
+        return self.lowest_trained < self.lowest_active
+
+    @property
+    def cut(self) -> tuple[int, bool, bool]:
+        """What a pass is watched for once."""
+        return self.lowest_active, self.sparse, self.keep
+
+    def see(self, index: int) -> bool:
+        """Take note that the block at `index` is about to run; return whether it begins a forward of the stack."""
+        begins = index <= self.last or self.forwards == 0
+        if begins:
+            self.forwards += 1
+            self.states = []
+        self.last = index
+        return begins
+
+
+@dataclass(eq=False)
+class Cursor:
+    """Walks through the cached hidden states of a pass, one per forward of the stack."""
+
+    cached_states: Sequence[CachedHiddenState]
+    index: int = 0
+    block: int = 0  # how many blocks of this forward have been skipped
+    leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def current(self) -> CachedHiddenState | None:
+        """What this forward of the stack starts from; `None` where it runs whole."""
+        if self.index < len(self.cached_states) and self.cached_states[self.index].hidden is not None:
+            return self.cached_states[self.index]
+        return None
+
+    def leave_block(self, *, last: bool) -> None:
+        """Go on behind a block, with the random state of the first pass; behind the last one to the next forward."""
+        cached = self.current
+        if cached is not None and self.block < len(cached.states):
+            rng.restore(cached.states[self.block])
+        self.index, self.block = (self.index + 1, 0) if last else (self.index, self.block + 1)
+
+
+@contextmanager
+def skipped(block: nn.Module, cursor: Cursor, run: CutPass, *, last: bool) -> Iterator[None]:
+    """Let a block, inside the context, pass the hidden state on without computing.
+
+    Args:
+        block (`nn.Module`): The block.
+        cursor (`Cursor`): The hidden states that the first pass kept.
+        run (`CutPass`): The pass that starts from them.
+        last (`bool`): Whether it is the last block that is skipped: it returns the kept hidden state.
+    """
+
+    def left(module: nn.Module, args: tuple, output: Any) -> None:
+        cursor.leave_block(last=last)
+
+    with _shadowed_forward(block, _skipping(block, cursor, run, last=last)):
+        hook = block.register_forward_hook(left)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _skipping(block: nn.Module, cursor: Cursor, run: CutPass, *, last: bool) -> Callable[..., Any]:
+    """Return a stand-in for `block.forward` that passes the hidden state on, the kept one from the last such block."""
+    original = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cached = cursor.current
+        if cached is None or cached.hidden is None:
+            return original(*args, **kwargs)
+        if not last:
+            return joined(hidden_of(args, kwargs), mapped(cached.tail, lambda tensor: None))
+
+        def leaf(kept: torch.Tensor) -> torch.Tensor:
+            given = kept.detach()
+            if run.sparse and id(kept) in cached.sources and torch.is_grad_enabled():
+                cursor.leaves.append((cached.sources[id(kept)], given.requires_grad_()))
+                run.leaves.append(given)
+            return given
+
+        return joined(leaf(cached.hidden), mapped(cached.tail, leaf))
+
+    return forward
+
+
+@contextmanager
+def _shadowed_forward(block: nn.Module, forward: Any) -> Iterator[None]:
+    had_own = "forward" in block.__dict__  # accelerate's device hooks put one there
+    own = block.__dict__.get("forward")
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            block.__dict__["forward"] = own
+        else:
+            del block.__dict__["forward"]
