@@ -154,8 +154,8 @@ class TrainerPasses:
     ) -> Riding | None:
         """Return the pass over a micro-batch and sequences of the next one; `None`, said once, where it cannot be."""
         try:
-            wanted = self.ascent.riding(count_sequences(coming, self.stacked))
-            joined = self.joined = join(inputs, coming, wanted, self.stacked)
+            wanted = self.ascent.riding(count_sequences(coming))
+            joined = self.joined = join(inputs, coming, wanted)
         except (CannotCutError, CannotJoinError) as error:
             self._say_once("join", "no sequence rides along in the pass of another batch: %s.", error)
             return None

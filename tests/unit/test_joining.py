@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from slsam_peft.trainer.cutting import scored_items
+from slsam_peft.trainer.cutting import count_sequences, scored_items
 from slsam_peft.trainer.joining import CannotJoinError, join
 from tests import batches, tolerances
 from tests.decoders import decoder
-from tests.tiny import reward_model
 
 OWN = batches.texts([7, 4, 6])
 NEXT = batches.texts([9, 3, 8, 5], seed=1)
@@ -32,7 +31,7 @@ def assert_parts_are_those_alone(model, joined, own, riding, tolerance=tolerance
     actual = [gradients(model, (batches.token_losses(model, joined.inputs) * part).sum()) for part in (mask, ~mask)]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     scored = [int((losses[part] != 0).sum()) for part in (mask, ~mask)]
-    assert [int(joined.own_items), int(joined.riding_items)] == scored
+    assert int(joined.riding_items) == scored[1]
     assert int(scored_items(joined.inputs)) == sum(scored)
     assert joined.tokens == sum(map(len, riding))
     assert joined.own.dtype == torch.bool
@@ -46,7 +45,6 @@ def assert_parts_are_those_alone(model, joined, own, riding, tolerance=tolerance
 def test_padded_rows_that_lengthen_a_batch_least_ride(wanted, riding, side, model):
     """A row that is longer than the batch lengthens it; of those that do not, the earlier ones come first."""
     joined = join(batches.padded(OWN, side), batches.padded(NEXT), wanted)
-    assert joined.sequences == (3, len(riding))
     tolerance = tolerances.FLOAT32_ANGLES if side == "left" else tolerances.EXACT_FLOAT64
     assert_parts_are_those_alone(model, joined, OWN, [NEXT[i] for i in riding], tolerance)
     assert joined.inputs["input_ids"].shape[1] == max(7, *(len(NEXT[i]) for i in riding))
@@ -90,7 +88,7 @@ def test_documents_ride_in_the_row(make, settings, wanted, model):
     joined = join(own, make(NEXT, **settings), wanted)
     taken = min(wanted, 4)
     length = own["input_ids"].shape[1]
-    assert joined.sequences == (3, taken)
+    assert count_sequences(joined.riding) == taken
     assert joined.own[0].tolist() == [True] * length + [False] * (joined.own.shape[1] - length)
     if wanted < 4 or "multiple" not in settings:
         assert_parts_are_those_alone(model, joined, OWN, NEXT[:taken])
@@ -108,7 +106,7 @@ def test_documents_in_several_rows_get_another_row(lengths, wanted, shape, model
     """What is shorter is filled up with documents of one token."""
     own, riding = batches.texts([4, 5, 3, 6]), batches.texts(lengths, seed=1)
     joined = join(batches.in_rows([own[:2], own[2:]]), batches.in_rows([riding]), wanted)
-    assert joined.sequences == (4, wanted)
+    assert count_sequences(joined.riding) == wanted
     assert joined.inputs["input_ids"].shape == shape
     assert joined.own.tolist() == [[True] * shape[1]] * 2 + [[False] * shape[1]]
     assert_parts_are_those_alone(model, joined, own, riding[:wanted])
@@ -137,52 +135,6 @@ def test_a_riding_document_is_not_predicted_from_an_own_one(model):
     assert_parts_are_those_alone(model, joined, OWN[:1], NEXT[:1])
 
 
-@pytest.mark.parametrize(("wanted", "riding"), [(1, [1]), (2, [1, 2])])
-def test_pairs_ride_inside_both_halves(wanted, riding, model):
-    """TRL cuts a batch in two by `chunk`: chosen rows above rejected ones. The longer of a pair decides."""
-    own = batches.texts([7, 6]), batches.texts([5, 4], 1)
-    coming = batches.texts([3, 6, 5], 2), batches.texts([10, 4, 9], 3)
-    joined = join(batches.pairs(*own), batches.pairs(*coming), wanted, stacked=2)
-    assert joined.sequences == (2, wanted)
-    assert joined.own[:, 0].tolist() == ([True] * 2 + [False] * wanted) * 2
-    assert (int(joined.own_items), int(joined.riding_items)) == (2, wanted), "pairs"
-    assert joined.inputs["ref_chosen_logps"].tolist() == [0, 1, *riding]
-    assert joined.tokens == sum(len(half[i]) for half in coming for i in riding)
-    with torch.no_grad():
-        halves = batches.token_losses(model, joined.inputs).sum(1).chunk(2)
-        for half, mine, others in zip(halves, own, coming, strict=True):
-            expected = [batches.loss_alone(model, [row]) for row in [*mine, *(others[i] for i in riding)]]
-            torch.testing.assert_close(half, torch.stack(expected), rtol=tolerances.EXACT_FLOAT64, atol=0)
-
-
-def test_a_reward_models_rows_are_filled_up_with_its_padding():
-    """It finds a row's last token by it."""
-    model = reward_model().double().eval()
-    batch = [batches.padded(rows) for rows in (batches.texts([5, 4]), batches.texts([8, 9, 6, 3], 1))]
-    for inputs in batch:
-        inputs.pop("labels")
-        inputs["input_ids"].masked_fill_(inputs["attention_mask"] == 0, model.config.pad_token_id)
-    with pytest.raises(CannotJoinError, match="by the padding token, and none is known"):
-        join(*batch, 1, stacked=2)
-    joined = join(*batch, 1, stacked=2, padding=model.config.pad_token_id)
-    assert joined.inputs["input_ids"].shape == (4, 8)
-    with torch.no_grad():
-        scores = model(**joined.inputs).logits
-        alone = [model(**inputs).logits for inputs in batch]
-    expected = torch.cat([alone[0][:1], alone[1][:1], alone[0][1:], alone[1][2:3]])
-    torch.testing.assert_close(scores, expected, rtol=tolerances.FLOAT32_NORMS, atol=0)
-
-
-@pytest.mark.parametrize("make", [batches.padded, batches.padding_free])
-def test_nothing_rides_behind_the_last_batch(make):
-    inputs = make(OWN)
-    joined = join(inputs, None, 2)
-    assert joined.inputs == dict(inputs)
-    assert joined.own.all()
-    assert joined.sequences == (3, 0)
-    assert (joined.tokens, int(joined.own_items), int(joined.riding_items), joined.riding) == (0, 14, 0, {})
-
-
 PADDED, FLAT = batches.padded(OWN), batches.padding_free(OWN)
 BAD = {
     "unknown": (PADDED, {"shift_labels": torch.zeros(3, 7)}, "can be joined; 'shift_labels' is missing or something"),
@@ -190,6 +142,7 @@ BAD = {
     "missing": (PADDED, {"attention_mask": None}, "can be joined; 'attention_mask' is missing or something else"),
     "images": (PADDED, {"pixel_values": torch.zeros(3, 3, 4, 4)}, "can be joined; 'pixel_values' is missing or"),
     "unknown in documents": (FLAT, {"odd": torch.zeros(1, 17)}, "can be joined; 'odd' is missing or something else"),
+    "no labels": (PADDED, {"labels": None}, "can be joined; 'labels' is missing or something else"),
     "no labels in documents": (FLAT, {"labels": None}, "can be joined; 'labels' is missing or something else"),
 }
 
@@ -204,10 +157,6 @@ def test_what_cannot_be_joined_is_named(batch, more, reason):
 def test_other_mistakes_are_named():
     with pytest.raises(CannotJoinError, match="one batch holds several documents in a row, and the next one does not"):
         join(FLAT, PADDED, 1)
-    with pytest.raises(CannotJoinError, match="rows of several documents are not pairs"):
-        join(FLAT, FLAT, 1, stacked=2)
-    with pytest.raises(CannotJoinError, match="its 3 rows are not 2 for each example"):
-        join(PADDED, PADDED, 1, stacked=2)
     with pytest.raises(CannotJoinError, match="'use_cache' is not the same in a batch and the next one"):
         join({**PADDED, "use_cache": True}, {**PADDED, "use_cache": False}, 1)
     with pytest.raises(CannotJoinError, match="'token_type_ids' is not the same"):
