@@ -1,6 +1,6 @@
 """Checks, before the first step, what a trainer must not ask for and what its optimizer must hold."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,14 +106,22 @@ def held(optimizer: Any) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def refuse_thawed(model: nn.Module, arms: Sequence[Arm]) -> None:
-    """Refuse parameters that have come to require a gradient and belong to no arm.
+def outside(model: nn.Module, arms: Sequence[Arm]) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that belong to no arm, with their names."""
+    known = {p for arm in arms for p in arm.parameters}
+    return [(name, p) for name, p in model.named_parameters() if p not in known]
+
+
+def refuse_thawed(outside: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse parameters that belong to no arm and have come to require a gradient.
+
+    Args:
+        outside (`Iterable[tuple[str, nn.Parameter]]`): What `outside` returned.
 
     Raises:
         ValueError: there is one. The optimizer does not hold it, or it would belong to an arm.
     """
-    known = {p for arm in arms for p in arm.parameters}
-    thawed = next((name for name, p in model.named_parameters() if p.requires_grad and p not in known), None)
+    thawed = next((name for name, p in outside if p.requires_grad), None)
     if thawed is not None:
         raise ValueError(
             f"{thawed} requires a gradient since training began, and the optimizer does not hold it, so it would "

@@ -31,7 +31,7 @@ from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.riding import lora_pairs, why_not
-from slsam_peft.trainer.support import check_optimizer, check_sequences, check_trainer, held, refuse_thawed
+from slsam_peft.trainer.support import check_optimizer, check_sequences, check_trainer, held, outside, refuse_thawed
 from slsam_peft.trainer.token_losses import TokenLosses
 
 ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs hardly depends on it
@@ -101,6 +101,7 @@ class SLSAMMixin(_Base):
         self._slsam_restored = False
         self._slsam_unsolved = False
         self._slsam_index = 0
+        self._slsam_outside: list[tuple[str, nn.Parameter]] = []
         self._slsam_checkpoint: str | None = None
         self._slsam_trace: TraceFile | None = None
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
@@ -124,6 +125,7 @@ class SLSAMMixin(_Base):
         config = self.slsam_config
         with held(self.optimizer):  # what a callback has frozen for now belongs to an arm all the same
             self.slsam_arms = arms_of(self.model, config.granularity)
+            self._slsam_outside = outside(self.model, self.slsam_arms)
             pairs = lora_pairs(self.model) if self._may_ride else []
             model = cost_model_of(self, self.slsam_arms, config)
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, config)
@@ -207,7 +209,7 @@ class SLSAMMixin(_Base):
         self._slsam_index = (index + 1) % count
         self._see_shape(inputs, index, count)
         if index == 0:
-            refuse_thawed(self.model, self.slsam.arms)
+            refuse_thawed(self._slsam_outside)
         if self._slsam_passes is None:
             self._slsam_passes = self._make_passes()
         coming = self._slsam_batches.coming if self._slsam_batches is not None and count == 1 else None
