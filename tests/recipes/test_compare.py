@@ -21,11 +21,12 @@ from slsam_peft.errors import UserError
 from slsam_peft.models.shapes import BUILT_IN
 from slsam_peft.runs.compare.checks import _check_rows
 from slsam_peft.runs.compare.jobs import Plan, row_settings
+from slsam_peft.runs.compare.methods import Candidate
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.run import build_trainer, expected_costs, load_model, row_order
-from slsam_peft.runs.compare.settings import QUANTIZATIONS, Candidate, TrainingSettings
+from slsam_peft.runs.compare.settings import QUANTIZATIONS, TrainingSettings
 from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 from slsam_peft.runs.compare.worker import next_row

@@ -26,15 +26,14 @@ from slsam_peft.cli.forest_plot import by_effect, draw
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import IN_EVERY_ROW, Plan, row_settings, told
+from slsam_peft.runs.compare.methods import Candidate, slsam_config
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.settings import (
-    Candidate,
     CompareSettings,
     TrainingSettings,
     plain_values,
-    slsam_config,
 )
 from slsam_peft.runs.compare.statistics import holm, paired_difference
 from slsam_peft.runs.compare.store import RowStore
@@ -177,9 +176,11 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 
 def test_methods_must_have_the_same_tuning_budget() -> None:
     methods = values()["methods"]
-    methods["sam"]["learning_rates"] = [1e-3]
-    with pytest.raises(UserError, match=r"as many learning rates .* they are plain: 2, sam: 1"):
+    methods["sam"]["learning_rates"] = [1e-3, 2e-3, 4e-3]
+    with pytest.raises(UserError, match=r"as many learning rates .* they are plain: 2, sam: 3"):
         settings(methods=methods)
+    methods["sam"]["learning_rates"] = [1e-3]  # chooses nothing
+    assert settings(methods=methods).methods["sam"].candidates == (Candidate(1e-3),)
 
 
 def test_learning_rates_may_be_spelled_as_yaml_reads_texts(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from slsam_peft.runs.compare.methods import Candidate
 from slsam_peft.runs.compare.settings import (
-    Candidate,
     CompareSettings,
     TaskSettings,
     TrainingSettings,
@@ -122,10 +122,13 @@ class Plan:
         slsam, random_rho = how.slsam_with(tried), how.random_rho
         if slsam is None and tried.rho is not None:
             random_rho = tried.rho
+        training, baseline = plain_values(self.settings.training), tried.baseline
+        if baseline is not None:
+            training |= baseline.of_training
         values = {
             "model": self.settings.model,
             "task": plain_values(self.settings.tasks[task]),
-            "training": {**plain_values(self.settings.training), "batch_size": self.settings.batch_size(method)},
+            "training": {**training, "batch_size": self.settings.batch_size(method)},
             "slsam": slsam,
             "random_rho": random_rho,
             "learning_rate": tried.rate,
@@ -133,6 +136,10 @@ class Plan:
             "steps": self.steps(task, method, match),
             "split": "validation" if seed == self.settings.tuning_seed else "test",
         }
+        if baseline is not None and baseline.beside_training:
+            values["baseline"] = baseline.beside_training
+        if self.settings.all_scores:
+            values["all_scores"] = True
         return Job(task, method, values)
 
     def tuning(self, task: str, method: str, match: str) -> list[Job]:

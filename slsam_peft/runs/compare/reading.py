@@ -11,7 +11,8 @@ import yaml
 
 from slsam_peft.config import check_name
 from slsam_peft.errors import UserError
-from slsam_peft.runs.compare.settings import CompareSettings, MethodSettings, TaskSettings, TrainingSettings
+from slsam_peft.runs.compare.methods import MethodSettings
+from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 
 _KINDS = {str: "a text", bool: "true or false", Mapping: "a mapping of names to values"}
 

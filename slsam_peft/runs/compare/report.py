@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import Plan, Rows
-from slsam_peft.runs.compare.settings import Candidate
+from slsam_peft.runs.compare.methods import Candidate
 from slsam_peft.runs.compare.statistics import Difference, holm, paired_difference
 from slsam_peft.runs.compare.store import Row
 
-METRICS = ("loss", "accuracy", "exact")
+METRICS = ("loss", "accuracy", "exact", "calibrated_loss", "calibration_error", "forgetting")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
         match=match,
         chosen=plan.best(rows, task, method, match),
         steps=plan.steps(task, method, match),
-        scores={metric: {seed: row[metric] for seed, row in good} for metric in METRICS},
+        scores={metric: {seed: row[metric] for seed, row in good if metric in row} for metric in METRICS},
         cost=plan.batch_share(method) * sum(row["cost"] for _, row in good) / len(good) if good else None,
         failed=len(done) - len(good),
         differences={},

@@ -20,11 +20,15 @@ from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.slsam import SLSAM
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.cost.model import CostModel
+from slsam_peft.data.passages import passages
 from slsam_peft.data.scoring import Tokens, answered, score
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import find_model, load_config, load_with_tokenizer
+from slsam_peft.runs.compare import remedies
+from slsam_peft.runs.compare.baselines import Baseline
 from slsam_peft.runs.compare.control import RandomPerturbationTrainer
-from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings, slsam_config
+from slsam_peft.runs.compare.methods import slsam_config
+from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 from slsam_peft.runs.compare.tasks import load_task
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.riding import lora_pairs
@@ -32,6 +36,7 @@ from slsam_peft.trainer.trainer import SLSAMTrainer
 
 TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
 LAST_LOGS = 16  # steps that the training loss is a mean over
+TEMPERATURES = (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)  # tried on the validation rows, for calibration
 
 Report = Callable[[int, int], None]  # steps done, steps in all
 
@@ -105,16 +110,20 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
     """
     # The same seed gives every method the same rows in the same order.
     task, training = TaskSettings(**settings["task"]), TrainingSettings(**settings["training"])
+    baseline = Baseline(**settings.get("baseline", {}))
     model, tokenizer = load_model(settings["model"], training)
     data = load_task(task, settings["seed"])
-    held_out = data.validation if settings["split"] == "validation" else data.test
-
     limits = (training.max_length, training.prompt_format)
-    train = answered(tokenizer, data.train, *limits)
+    train, validation, test = (
+        answered(tokenizer, pairs, *limits) for pairs in (data.train, data.validation, data.test)
+    )
     order = row_order(len(train), settings["steps"] * training.batch_size, settings["seed"])
+    unrelated = passages(tokenizer) if settings.get("all_scores") else []
+    before = score(model, unrelated).loss if unrelated else math.nan
     # Only training is timed; what diverges is a result as well.
     with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
         trainer = build_trainer(model, tokenizer, [train[i] for i in order], settings, scratch, report)
+        remedies.apply(baseline, trainer, validation, train, order)
         start = time.monotonic()
         try:
             trainer.train()
@@ -124,19 +133,42 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
     # The score is that of the trained model on the held-out rows; costs come from the trainer's own logs.
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     trained: Any = trainer.model
-    scores = score(trained, answered(tokenizer, held_out, *limits))
-    if not math.isfinite(scores.loss):
+    chosen: dict[str, Any] = {"scale": remedies.scale_adapter(trained, validation)} if baseline.scale_adapter else {}
+    held_out = test if settings["split"] == "test" else validation
+    scores = scores_of(trained, held_out, validation if settings.get("all_scores") else None)
+    if not math.isfinite(scores["loss"]):
         return {"error": "the held-out loss is not finite"}
+    if unrelated:
+        chosen["forgetting"] = score(trained, unrelated).loss - before
     costs = [entry.get("slsam/cost", 1.0) for entry in logs]
     last = [entry["loss"] for entry in logs[-LAST_LOGS:]]
     return {
-        **asdict(scores),
+        **scores,
+        **chosen,
         "train_loss": sum(last) / len(last),
         "cost": sum(costs) / len(costs),
         "seconds": round(seconds, 1),
         "data": data.fingerprint(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
+
+
+def scores_of(model: Any, held_out: Sequence[Tokens], validation: Sequence[Tokens] | None) -> dict[str, Any]:
+    """Return a trained model's scores on held-out rows.
+
+    Args:
+        model (`PreTrainedModel`): The trained model.
+        held_out (`Sequence[Tokens]`): Rows that are scored.
+        validation (`Sequence[Tokens]`, *optional*): Rows that a temperature is chosen on; the held-out loss at that
+            temperature is then one of the scores.
+    """
+    scores = asdict(score(model, held_out, () if validation is None else TEMPERATURES))
+    at = scores.pop("losses_at")
+    if validation is None:
+        return scores
+    chosen = at if validation is held_out else score(model, validation, TEMPERATURES).losses_at
+    best = min(range(len(TEMPERATURES)), key=chosen.__getitem__)
+    return {**scores, "calibrated_loss": at[best], "temperature": TEMPERATURES[best]}
 
 
 def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
@@ -181,6 +213,7 @@ def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
         ValueError: transformers or TRL refuse a value.
     """
     training, seed = TrainingSettings(**settings["training"]), settings["seed"]
+    baseline = Baseline(**settings.get("baseline", {}))
     # Rows arrive in the order of the run and nothing is saved or reported: a run leaves its row alone behind.
     return SFTConfig(
         output_dir=scratch,
@@ -202,6 +235,7 @@ def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **remedies.arguments_for(baseline),
     )
 
 
