@@ -199,7 +199,7 @@ def _merged(layer: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         layer.merge()
         if layer.get_base_layer() is not base:  # LN tuning puts another module in its place
             layer.unmerge()
-            raise NotImplementedError(f"{type(layer).__name__} does not merge into its base layer")
+            raise ValueError(f"{type(layer).__name__} does not merge into its base layer")
         return {name: base._parameters[name].detach() for name in values}
     finally:
         base._parameters.update(kept)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_output
 from slsam_peft.cli.quiet import silence_libraries, silence_progress_bars
 from slsam_peft.errors import UserError
+from slsam_peft.runs.compare.metrics import METRICS
 
 if TYPE_CHECKING:
     from slsam_peft.runs.compare.jobs import Job, Plan
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 NAME = "compare"
 HELP = "Compare ways to train on tasks and seeds: plain LoRA, SL-SAM's modes, controls"
-METRICS = ("loss", "accuracy", "exact")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", action="store_true", help="show what the rows say, train nothing; needs no model")
     add("--list", action="store_true", help="show the runs that are still to be done, train nothing")
     add("--limit", type=int, metavar="N", help="stop after N runs")
-    add("--metric", choices=METRICS, default="loss", help="what methods are compared by (default: loss)")
+    add(
+        "--metric",
+        choices=tuple(METRICS),
+        default="loss",
+        metavar="SCORE",
+        help=f"what methods are compared by (default: loss): {', '.join(METRICS)}; the last two need all_scores: true",
+    )
     add("--table", type=Path, metavar="FILE", help="write the table, as Markdown")
     plot = f"write a forest plot, the best methods on top ({' or '.join(PLOT_SUFFIXES)})"
     add("--plot", type=Path, metavar="FILE", help=plot)
@@ -142,7 +148,8 @@ def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) 
 
     how, radii = plan.settings.methods[method], {"rho": settings["random_rho"], **(settings["slsam"] or {})}
     rho, rise = radii["rho"] if how.rhos else None, radii["loss_rise"] if how.loss_rises else None
-    tried = Candidate(settings["learning_rate"], rho, rise).shown
+    baseline = next((b for b in how.baselines or () if b.is_of(settings)), None)
+    tried = Candidate(settings["learning_rate"], rho, rise, baseline).shown
     return f"{task}, {method}, learning rate {tried}, seed {settings['seed']}"
 
 

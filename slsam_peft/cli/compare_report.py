@@ -7,11 +7,10 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
+from slsam_peft.runs.compare.metrics import METRICS
 from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.settings import CompareSettings
 
-HEADINGS = {"loss": "held-out loss", "accuracy": "token accuracy", "exact": "exact answers"}
-UNITS = {"loss": " (nats per token)", "accuracy": "", "exact": ""}
 MATCHED = {"steps": "equal steps", "cost": "equal cost", "epochs": "equal epochs"}
 COLUMNS = (
     "method",
@@ -34,7 +33,7 @@ def tables(lines: Sequence[Line], metric: str, settings: CompareSettings) -> lis
     """Return one table for each task and match; each fits into `WIDTH` characters."""
     result = []
     for title, group in groups(lines, settings):
-        name = Text(f"{title}: {HEADINGS[metric]}", "table.title")
+        name = Text(f"{title}: {METRICS[metric].heading}", "table.title")
         table = Table(title=name, title_justify="left", caption_justify="left")
         for column in NARROW:
             left = column == "method"
@@ -63,7 +62,12 @@ def markdown(lines: Sequence[Line], metric: str, settings: CompareSettings) -> s
     """Return the tables as Markdown."""
     text = []
     for title, group in groups(lines, settings):
-        text += [f"### {' '.join(title.split())}: {HEADINGS[metric]}", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
+        text += [
+            f"### {' '.join(title.split())}: {METRICS[metric].heading}",
+            "",
+            _row(COLUMNS),
+            _row(["---"] * len(COLUMNS)),
+        ]
         text += [_row(_cells(line, metric)) for line in group] + [""]
     text.append(_notes(settings))
     return "\n".join(text) + "\n"
@@ -76,13 +80,15 @@ def groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[s
 
 
 def _notes(settings: CompareSettings) -> str:
-    tried = len(next(iter(settings.methods.values())).candidates)
+    tried = max(len(method.candidates) for method in settings.methods.values())
     seeds = ", ".join(map(str, settings.seeds))
     where = f" of {settings.tuning_task}" if settings.tuning_task else ""
     tuned = "Learning rates and radii were given; none was tuned."
     if tried > 1:
+        given = [name for name, method in settings.methods.items() if len(method.candidates) == 1]
         tuned = f"Each method tried {tried} learning rates (or pairs of one and a radius), chosen by the "
-        tuned += f"validation loss of seed {settings.tuning_seed}{where}."
+        tuned += f"validation loss of seed {settings.tuning_seed}{where}"
+        tuned += f"; nothing was chosen for {', '.join(map(repr, given))}." if given else "."
     return (
         f"Differences are to '{settings.reference}', paired by seed ({seeds}); intervals are bias-corrected bootstrap "
         "ones of the mean, too narrow for few seeds (about 83 % instead of 95 % with five, 70 % with three); "

@@ -10,8 +10,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slsam_peft.cli.compare_report import HEADINGS, UNITS, groups
+from slsam_peft.cli.compare_report import groups
 from slsam_peft.cli.outputs import DPI
+from slsam_peft.runs.compare.metrics import METRICS
 from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.statistics import Difference
@@ -80,9 +81,9 @@ def build(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Figu
         top = bottom - GAP
     # What the numbers and marks mean stands once, below the last panel.
     center = (NAMES + (WIDTH - NAMES - NUMBERS) / 2) / WIDTH
-    better = "left" if metric == "loss" else "right"
+    better = "left" if METRICS[metric].less_is_better else "right"
     name = _plain(settings.reference)
-    text = f"{HEADINGS[metric]} minus that of '{name}'{UNITS[metric]}: {better} is better"
+    text = f"{METRICS[metric].heading} minus that of '{name}'{METRICS[metric].unit}: {better} is better"
     figure.text(center, 0.5 / height, text, ha="center", va="center")
     marks = (
         "small dots: one seed each; large mark and bar: mean and 95 % interval, filled if the interval leaves out 0"
@@ -95,7 +96,7 @@ def build(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Figu
 
 def by_effect(lines: Sequence[Line], metric: str) -> list[Line]:
     """Return lines ordered by their difference, the best one first; those without one come last."""
-    sign = 1.0 if metric == "loss" else -1.0
+    sign = 1.0 if METRICS[metric].less_is_better else -1.0
 
     def rank(line: Line) -> float:
         return sign * line.differences[metric].mean if metric in line.differences else math.inf
@@ -148,7 +149,7 @@ def _panel(axes: Axes, lines: Sequence[Line], heights: Sequence[float], metric: 
             continue
         # Seeds lie below the mean and its interval. Color and filling both say whether the interval leaves out 0.
         decided = difference.low > 0 or difference.high < 0
-        color = (BETTER if (difference.mean < 0) == (metric == "loss") else WORSE) if decided else OPEN
+        color = (BETTER if (difference.mean < 0) == METRICS[metric].less_is_better else WORSE) if decided else OPEN
         values = list(difference.values.values())
         axes.plot(values, [y] * len(values), "o", color="0.72", markersize=2.6, zorder=2, clip_on=False)
         if not math.isnan(difference.low):

@@ -100,6 +100,17 @@ class Baseline:
         """What is set and no setting of all methods."""
         return {name: value for name, value in self.given.items() if name not in OF_TRAINING}
 
+    def is_of(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether a run has this baseline.
+
+        Args:
+            settings (`dict`): `Job.settings`, or a row's.
+        """
+        training = settings["training"]
+        return self.beside_training == settings.get("baseline", {}) and all(
+            training[name] == value for name, value in self.of_training.items()
+        )
+
     @property
     def shown(self) -> str:
         """What is set, as text."""

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import Plan, Rows
 from slsam_peft.runs.compare.methods import Candidate
+from slsam_peft.runs.compare.metrics import METRICS
 from slsam_peft.runs.compare.statistics import Difference, holm, paired_difference
 from slsam_peft.runs.compare.store import Row
-
-METRICS = ("loss", "accuracy", "exact", "calibrated_loss", "calibration_error", "forgetting")
 
 
 @dataclass(frozen=True)
