@@ -53,7 +53,7 @@ def keep_importance(allocators: Iterable[Any]) -> None:
         allocators (`Iterable`): From `rank_allocators`; those that do so already are left alone.
     """
     for allocator in allocators:
-        if _UPDATE not in vars(allocator):
+        if getattr(vars(allocator).get(_UPDATE), "__func__", None) is not _update_ipt:
             # A bound method, not a closure: a copy of the model must not write into this one's allocator.
             setattr(allocator, _UPDATE, MethodType(_update_ipt, allocator))
 
