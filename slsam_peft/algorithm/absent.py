@@ -3,8 +3,8 @@
 An arm that is not trained in a step has no gradient, and in a skipped step no arm has one. PyTorch's optimizers pass
 over such parameters. Two things in PEFT multiply by `.grad` without a look, and are found here by what they hold:
 
-- AdaLoRA's rank allocator, whose importance of a parameter is a running mean of |w * grad|: that of a parameter without
-  a gradient stays what it was in its last one, so it is a mean over the steps that trained the parameter;
+- AdaLoRA's rank allocator, whose importance of a parameter is a running mean of |w * grad|: where there is no
+  gradient it stays what it was, so it is a mean over the steps that trained the parameter;
 - the LoRA-FA optimizer (arXiv 2308.03303), which goes through pairs of factors: a pair whose B has no gradient is left
   out of the step, moments and weight decay included.
 """

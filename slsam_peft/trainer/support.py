@@ -148,9 +148,9 @@ def refuse_thawed(outside: Iterable[tuple[str, nn.Parameter]]) -> None:
     thawed = next((name for name, p in outside if p.requires_grad), None)
     if thawed is not None:
         raise ValueError(
-            f"{thawed} requires a gradient since training began, and belongs to no arm: it was frozen when the trainer "
-            "was built, and is no part of an adapter that the optimizer holds. Let it require a gradient when the "
-            "trainer is built, and freeze it until it is wanted."
+            f"{thawed} requires a gradient since training began, and belongs to no arm: it was frozen when the "
+            "trainer was built, and is no part of an adapter that the optimizer holds. Let it require a gradient when "
+            "the trainer is built, and freeze it until it is wanted."
         )
 
 

@@ -132,7 +132,7 @@ class SLSAMMixin(_Base):
 
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         config = self.slsam_config
-        with held(self.optimizer, self._slsam_candidates):  # what a callback has frozen for now belongs to an arm all the same
+        with held(self.optimizer, self._slsam_candidates):  # what a callback has frozen for now belongs to an arm
             self.slsam_arms = arms_of(self.model, config.granularity)
             self._slsam_outside = outside(self.model, self.slsam_arms)
             pairs = lora_pairs(self.model) if self._may_ride else []

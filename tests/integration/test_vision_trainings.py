@@ -24,7 +24,7 @@ from slsam_peft.trainer.muting import muted
 from tests.integration.test_cutting_images import DECODER, IMAGE, MODELS, START, VIDEO, batch_of
 from tests.integration.test_preference_trainers import SLSAMDPOTrainer
 from tests.reference import assert_gradients_are
-from tests.tiny import lora, sft_args, tokenizer
+from tests.tiny import lora, preferences, sft_args, tokenizer
 from tests.tolerances import FUSED_HEAD
 
 ROWS = 4
@@ -109,12 +109,13 @@ def vision_trainer(family, config, folder, images, *, pairs=False, **settings):
     trainer = cls(
         model,
         args=sft_args(folder, **{"config_class": SFTConfig, **options}),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=preferences() if pairs else Dataset.from_list(rows),
         data_collator=collate(LAYOUTS.get(family, family), pairs),
         processing_class=tokenizer(),
         peft_config=lora(target_modules="all-linear", exclude_modules=".*lm_head.*"),
         slsam_config=config,
     )
+    trainer.train_dataset = Dataset.from_list(rows)  # DPO would tokenize them, had it been given them
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -182,6 +183,12 @@ def assert_a_step_is_that_of_the_slow_reference(family, draw, folder, *, pairs, 
     assert_gradients_are(expected, parameters, FUSED_HEAD)
 
 
+CASES = [
+    ("half", "one each", False),
+    ("half", "several", True),
+    ("vision", "several", False),
+    ("language", "several", True),
+]
 IMAGES = {"one each": (1, 1, 1, 1), "several": (2, 0, 1, 3)}
 
 
@@ -193,10 +200,7 @@ def test_a_step_of_supervised_training(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
 @pytest.mark.parametrize("ascent", ["two_pass", "partial"])
-@pytest.mark.parametrize(
-    ("draw", "images", "checkpointing"),
-    [("half", "one each", False), ("half", "several", True), ("vision", "several", False), ("language", "several", True)],
-)
+@pytest.mark.parametrize(("draw", "images", "checkpointing"), CASES)
 @pytest.mark.parametrize("pairs", [False, True], ids=["SFT", "DPO"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_step_is_that_of_the_slow_reference(family, pairs, draw, images, checkpointing, ascent, tmp_path):

@@ -1,4 +1,4 @@
-"""Prompts, prefixes and what else PEFT trains outside the blocks: one arm per module, exact, and trained by default."""
+"""Prompts, prefixes and what else PEFT trains outside the blocks: one arm per module, exact, trained by default."""
 
 import logging
 
