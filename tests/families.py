@@ -207,13 +207,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
 }
 
 
-def model_of(family, checkpointing=None, lora=None, **settings):
+def model_of(family, checkpointing=None, lora=None, adapter=None, **settings):
     """Return a model in training mode with non-zero adapters.
 
     Args:
         family: A key of `FAMILIES`.
         checkpointing: `None`, or `use_reentrant` of gradient checkpointing.
         lora: More arguments of `LoraConfig`.
+        adapter: Another adapter's config in place of LoRA's.
         settings: More settings of the model's config.
     """
     torch.manual_seed(0)
@@ -222,8 +223,8 @@ def model_of(family, checkpointing=None, lora=None, **settings):
     settings = {**base, **settings}
     model = getattr(transformers, name)._from_config(getattr(transformers, config)(**settings), **eager).double()
     task = {"task_type": "SEQ_CLS"} if "num_labels" in base else {}
-    adapter = LoraConfig(**{"r": 2, "target_modules": targets, **task, **(lora or {})})
-    model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    adapter = adapter or LoraConfig(**{"r": 2, "target_modules": targets, **task, **(lora or {})})
+    model = get_peft_model(model, adapter, autocast_adapter_dtype=False).double()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

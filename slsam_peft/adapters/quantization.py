@@ -47,7 +47,7 @@ def settings_of(recorded: Mapping[str, Any] | None, config: Any, dtype: torch.dt
     try:
         made = AutoQuantizationConfig.from_dict(settings)
         _check_here(made)
-    except ImportError as error:
+    except (ImportError, NotImplementedError) as error:
         raise UserError(
             f"the adapter was trained on a base quantised by {method}, which cannot be loaded here: "
             f"{' '.join(str(error).split())[:300]}"
@@ -75,11 +75,14 @@ def method_of(recorded: Mapping[str, Any]) -> str:
 
 
 def _check_here(settings: Any) -> None:
-    """Ask the loader of this kind whether what it needs is installed.
+    """Ask the loader of this kind whether what it needs is installed, and whether it quantises a model as it loads it.
 
     Raises:
-        ImportError: it is not.
+        ImportError: something is not installed.
+        NotImplementedError: this version of transformers does not quantise so while it loads.
     """
     method = method_of(settings.to_dict())
     if method != BITSANDBYTES:
-        AUTO_QUANTIZER_MAPPING[method](settings, pre_quantized=False).validate_environment(device_map=None)
+        quantizer = AUTO_QUANTIZER_MAPPING[method](settings, pre_quantized=False)
+        quantizer.validate_environment(device_map=None)
+        quantizer.get_quantize_ops()

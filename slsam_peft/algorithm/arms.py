@@ -1,15 +1,23 @@
 """Groups named parameters into arms, each of which is switched on or off as one."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
+from slsam_peft.algorithm.absent import rank_allocators
 from slsam_peft.algorithm.places import Place, places_of
 from slsam_peft.algorithm.swap import Site, Sites, sites_of
 from slsam_peft.config import GRANULARITIES, check_name
 
 Granularity = str | Callable[[str], str]
+
+logger = logging.getLogger(__name__)
+
+_told: WeakSet[nn.Module] = WeakSet()  # models whose missing blocks were spoken of
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +59,7 @@ class Arms(Sequence[Arm]):
         unsure (`Mapping[str, Sequence[nn.Module]]`, *optional*): The modules of arms, by name, whose depth, below or
             above the blocks, is a guess until a forward pass has shown it.
         all_blocks (`Sequence[nn.Module]`, *optional*): The blocks of all stacks; `blocks` where it is missing.
+        allocators (`Sequence`, *optional*, defaults to `()`): AdaLoRA's rank allocators, which read gradients.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class Arms(Sequence[Arm]):
         buffered: Mapping[str, nn.Module] | None = None,
         unsure: Mapping[str, Sequence[nn.Module]] | None = None,
         all_blocks: Sequence[nn.Module] | None = None,
+        allocators: Sequence[Any] = (),
     ) -> None:
         self._arms = tuple(arms)
         self.blocks = tuple(blocks)
@@ -68,6 +78,7 @@ class Arms(Sequence[Arm]):
         self.buffered = dict(buffered or {})
         self.unsure = dict(unsure or {})
         self.all_blocks = self.blocks if all_blocks is None else tuple(all_blocks)
+        self.allocators = tuple(allocators)
 
     def confirm(self, behind: Mapping[nn.Module, bool]) -> bool:
         """Settle what is unsure by what a forward pass has shown; return whether any depth has changed.
@@ -113,9 +124,10 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     Args:
         model (`nn.Module`): The model, adapters included. Parameters with `requires_grad=False` belong to no arm.
         granularity (`str` or callable, *optional*, defaults to `"block"`): `"block"`: all adapters of one transformer
-            block, what lies outside the blocks being one arm per module; `"module"`: one adapter module (its factors
-            and magnitude together); `"tensor"`: one parameter, in `named_parameters()` order; or a callable from
-            parameter name to arm name.
+            block, what lies outside the blocks being one arm per module, and so is everything in a model that trains
+            nothing in blocks (prompts; said once); `"module"`: one adapter module (its factors and magnitude
+            together); `"tensor"`: one parameter, in `named_parameters()` order; or a callable from parameter name to
+            arm name.
 
     Returns:
         `Arms`: In depth order (order of first appearance within a depth); `"tensor"` keeps `named_parameters()`
@@ -123,8 +135,7 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
         parameter shared by several modules at its lowest place.
 
     Raises:
-        ValueError: no parameter is trainable, the granularity is unknown or returns no name, or `"block"` on a model
-            without blocks.
+        ValueError: no parameter is trainable, or the granularity is unknown or returns no name.
     """
     if not callable(granularity):
         check_name("granularity", granularity, GRANULARITIES, callable_too=True)
@@ -135,10 +146,7 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
             "(PeftModel.from_pretrained(..., is_trainable=True))."
         )
     if granularity == "block" and not stacks:
-        raise ValueError(
-            "granularity='block' needs a stack of transformer blocks (an nn.ModuleList of composite modules) and "
-            f"{type(model).__name__} has none with trainable parameters; use granularity='module' or 'tensor'."
-        )
+        _tell_of_no_blocks(model)
     groups: dict[str, list[Place]] = {}
     for place in places:
         groups.setdefault(_arm_name(place, granularity), []).append(place)
@@ -149,10 +157,20 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     buffered = {name: module for name, module in model.named_modules() if module._buffers}
     guessed = {n: [m.owner for m in members] for n, members in groups.items() if all(m.unsure for m in members)}
     blocks = [block for stack in stacks for block in stack]
-    if len(stacks) != 1:
-        return Arms(arms, (), (), buffered, guessed, blocks)
-    above = list(dict.fromkeys(p.owner for p in places if p.depth == len(blocks)))
-    return Arms(arms, blocks, above, buffered, guessed)
+    above = [p.owner for p in places if p.depth == len(blocks)]
+    cuttable, above = (blocks, list(dict.fromkeys(above))) if len(stacks) == 1 else ([], [])
+    return Arms(arms, cuttable, above, buffered, guessed, blocks, rank_allocators(model))
+
+
+def _tell_of_no_blocks(model: nn.Module) -> None:
+    """Say once for each model that nothing in its blocks is trained, and what follows."""
+    if model not in _told:
+        _told.add(model)
+        logger.warning(
+            "%s trains nothing in a stack of transformer blocks (prompts, prefixes and heads lie outside), so each of "
+            "its trained modules is one arm, as with granularity='module', and passes are not cut.",
+            type(model).__name__,
+        )
 
 
 def _arm_name(place: Place, granularity: Granularity) -> str:

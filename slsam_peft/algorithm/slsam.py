@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from slsam_peft.algorithm import rng, state
+from slsam_peft.algorithm.absent import keep_importance, pass_over_absent_pairs
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.exchange import average_ascent, average_descent
@@ -140,6 +141,9 @@ class SLSAM:
             getattr(arms, "buffered", None),
         )
         self._rides = bool(self.runner.pairs)  # on every rank alike, also where one of them stops riding
+        # What reads gradients that are not there: a parameter has none where it is not drawn, or a step is skipped.
+        pass_over_absent_pairs()
+        self._keep_importance(getattr(arms, "allocators", ()))
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
@@ -163,6 +167,14 @@ class SLSAM:
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
                 "active_fraction=%s.",
                 *(config.bandit, config.design, config.ascent, config.descent, config.fraction),
+            )
+
+    def _keep_importance(self, allocators: Sequence[Any]) -> None:
+        keep_importance(allocators)
+        if allocators and self.config.descent == "active":
+            logger.warning(
+                "AdaLoRA ranks parameters by their gradients, and an arm that is not drawn has none: its importance "
+                "stays what it was when it was last trained. With descent='all' each arm has a gradient in each step."
             )
 
     def _fraction(self, solved: float | None) -> float:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from torch import nn
 from trl import DPOTrainer, RewardTrainer
 
@@ -24,6 +25,7 @@ from slsam_peft.trainer.cutting import (
     first_sequences,
     scored_items,
 )
+from slsam_peft.trainer.documents import IGNORED
 from slsam_peft.trainer.joining import CannotJoinError, Joined, join
 from slsam_peft.trainer.muting import forward_only, muted
 from slsam_peft.trainer.token_losses import TokenLosses
@@ -31,6 +33,8 @@ from slsam_peft.trainer.token_losses import TokenLosses
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
+
+_BESIDE_TOKENS = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # keys and values, no tokens of the batch
 
 
 class TrainerPasses:
@@ -56,6 +60,7 @@ class TrainerPasses:
         self.stacked = 2 if isinstance(trainer, DPOTrainer | RewardTrainer) else 1  # chosen rows above rejected ones
         config = getattr(trainer.model, "config", None)
         self.images = None if config is None else ImageCounts.of(config)
+        self.prompted = _prepends_tokens(trainer.model)
         self.whole = coupled(trainer)
         self.joined: Joined | None = None
         self._said: set[str] = set()
@@ -104,7 +109,14 @@ class TrainerPasses:
         """Return what a micro-batch's loss is divided by, and how many items of that it holds itself."""
         if num_items is None:  # a mean, divided by the number of micro-batches
             return None, 1.0
-        return num_items / self._ranks, _items(inputs)
+        return num_items / self._ranks, self._items(inputs)
+
+    def _items(self, inputs: Batch) -> torch.Tensor:
+        """Return how many tokens of a batch are scored, at least 1, shape `()`."""
+        items, labels = scored_items(inputs), inputs.get("labels")
+        if self.prompted and labels is not None and labels.dim() > 1:
+            items = items + (labels[:, 0] != IGNORED).sum()
+        return items.clamp(min=1)
 
     @property
     def _ranks(self) -> int:
@@ -138,7 +150,7 @@ class TrainerPasses:
 
         return Cut(
             run=lambda: quiet(cut),
-            items=1.0 if num_items is None else _items(cut),
+            items=1.0 if num_items is None else self._items(cut),
             forward_only=lambda: forward(cut),
             seen_in=seen_in,
         )
@@ -216,8 +228,10 @@ def _known(loss: torch.Tensor | None) -> torch.Tensor:
     return loss
 
 
-def _items(inputs: Batch) -> torch.Tensor:
-    return scored_items(inputs).clamp(min=1)
+def _prepends_tokens(model: Any) -> bool:
+    """Whether a model puts virtual tokens in front of a batch's own, so that the first of these is scored, too."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return config is not None and config.is_prompt_learning and config.peft_type not in _BESIDE_TOKENS
 
 
 def _first_tokens(inputs: Batch, cut: Batch) -> torch.Tensor | None:

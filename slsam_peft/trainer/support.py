@@ -1,7 +1,8 @@
 """Checks, before the first step, what a trainer must not ask for and what its optimizer must hold."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.config import SLSAMConfig
+from slsam_peft.saving.record import adapter_prefixes
 
 
 def check_trainer(trainer: Any) -> None:
@@ -86,17 +88,30 @@ def check_optimizer(trainer: Any, arms: Sequence[Arm]) -> None:
         )
 
 
+def may_be_trained(model: nn.Module) -> set[nn.Parameter]:
+    """Return what training may come to train: what requires a gradient now, and adapters that are frozen.
+
+    A base below adapters that is frozen now stays so: optimizers are often built over all of a model's parameters.
+
+    Args:
+        model (`nn.Module`): The model. Without adapters each of its parameters counts.
+    """
+    adapters = adapter_prefixes(model)
+    return {p for name, p in model.named_parameters() if p.requires_grad or not adapters or name.startswith(adapters)}
+
+
 @contextmanager
-def held(optimizer: Any) -> Iterator[None]:
-    """Let everything that an optimizer holds require a gradient inside the context.
+def held(optimizer: Any, candidates: Collection[nn.Parameter]) -> Iterator[None]:
+    """Let everything that an optimizer will train again require a gradient inside the context.
 
     Callbacks freeze parameters for a while. Those that the optimizer holds will be trained again.
 
     Args:
         optimizer (`torch.optim.Optimizer` or `None`): The optimizer; `None` where there is none yet.
+        candidates (`Collection[nn.Parameter]`): From `may_be_trained`, before training.
     """
     groups = [] if optimizer is None else optimizer.param_groups
-    frozen = [p for group in groups for p in group["params"] if not p.requires_grad]
+    frozen = [p for group in groups for p in _stepped_on(group) if not p.requires_grad and p in candidates]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -104,6 +119,14 @@ def held(optimizer: Any) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def _stepped_on(group: dict[str, Any]) -> Iterator[nn.Parameter]:
+    """Yield the parameters of an optimizer's group, without LoRA-FA's factors A: it reads them and moves B alone."""
+    fixed = "scaling_factors" in group
+    for parameter, name in zip(group["params"], group["names"] if fixed else repeat(""), strict=False):
+        if "lora_A" not in name:
+            yield parameter
 
 
 def outside(model: nn.Module, arms: Sequence[Arm]) -> list[tuple[str, nn.Parameter]]:
@@ -119,14 +142,15 @@ def refuse_thawed(outside: Iterable[tuple[str, nn.Parameter]]) -> None:
         outside (`Iterable[tuple[str, nn.Parameter]]`): What `outside` returned.
 
     Raises:
-        ValueError: there is one. The optimizer does not hold it, or it would belong to an arm.
+        ValueError: there is one. It was neither trained before nor is it part of an adapter that the optimizer holds,
+            or it would belong to an arm.
     """
     thawed = next((name for name, p in outside if p.requires_grad), None)
     if thawed is not None:
         raise ValueError(
-            f"{thawed} requires a gradient since training began, and the optimizer does not hold it, so it would "
-            "never be trained. Let it require one when the trainer builds its optimizer, and freeze it until it is "
-            "wanted."
+            f"{thawed} requires a gradient since training began, and belongs to no arm: it was frozen when the "
+            "trainer was built, and is no part of an adapter that the optimizer holds. Let it require a gradient when "
+            "the trainer is built, and freeze it until it is wanted."
         )
 
 

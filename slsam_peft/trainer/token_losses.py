@@ -19,13 +19,14 @@ class TokenLosses:
     def __init__(self, model: nn.Module, loss_type: str) -> None:
         self.loss_type = loss_type
         self.last: torch.Tensor | None = None
+        self._first = 1  # first token of a batch that has a loss
         self._own: torch.Tensor | None = None
         self._model = model
 
     @contextmanager
     def looked_at(self) -> Iterator[None]:
         """Look at the model's outputs inside the context."""
-        handle = self._model.register_forward_hook(self._look)
+        handle = self._model.register_forward_hook(self._look, with_kwargs=True)
         try:
             yield
         finally:
@@ -51,18 +52,22 @@ class TokenLosses:
             tokens (`torch.Tensor`): Which, boolean, shape `(batch, length)` of the batch that the pass ran on, or of
                 the part of it that comes first in both dimensions.
         """
-        scored = tokens[:, 1:]
+        scored = tokens[:, self._first :]
         if self.last is None or self.last.shape[0] < scored.shape[0] or self.last.shape[1] < scored.shape[1]:
             return None
         first = self.last[: scored.shape[0], : scored.shape[1]]
         return first.where(scored.to(first.device), 0.0).sum()
 
-    def _look(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         log_probs = getattr(output, "log_probs", None)
         if log_probs is None:
             self.last = None
             return
-        seen = log_probs.detach()
+        # Virtual tokens of a prompt stand in front of the batch's own: they have no loss, and its first one has.
+        labels = kwargs.get("labels") if kwargs.get("shift_labels") is None else None
+        virtual = 0 if labels is None else max(0, log_probs.shape[1] - (labels.shape[1] - 1))
+        self._first = 0 if virtual else 1
+        seen = log_probs.detach()[:, max(0, virtual - 1) :]
         self.last = -seen * seen.exp() if self.loss_type == "dft" else -seen
         if self._own is not None and self._own.shape == log_probs.shape:
             own = self._own.to(log_probs.device)

@@ -31,7 +31,15 @@ from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.riding import lora_pairs, why_not
-from slsam_peft.trainer.support import check_optimizer, check_sequences, check_trainer, held, outside, refuse_thawed
+from slsam_peft.trainer.support import (
+    check_optimizer,
+    check_sequences,
+    check_trainer,
+    held,
+    may_be_trained,
+    outside,
+    refuse_thawed,
+)
 from slsam_peft.trainer.token_losses import TokenLosses
 
 ASSUMED_LENGTH = 512  # tokens, until the first batch shows; the ratio of costs hardly depends on it
@@ -102,6 +110,7 @@ class SLSAMMixin(_Base):
         self._slsam_unsolved = False
         self._slsam_index = 0
         self._slsam_outside: list[tuple[str, nn.Parameter]] = []
+        self._slsam_candidates = may_be_trained(self.model)
         self._slsam_checkpoint: str | None = None
         self._slsam_trace: TraceFile | None = None
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
@@ -123,7 +132,7 @@ class SLSAMMixin(_Base):
 
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         config = self.slsam_config
-        with held(self.optimizer):  # what a callback has frozen for now belongs to an arm all the same
+        with held(self.optimizer, self._slsam_candidates):  # what a callback has frozen for now belongs to an arm
             self.slsam_arms = arms_of(self.model, config.granularity)
             self._slsam_outside = outside(self.model, self.slsam_arms)
             pairs = lora_pairs(self.model) if self._may_ride else []

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, XLNetConfig, XLNetLMHeadModel
 from trl import SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer, arms_of
@@ -14,8 +15,8 @@ from slsam_peft.trainer.joining import join
 from slsam_peft.trainer.riding import lora_pairs
 from tests.integration import test_preference_trainers as other_trainers
 from tests.look_ahead import exact_norms, first_rows
-from tests.tiny import build, llama, lora, texts
-from tests.tolerances import REMEMBERED
+from tests.tiny import WORDS, build, llama, lora, texts
+from tests.tolerances import FIRST_ORDER, REMEMBERED
 
 RATE = 0.05
 NAMES = ("input_ids", "attention_mask", "labels")
@@ -324,6 +325,52 @@ def test_a_model_that_mixes_sequences_is_found_out(tmp_path, caplog):
         "the draw of the second step is made one step early, so only the first is the same"
     )
     assert [tokens for tokens, _ in logs[0]] == [tokens for tokens, _ in logs[1]]
+
+
+def time_first(length=5):
+    """Return an XLNet, whose layers see (length, batch), and texts of one length."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": WORDS + 5, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "dropout": 0.0}
+    marks = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+    words = torch.randint(WORDS, (12, length - 1)).tolist()
+    rows = [{"text": " ".join(f"w{i}" for i in row)} for row in words]
+    return XLNetLMHeadModel(XLNetConfig(**shape, **marks)), Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("length", [5, 7], ids=["as many sequences as tokens", "another length"])
+def test_a_model_that_turns_its_batch_is_found_out(length, tmp_path, caplog):
+    """Four own sequences and one that rides along are as many as tokens, so shapes alone show nothing. From the first
+    step on the training is the one without riding, bit for bit.
+    """
+
+    def trained(ascent):
+        model, data = time_first(length)
+        options = {"data": data, "peft_config": lora(target_modules=["layer_1", "layer_2"])}
+        config = SLSAMConfig(method="auto", ascent=ascent, active_fraction=1.0, rho=0.1)
+        settings = {"per_device_train_batch_size": 4, "max_steps": 4, "activation_checkpointing": False}
+        trainer = build(SLSAMTrainer, tmp_path / ascent, config, model=model, **options, **settings)
+        trainer.train()
+        return trainer
+
+    small = trained("partial")
+    for ascent in ("auto", "ahead"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="slsam_peft"):
+            ours = trained(ascent)
+        assert sum("no sequence rides along" in r.message for r in caplog.records) == 1
+        assert all(torch.equal(p, q) for p, q in zip(ours.model.parameters(), small.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ascent", ["partial", "two_pass", "auto"])
+def test_ascents_of_a_model_that_turns_its_batch(ascent, tmp_path):
+    """To first order the loss of the ascent's sequences rises by rho |g|, whatever the ascent."""
+    model, data = time_first()
+    options = {"data": data, "peft_config": lora(target_modules=["layer_1", "layer_2"])}
+    config = SLSAMConfig(method="auto", ascent=ascent, rho=0.01)
+    settings = {"per_device_train_batch_size": 4, "max_steps": 1, "activation_checkpointing": False}
+    trainer = build(SLSAMTrainer, tmp_path, config, model=model, **options, **settings)
+    trainer.train()
+    assert trainer.slsam.metrics["ascent_gain"] == pytest.approx(1.0, abs=FIRST_ORDER)
 
 
 class Freezing(TrainerCallback):

@@ -52,12 +52,3 @@ def test_the_step_is_exact(method):
             for descent in ("active", "all"):
                 config = SLSAMConfig(rho=0.3, active_fraction=0.9, design=lambda p, g, m=mask: m, descent=descent)
                 assert_step_is_exact(SLSAM(arms, config), mask, closure, forward_only)
-
-
-@pytest.mark.parametrize("method", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
-def test_virtual_tokens_have_no_blocks(method):
-    """Their one tensor lies outside the blocks; there is nothing to choose from."""
-    model = adapted(method(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="use granularity='module' or 'tensor'"):
-        arms_of(model)
-    assert len(arms_of(model, "tensor")) == 1

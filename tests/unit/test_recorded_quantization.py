@@ -1,10 +1,13 @@
 """A recorded quantisation is repeated as the kind it was, or refused by name."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.adapters.quantization import settings_of
@@ -18,6 +21,7 @@ INT8_TORCHAO = {
     "quant_method": "torchao",
     "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}},
 }
+HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}
 PLAIN = LlamaConfig()
 
 
@@ -36,17 +40,40 @@ def test_bitsandbytes_computes_in_the_models_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    "recorded", [{"quant_method": "quanto", "weights": "int8"}, {"quant_method": "hqq"}, INT8_TORCHAO]
+    "recorded", [{"quant_method": "quanto", "weights": "int8"}, HQQ, INT8_TORCHAO], ids=["quanto", "hqq", "torchao"]
 )
-def test_what_is_not_installed_is_said(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("quanto", "torchao", "hqq"):
-        monkeypatch.setattr(f"transformers.quantizers.quantizer_{module}.is_{NAMES[module]}_available", lambda: False)
-    monkeypatch.setattr("transformers.utils.quantization_config.is_torchao_available", lambda: False)
+def test_what_is_not_installed_is_said(recorded: dict[str, Any]) -> None:
+    if find_spec(PACKAGES[recorded["quant_method"]]) is not None:
+        pytest.skip(f"{PACKAGES[recorded['quant_method']]} is installed here")
     with pytest.raises(UserError, match=rf"quantised by {recorded['quant_method']}, which cannot be loaded here: "):
         settings_of(recorded, PLAIN, torch.float32, "base")
 
 
-NAMES = {"quanto": "optimum_quanto", "torchao": "torchao", "hqq": "hqq"}
+def test_what_transformers_does_not_quantise_while_it_loads_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HQQ's loader has no operations for it in transformers 5."""
+
+    class Loader:
+        def __init__(self, settings: Any, **kwargs: Any) -> None:
+            self.quantization_config = settings
+
+        def validate_environment(self, **kwargs: Any) -> None:
+            """Say that everything is installed."""
+
+        get_quantize_ops = HfQuantizer.get_quantize_ops
+
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "quanto", Loader)
+    reason = "quantised by quanto, which cannot be loaded here: .*QUANTO is not available yet"
+    with pytest.raises(UserError, match=reason):
+        settings_of({"quant_method": "quanto", "weights": "int8"}, PLAIN, torch.float32, "base")
+
+
+def test_hqq_is_refused_where_transformers_does_not_quantise_so() -> None:
+    pytest.importorskip("hqq", reason="hqq is not installed; the test above stands in for it")
+    with pytest.raises(UserError, match="quantised by hqq, which cannot be loaded here: .*HQQ is not available yet"):
+        settings_of(HQQ, PLAIN, torch.float32, "base")
+
+
+PACKAGES = {"quanto": "optimum", "torchao": "torchao", "hqq": "hqq"}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "own"])
