@@ -96,6 +96,8 @@ class CutPass:
     last: int = -1  # the block that ran last
     entangled: bool = False  # blocks above the cut take in what those above and those below have both made
 
+    spoilt: bool = False  # what it has cached cannot be used
+
     @property
     def sparse_ascent(self) -> bool:
         """Whether this pass wants no gradient of what it builds a graph for below the cut: a second pass goes on."""

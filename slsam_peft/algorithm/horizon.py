@@ -32,6 +32,8 @@ from slsam_peft.algorithm.outputs import (
     with_sides,
 )
 
+ENTERED = -1  # the place of the hidden state among what a block takes in
+
 
 class Horizon:
     """Cuts the passes of a step at their lowest active block, in one stack of blocks.
@@ -66,6 +68,7 @@ class Horizon:
         self.accelerators = rng.accelerators_of(p for block in self.blocks for p in block.parameters())
         self.shares = not self.is_last
         self.whole: set[int] = set()
+        self._added: set[int] = set()  # blocks that are given more than what the block below returns
         self._watched: dict[tuple[int, bool, bool], int] = {}  # forwards, by where the pass was cut
 
     @property
@@ -126,6 +129,8 @@ class Horizon:
             return
         if run.watched:
             self._watched[run.cut] = run.forwards
+        if run.spoilt:
+            run.cached_states.clear()
         if run.side_channels.found:
             self._stop_reuse(
                 run,
@@ -247,10 +252,8 @@ class Horizon:
             if cuts and hidden.requires_grad:
                 check_cut(hidden, self.upper(index), place)
                 hidden = hidden.detach()
-            if index == run.lowest_active and run.sparse_ascent and hidden.grad_fn is not None:  # with something added
-                hidden = self._from_below(hidden, list(leaves(hidden)), run)
-                if run.watched and not hidden.requires_grad:
-                    run.cuts.append(hidden.requires_grad_())
+            if index == run.lowest_active and run.sparse:
+                hidden = self._entered(hidden, run)
             if run.watched and index < run.lowest_active:
                 hidden = run.side_channels.watched(hidden)
             elif not below and not hidden.requires_grad and _is_reentrant(module):
@@ -301,6 +304,28 @@ class Horizon:
         cut = self._from_below(side, found, run)
         if cut is not side and run.cached_states:
             run.cached_states[-1].sides[index, place] = side
+        return cut
+
+    def _entered(self, hidden: torch.Tensor, run: CutPass) -> torch.Tensor:
+        """Return what the lowest active block is given, where blocks below it are trained.
+
+        It may be more than what the block below has returned: features of images are added between blocks. Then the
+        pass is cut behind that, not behind the block, so that one backward runs through all that lies below.
+        """
+        index = run.lowest_active
+        if run.cursor is not None:
+            source = run.cursor.begun.sides.get((index, ENTERED))
+            return hidden if source is None else run.cursor.leaf(source, hidden)
+        if not run.keep or hidden.grad_fn is None:
+            return hidden
+        cut = self._from_below(hidden, list(leaves(hidden)), run)
+        if index not in self._added:  # it is known from the next pass on
+            self._added.add(index)
+            run.spoilt = True
+        elif cut is not hidden and run.cached_states:
+            run.cached_states[-1].sides[index, ENTERED] = hidden
+        if run.watched and not cut.requires_grad:
+            run.cuts.append(cut.requires_grad_())
         return cut
 
     def _from_below(self, tensor: torch.Tensor, found: list, run: CutPass) -> torch.Tensor:
@@ -365,6 +390,8 @@ class Horizon:
                 check_cut(tensor, above, f"block {run.lowest_active}", opaque=not run.sparse)
             self._record(run, hidden, tail)
             cut, *rest = mapped((hidden, *(tail or ())), torch.Tensor.detach)
+            if run.sparse_ascent and not run.watched and run.lowest_active in self._added:
+                cut = hidden  # the pass is cut where it enters the next block
             if run.watched and run.sparse and torch.is_grad_enabled():
                 run.cuts.append(cut.requires_grad_())
             run.tail = list(zip(tensors(rest), tensors(run.cached_states[-1].tail), strict=False))
