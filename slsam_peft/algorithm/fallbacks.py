@@ -1,7 +1,7 @@
 """Keeps what runs otherwise than it was meant to, where that changes what a step costs or computes."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -32,6 +32,7 @@ class Fallbacks(Sequence[Fallback]):
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._logger = logger or logging.getLogger(__name__)
         self._found: dict[str, Fallback] = {}
+        self._told: set[str] = set()
 
     def add(self, what: str, why: object, costs: str) -> None:
         """Keep a fallback and tell of it, unless the same has been told, for whatever reason.
@@ -41,9 +42,16 @@ class Fallbacks(Sequence[Fallback]):
             why (`object`): As in `Fallback`; an error says it by its message.
             costs (`str`): As in `Fallback`.
         """
-        if what not in self._found:
-            self._found[what] = found = Fallback(what, str(why).rstrip("."), costs)
+        if what not in self._told:
+            found = Fallback(what, str(why).rstrip("."), costs)
+            self._told.add(what)
+            self._found.setdefault(what, found)
             self._logger.warning("%s", found)
+
+    def recall(self, found: Iterable[Fallback]) -> None:
+        """Keep what an earlier part of the same training fell back to; it is told again where it happens again."""
+        for fallback in found:
+            self._found.setdefault(fallback.what, fallback)
 
     def __len__(self) -> int:
         return len(self._found)

@@ -55,9 +55,7 @@ class Horizon:
         whole (`set[int]`): Blocks at which no second pass may start, since they get more than a hidden state.
     """
 
-    def __init__(
-        self, layout: Layout, index: int, cache: Cache, fallbacks: Fallbacks, name: str = ""
-    ) -> None:
+    def __init__(self, layout: Layout, index: int, cache: Cache, fallbacks: Fallbacks, name: str = "") -> None:
         self.layout = layout
         self.blocks = layout.stacks[index]
         self.offset = sum(map(len, layout.stacks[:index]))

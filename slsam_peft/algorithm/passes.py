@@ -69,6 +69,9 @@ class PassRunner:
         self.parameters = parameters
         self.owner = owner
         self._arm_of: list[int] = owner.tolist()
+        self._members: dict[int, list[int]] = {arm: [] for arm in self._arm_of}
+        for i, arm in enumerate(self._arm_of):
+            self._members[arm].append(i)
         self.sites = sites
         self.horizon = horizon
         self.fallbacks = fallbacks
@@ -84,6 +87,10 @@ class PassRunner:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
         on = arms.tolist()
         return [i for i, arm in enumerate(self._arm_of) if on[arm]]
+
+    def members_of(self, arm: int) -> list[int]:
+        """Return the positions of the parameters of one arm."""
+        return self._members[arm]
 
     def thawed(self) -> torch.Tensor:
         """Return which arms have a parameter that requires a gradient, boolean, shape `(L,)`.
@@ -115,7 +122,16 @@ class PassRunner:
 
     def perturbation(self, members: Sequence[int], offsets: Sequence[torch.Tensor]) -> Perturbation:
         """Return the perturbation of the parameters at the given positions."""
+        self._tell_in_place(sum(self.parameters[i] in self.in_place for i in members))
         return Perturbation([self.parameters[i] for i in members], offsets, self.sites, self.in_place)
+
+    def _tell_in_place(self, written: int) -> None:
+        if written:
+            self.fallbacks.add(
+                "some weights are perturbed in place",
+                f"{written} of them are read past their modules (a fused kernel, a list that a module keeps)",
+                "They are copied before each second pass and put back bit for bit, which takes the memory of one copy.",
+            )
 
     def ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
@@ -213,7 +229,7 @@ class PassRunner:
             # The graph of the blocks below has been run through: a second pass cannot go on from it.
             horizon.stop_reuse(
                 step.lowest_active - horizon.offset,
-                f"what runs above block {step.lowest_active} takes in more of what lies below it than the hidden state",
+                f"what runs above block {step.lowest_active} takes in more of those below it than the hidden state",
             )
             cached_states.clear()
         if loss is None:
@@ -283,12 +299,7 @@ class PassRunner:
         assert step.perturbation is not None
         together = {site.parameter for p in bypassed for site in self.sites[p]}
         self.in_place |= {*bypassed, *(together & set(self.parameters))}
-        self.fallbacks.add(
-            "some weights are perturbed in place",
-            f"{len(bypassed)} of them are read past their modules (a fused kernel, a list that a module keeps)",
-            "They are copied before each second pass and put back bit for bit: the memory of one copy, and this step's "
-            "second pass runs twice.",
-        )
+        self._tell_in_place(len(self.in_place))
         self.clear()
         rng.restore(pending.state)
         with step.perturbation.applied():
@@ -361,7 +372,7 @@ class PassRunner:
     def _truncated(
         self, horizon: Horizon | None, lowest_active: int, lowest_trained: int, *, keep: bool
     ) -> AbstractContextManager[list[CachedHiddenState]]:
-        """Return the context of a pass that is cut at a depth, see `Horizon.truncated`; a whole one where it is not."""
+        """Return the context of a pass that is cut at a depth, see `Horizon.truncated`; of a whole one without one."""
         if horizon is None:
             return nullcontext([])
         return horizon.truncated(lowest_active - horizon.offset, max(lowest_trained - horizon.offset, -1), keep=keep)

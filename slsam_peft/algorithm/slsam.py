@@ -12,7 +12,7 @@ r"""SL-SAM composes one step out of the sampler, the ascent, the radius and the 
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -402,8 +402,21 @@ class SLSAM:
             unit = unit / scale.reshape(()).to(unit.device)
         step.ascent_squared = squared * unit.square()
         if found:
+            self._tell_unperturbed(step, found)
             self._perturb(step, found, squared.sum().sqrt(), unit)
         self.runner.clear()
+
+    def _tell_unperturbed(self, step: Step, gradients: Collection[int]) -> None:
+        """Tell of drawn arms that took no part in the ascent's loss, though others did."""
+        for arm in step.mask.nonzero().flatten().tolist():
+            members = [i for i in self.runner.members_of(arm) if self.runner.parameters[i].requires_grad]
+            if members and not any(i in gradients for i in members):
+                self.fallbacks.add(
+                    "a drawn arm is not perturbed in some steps",
+                    f"{self.arms[arm].name} takes no part in the loss of the sequences that make the ascent (layers "
+                    "whose output is not used, batches without images)",
+                    "Such a step perturbs fewer arms than were drawn.",
+                )
 
     def _share(self, step: Step, like: torch.Tensor) -> torch.Tensor:
         """Return the factor that makes the ascent passes' loss the mean over their own sequences, shape `()`."""
