@@ -155,8 +155,8 @@ class Checks:
             pending.cached_states = []
             horizon.stop_reuse(
                 lowest,
-                f"started from the hidden state that enters block {step.lowest_active}, {reason}, so the blocks pass on "
-                "more than a hidden state",
+                f"started from the hidden state that enters block {step.lowest_active}, {reason}, so the blocks pass "
+                "on more than a hidden state",
             )
 
 

@@ -141,7 +141,7 @@ class Cursor:
 
     @property
     def begun(self) -> CachedHiddenState:
-        """What the forward of the stack has started from that is above the cut now; an empty one where it ran whole."""
+        """What the forward has started from that is above the cut now; an empty one where it ran whole."""
         cached = self.cached_states[self.index - 1] if 0 < self.index <= len(self.cached_states) else None
         return cached if cached is not None and cached.hidden is not None else CachedHiddenState()
 

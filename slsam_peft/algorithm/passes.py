@@ -130,7 +130,7 @@ class PassRunner:
             self.fallbacks.add(
                 "some weights are perturbed in place",
                 f"{written} of them are read past their modules (a fused kernel, a list that a module keeps)",
-                "They are copied before each second pass and put back bit for bit, which takes the memory of one copy.",
+                "They are copied before each second pass and put back bit for bit: the memory of one copy.",
             )
 
     def ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:

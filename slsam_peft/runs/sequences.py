@@ -1,4 +1,4 @@
-"""Turns rows into sequences as TRL does, and says what it does not: that an end token is missing, which ids are none."""
+"""Turns rows into sequences as TRL does, and says what it does not: a missing end token, ids that are none."""
 
 from importlib import import_module
 from typing import Any
