@@ -146,6 +146,7 @@ class Horizon:
     def stop_reuse(self, lowest_active: int, reason: str) -> None:
         """Let second passes that would start at a block run whole from now on."""
         self.whole.add(lowest_active)
+        self.shares = True  # so that what has been seen of one block says nothing of others
         self.fallbacks.add(
             f"the hidden-state cache is off{self._here}",
             reason,

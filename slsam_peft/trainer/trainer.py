@@ -149,6 +149,13 @@ class SLSAMMixin(_Base):
             pairs=pairs,
             fallbacks=self.slsam_fallbacks,
         )
+        if model is not None and len(self.slsam_arms.layout.stacks) > 1:
+            counted = model.decoder.block_names[0].rpartition(".")[0]
+            self.slsam_fallbacks.add(
+                "slsam/cost and cost_budget count one stack of blocks",
+                f"adapters are trained in several, and only {counted} has a known number of tokens",
+                "What the others cost is not in it.",
+            )
         if config.ascent == "auto" and config.is_perturbed and not slsam.runner.pairs:
             self.slsam_fallbacks.add(NOT_RIDING, why_not(self) or not_pairs(slsam.arms, pairs), SMALL_PASS)
         if has_ranks():

@@ -77,7 +77,7 @@ class Steps:
         raise AssertionError(depth)
 
 
-# Each kind once in the default run: a decoder fed from the side, a tower below it, features between blocks, shared keys.
+# Each kind once in the default run: fed from the side, a tower below, features between blocks, shared keys.
 DEFAULT = [("t5", "all"), ("llava", "active"), ("qwen3-vl", "all"), ("gemma3n", "active")]
 CASES = [
     pytest.param(*case, marks=[] if case in DEFAULT else pytest.mark.slow)
