@@ -24,6 +24,7 @@ from slsam_peft.algorithm.arms import Arm, Arms
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import is_path
 from slsam_peft.models.shapes import find_config, first_line
+from slsam_peft.saving.recorded import fallbacks_in, read_record
 from slsam_peft.saving.trace_data import FILE_NAME, read_trace
 
 
@@ -61,7 +62,7 @@ class Inspection:
         title (`str`): What was inspected.
         facts (`dict[str, str]`): What is known of it as a whole.
         rows (`list[ArmRow]`): The arms, in order.
-        notes (`list[str]`): What could not be told, and why.
+        notes (`list[str]`): What could not be told, and why; what training fell back to, by the adapter's record.
     """
 
     title: str
@@ -108,7 +109,17 @@ def _inspect_adapter(folder: Path, granularity: str) -> Inspection:
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if getattr(config, key, None):
             facts[key] = str(getattr(config, key))
-    return Inspection(f"Adapter {folder}", facts, rows, [adapter.note] if adapter.note else [])
+    notes = [adapter.note] if adapter.note else []
+    return Inspection(f"Adapter {folder}", facts, rows, notes + _recorded(folder))
+
+
+def _recorded(folder: Path) -> list[str]:
+    """Return what the adapter's record says of passes that ran otherwise than meant, or that it cannot be read."""
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        return [str(error)]
+    return [f"Trained with a fallback: {fallback}" for fallback in fallbacks_in(record)]
 
 
 def _activity(folder: Path, arms: Arms) -> dict[str, float]:

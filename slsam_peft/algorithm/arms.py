@@ -9,6 +9,7 @@ from weakref import WeakSet
 from torch import nn
 
 from slsam_peft.algorithm.absent import rank_allocators
+from slsam_peft.algorithm.layout import Layout
 from slsam_peft.algorithm.places import Place, places_of
 from slsam_peft.algorithm.swap import Site, Sites, sites_of
 from slsam_peft.config import GRANULARITIES, check_name
@@ -47,63 +48,39 @@ class Arm:
 
 
 class Arms(Sequence[Arm]):
-    """The arms of a model, in order, with the block stack they sit in.
+    """The arms of a model, in order, with the block stacks they sit in.
 
     Args:
         arms (`Sequence[Arm]`): The arms.
-        blocks (`Sequence[nn.Module]`, *optional*, defaults to `()`): The blocks of the one stack that holds trainable
-            parameters; empty where there is none or more than one (encoder-decoder models).
-        above (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules with trainable parameters that are taken
-            to run after the stack.
+        layout (`Layout`): The stacks, and where what lies outside them runs.
+        anchors (`Mapping[str, Sequence[nn.Module]]`): For each arm, by name, the blocks and the modules outside them
+            that read it.
         buffered (`Mapping[str, nn.Module]`, *optional*): The model's modules that own buffers, by name.
-        unsure (`Mapping[str, Sequence[nn.Module]]`, *optional*): The modules of arms, by name, whose depth, below or
-            above the blocks, is a guess until a forward pass has shown it.
-        all_blocks (`Sequence[nn.Module]`, *optional*): The blocks of all stacks; `blocks` where it is missing.
         allocators (`Sequence`, *optional*, defaults to `()`): AdaLoRA's rank allocators, which read gradients.
     """
 
     def __init__(
         self,
         arms: Sequence[Arm],
-        blocks: Sequence[nn.Module] = (),
-        above: Sequence[nn.Module] = (),
+        layout: Layout,
+        anchors: Mapping[str, Sequence[nn.Module]],
         buffered: Mapping[str, nn.Module] | None = None,
-        unsure: Mapping[str, Sequence[nn.Module]] | None = None,
-        all_blocks: Sequence[nn.Module] | None = None,
         allocators: Sequence[Any] = (),
     ) -> None:
         self._arms = tuple(arms)
-        self.blocks = tuple(blocks)
-        self.above = tuple(above)
+        self._anchors = dict(anchors)
+        self.layout = layout
         self.buffered = dict(buffered or {})
-        self.unsure = dict(unsure or {})
-        self.all_blocks = self.blocks if all_blocks is None else tuple(all_blocks)
         self.allocators = tuple(allocators)
 
-    def confirm(self, behind: Mapping[nn.Module, bool]) -> bool:
-        """Settle what is unsure by what a forward pass has shown; return whether any depth has changed.
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The blocks of the one stack that holds trainable parameters; empty where there is none or more than one."""
+        return tuple(self.layout.blocks) if len(self.layout.stacks) == 1 else ()
 
-        Args:
-            behind (`Mapping[nn.Module, bool]`): Whether a module runs behind the blocks; those that did not run keep
-                their guess.
-        """
-        found = {
-            name: all(seen)
-            for name, modules in self.unsure.items()
-            if (seen := [behind[m] for m in modules if m in behind])
-        }
-        depths = [
-            arm.depth if arm.name not in found else len(self.all_blocks) if found[arm.name] else -1 for arm in self
-        ]
-        changed = depths != [arm.depth for arm in self]
-        self._arms = tuple(replace(arm, depth=depth) for arm, depth in zip(self, depths, strict=True))
-        # A cut is checked against what is taken to lie above it.
-        moved = {m for name, above in found.items() if above for m in self.unsure[name]}
-        below = {m for name, above in found.items() if not above for m in self.unsure[name]}
-        if self.blocks:
-            self.above = tuple(m for m in dict.fromkeys((*self.above, *moved)) if m not in below)
-        self.unsure = {}
-        return changed
+    def place_again(self) -> None:
+        """Set the arms' depths by the layout as it is now; their order stays."""
+        self._arms = tuple(replace(arm, depth=self.layout.depth(self._anchors[arm.name])) for arm in self)
 
     def __len__(self) -> int:
         return len(self._arms)
@@ -115,7 +92,7 @@ class Arms(Sequence[Arm]):
         return iter(self._arms)
 
     def __repr__(self) -> str:
-        return f"Arms({len(self)} arms, {sum(a.size for a in self):,} parameters, {len(self.blocks)} blocks)"
+        return f"Arms({len(self)} arms, {sum(a.size for a in self):,} parameters, {len(self.layout.blocks)} blocks)"
 
 
 def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
@@ -139,27 +116,24 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     """
     if not callable(granularity):
         check_name("granularity", granularity, GRANULARITIES, callable_too=True)
-    places, stacks = places_of(model)
+    places, layout = places_of(model)
     if not places:
         raise ValueError(
             "the model has no trainable parameter; pass a peft_config, or a PeftModel whose adapter is trainable "
             "(PeftModel.from_pretrained(..., is_trainable=True))."
         )
-    if granularity == "block" and not stacks:
+    if granularity == "block" and not layout.stacks:
         _tell_of_no_blocks(model)
     groups: dict[str, list[Place]] = {}
     for place in places:
         groups.setdefault(_arm_name(place, granularity), []).append(place)
     sites = sites_of(model, [place.parameter for place in places])
-    arms = [_arm(name, members, sites) for name, members in groups.items()]
-    if granularity in ("block", "module") and stacks:
+    anchors = {name: [anchor for m in members for anchor in m.anchors] for name, members in groups.items()}
+    arms = [_arm(name, members, sites, layout.depth(anchors[name])) for name, members in groups.items()]
+    if granularity in ("block", "module") and layout.stacks:
         arms.sort(key=lambda arm: -1 if arm.depth is None else arm.depth)  # stable
     buffered = {name: module for name, module in model.named_modules() if module._buffers}
-    guessed = {n: [m.owner for m in members] for n, members in groups.items() if all(m.unsure for m in members)}
-    blocks = [block for stack in stacks for block in stack]
-    above = [p.owner for p in places if p.depth == len(blocks)]
-    cuttable, above = (blocks, list(dict.fromkeys(above))) if len(stacks) == 1 else ([], [])
-    return Arms(arms, cuttable, above, buffered, guessed, blocks, rank_allocators(model))
+    return Arms(arms, layout, anchors, buffered, rank_allocators(model))
 
 
 def _tell_of_no_blocks(model: nn.Module) -> None:
@@ -188,12 +162,11 @@ def _arm_name(place: Place, granularity: Granularity) -> str:
     return place.module_name
 
 
-def _arm(name: str, members: list[Place], sites: Sites) -> Arm:
-    depths = [m.depth for m in members if m.depth is not None]
+def _arm(name: str, members: list[Place], sites: Sites, depth: int | None) -> Arm:
     return Arm(
         name=name,
         parameter_names=tuple(m.name for m in members),
         parameters=tuple(m.parameter for m in members),
         sites=tuple(tuple(sites[m.parameter]) for m in members),
-        depth=min(depths) if depths else None,
+        depth=depth,
     )

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+_ADAPTED = ("base_layer", "original_module")  # PEFT's names of what it adapts or keeps a copy of
+
 
 def block_stacks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     """Yield the outermost stacks of blocks, each an `nn.ModuleList` of composite modules, with their names.
@@ -20,4 +22,12 @@ def block_stacks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def _is_composite(module: nn.Module) -> bool:
+    """Whether a module is made of others; what an adapter puts around a layer does not count."""
+    while (adapted := adapted_layer(module)) is not None:
+        module = adapted
     return next(module.children(), None) is not None
+
+
+def adapted_layer(module: nn.Module) -> nn.Module | None:
+    """Return what PEFT has put a module around, `None` where it is nothing of the kind."""
+    return next((inner for name in _ADAPTED if (inner := module._modules.get(name)) is not None), None)

@@ -1,6 +1,5 @@
 """Checks once, in a pass to spare, what later passes rest on: the replay, the hidden-state cache, separate tokens."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -12,8 +11,6 @@ from slsam_peft.algorithm.buffers import Buffers
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.stack import NotSeparableError, Pair, Stack
 from slsam_peft.algorithm.step import Closure, Pending, Riding, Step, loss_of
-
-logger = logging.getLogger(__name__)
 
 # Loss with and without the cache; the same kernels give the same bits, others round otherwise.
 REUSE_RTOL = {torch.float64: 1e-12}
@@ -32,7 +29,7 @@ class Checks:
     def __init__(self, parameters: Sequence[nn.Parameter], sources: rng.Sources) -> None:
         self._parameters = parameters
         self._sources = sources
-        self._checked_blocks: set[int] = set()
+        self._checked: dict[Horizon, set[int]] = {}
         self._separate = False
 
     @contextmanager
@@ -117,8 +114,9 @@ class Checks:
 
     def is_reusable(self, horizon: Horizon, lowest_active: int) -> bool:
         """Whether the cache has been checked: at this very block where more may leave the blocks, else at any."""
-        anywhere = bool(self._checked_blocks) and not horizon.shares and lowest_active < len(horizon.blocks)
-        return lowest_active in self._checked_blocks or anywhere
+        checked = self._checked.setdefault(horizon, set())
+        anywhere = bool(checked) and not horizon.shares and lowest_active - horizon.offset < len(horizon.blocks)
+        return lowest_active in checked or anywhere
 
     def reuse(self, horizon: Horizon, step: Step, pending: Pending, loss: torch.Tensor) -> None:
         """Check, once or once per block, that the stack from there on depends on the cached hidden state alone.
@@ -139,30 +137,26 @@ class Checks:
         if not any(cached.hidden is not None for cached in pending.cached_states):
             return
         if loss.is_meta:  # no values to compare
-            self._checked_blocks.add(step.lowest_active)
+            self._checked[horizon].add(step.lowest_active)
             return
+        lowest = step.lowest_active - horizon.offset
         try:
             with self._aside():
                 rng.restore(pending.state)
-                whole = max(step.lowest_active, step.lowest_trained)
-                with (
-                    horizon.resumed(step.lowest_active, whole, pending.cached_states),
-                    horizon.noting_kept(step.lowest_active),
-                ):
+                whole = max(lowest, step.lowest_trained - horizon.offset)
+                with horizon.resumed(lowest, whole, pending.cached_states), horizon.noting_kept(lowest):
                     again = loss_of(forward_only())
             same = torch.allclose(again, loss, rtol=REUSE_RTOL.get(loss.dtype, REUSE_RTOL_ELSE), atol=0.0)
             reason = f"the loss was {float(again)!r} instead of {float(loss)!r}"
         except Exception as error:  # noqa: BLE001 - such a stack may fail in any way; the plain pass has just run
             same, reason = False, f"it raised {type(error).__name__}: {error}"
-        self._checked_blocks.add(step.lowest_active)
+        self._checked[horizon].add(step.lowest_active)
         if not same:
-            horizon.reuse = False
             pending.cached_states = []
-            logger.warning(
-                "the hidden-state cache is off: started from the hidden state that enters block %d, %s, so the blocks "
-                "pass on more than a hidden state. Second passes run whole.",
-                step.lowest_active,
-                reason,
+            horizon.stop_reuse(
+                lowest,
+                f"started from the hidden state that enters block {step.lowest_active}, {reason}, so the blocks pass "
+                "on more than a hidden state",
             )
 
 

@@ -3,7 +3,7 @@
 A block's `forward` is shadowed on the instance only while a pass that skips it runs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +29,41 @@ class CachedHiddenState:
             skips them again.
         sources (`dict[int, torch.Tensor]`): The same tensors with the graph of the blocks below, where that graph is
             needed; by the `id` of the detached ones.
+        sides (`dict[tuple[int, int], torch.Tensor]`): What blocks above the cut take in from below it past the hidden
+            state, with its graph, likewise; by block and place among what it takes in.
     """
 
     hidden: torch.Tensor | None = None
     tail: tuple | None = None
     states: Sequence[rng.State] = ()
     sources: dict[int, torch.Tensor] = field(default_factory=dict)
+    sides: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Cache:
+    """Counts the memory of kept hidden states; they themselves belong to whoever keeps them.
+
+    Args:
+        limit_bytes (`float`): Most memory; forwards beyond it are not kept.
+
+    Attributes:
+        kept_bytes (`int`): Memory of the hidden states that are kept now.
+        peak_bytes (`int`): The most there ever was.
+    """
+
+    limit_bytes: float
+    kept_bytes: int = 0
+    peak_bytes: int = 0
+
+    def count(self, kept: Iterable[torch.Tensor]) -> None:
+        """Add tensors that are kept."""
+        self.kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
+
+    def release(self) -> None:
+        """Forget that anything is kept."""
+        self.kept_bytes = 0
 
 
 @dataclass(eq=False)
@@ -47,6 +76,7 @@ class CutPass:
         keep (`bool`): As in `Horizon.truncated`.
         watched (`bool`): Whether to look for side channels and for stacks that run on their own output.
         cached_states (`list[CachedHiddenState]`): One per forward.
+        cursor (`Cursor` or `None`): What the pass starts from, where it is a second one.
         leaves (`list[torch.Tensor]`): Tensors whose gradient is wanted, beside parameters.
     """
 
@@ -55,6 +85,7 @@ class CutPass:
     keep: bool = False
     watched: bool = False
     cached_states: list[CachedHiddenState] = field(default_factory=list)
+    cursor: "Cursor | None" = None
     leaves: list[torch.Tensor] = field(default_factory=list)
     cuts: list[torch.Tensor] = field(default_factory=list)  # what the lowest active block was given, where watched
     tail: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # as given to the model, and as kept
@@ -63,7 +94,14 @@ class CutPass:
     side_channels: SideChannels = field(default_factory=SideChannels)
     forwards: int = 0
     last: int = -1  # the block that ran last
-    entangled: bool = False  # blocks above the cut take in what has a graph in common with those below
+    entangled: bool = False  # blocks above the cut take in what those above and those below have both made
+
+    spoilt: bool = False  # what it has cached cannot be used
+
+    @property
+    def sparse_ascent(self) -> bool:
+        """Whether this pass wants no gradient of what it builds a graph for below the cut: a second pass goes on."""
+        return self.sparse and self.keep
 
     @property
     def sparse(self) -> bool:
@@ -100,6 +138,18 @@ class Cursor:
         if self.index < len(self.cached_states) and self.cached_states[self.index].hidden is not None:
             return self.cached_states[self.index]
         return None
+
+    @property
+    def begun(self) -> CachedHiddenState:
+        """What the forward has started from that is above the cut now; an empty one where it ran whole."""
+        cached = self.cached_states[self.index - 1] if 0 < self.index <= len(self.cached_states) else None
+        return cached if cached is not None and cached.hidden is not None else CachedHiddenState()
+
+    def leaf(self, source: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return a leaf of some value whose gradient goes to what the first pass had in its place."""
+        given = value.detach().requires_grad_()
+        self.leaves.append((source, given))
+        return given
 
     def leave_block(self, *, last: bool) -> None:
         """Go on behind a block, with the random state of the first pass; behind the last one to the next forward."""
@@ -143,10 +193,10 @@ def _skipping(block: nn.Module, cursor: Cursor, run: CutPass, *, last: bool) -> 
             return joined(hidden_of(args, kwargs), mapped(cached.tail, lambda tensor: None))
 
         def leaf(kept: torch.Tensor) -> torch.Tensor:
-            given = kept.detach()
-            if run.sparse and id(kept) in cached.sources and torch.is_grad_enabled():
-                cursor.leaves.append((cached.sources[id(kept)], given.requires_grad_()))
-                run.leaves.append(given)
+            if not (run.sparse and id(kept) in cached.sources and torch.is_grad_enabled()):
+                return kept.detach()
+            given = cursor.leaf(cached.sources[id(kept)], kept)
+            run.leaves.append(given)
             return given
 
         return joined(leaf(cached.hidden), mapped(cached.tail, leaf))

@@ -7,17 +7,19 @@ from there. Both are exact.
 Blocks are run through forward hooks, which lie outside gradient checkpointing in transformers >= 5.23.
 """
 
-import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 
 from slsam_peft.algorithm import rng
-from slsam_peft.algorithm.cut_pass import CachedHiddenState, Cursor, CutPass, skipped
+from slsam_peft.algorithm.cut_pass import Cache, CachedHiddenState, Cursor, CutPass, skipped
+from slsam_peft.algorithm.fallbacks import Fallbacks
+from slsam_peft.algorithm.layout import Layout, Upper
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut, leaves, trained
 from slsam_peft.algorithm.outputs import (
     hidden_of,
@@ -30,44 +32,50 @@ from slsam_peft.algorithm.outputs import (
     with_sides,
 )
 
-logger = logging.getLogger(__name__)
+ENTERED = -1  # the place of the hidden state among what a block takes in
 
 
 class Horizon:
-    """Cuts the passes of a step at their lowest active block.
+    """Cuts the passes of a step at their lowest active block, in one stack of blocks.
+
+    Blocks are counted from the bottom of the stack here, and depths, as arms have them, over all stacks of the model.
 
     Args:
-        blocks (`Sequence[nn.Module]`): The stack, lowest first. Each block takes the hidden state first and returns it
-            (alone, or as a 1-tuple).
-        limit_bytes (`float`): Most memory for kept hidden states; forwards beyond it are not kept.
-        above (`Sequence[nn.Module]`, *optional*, defaults to `()`): Modules with trained parameters that are taken to
-            run after the blocks.
+        layout (`Layout`): The model's stacks.
+        index (`int`): Which of them this one is.
+        cache (`Cache`): Counts the memory of kept hidden states; one for all stacks.
+        fallbacks (`Fallbacks`): Told of what cannot be cut or kept.
+        name (`str`, *optional*, defaults to `""`): What tells the stack from others, for messages.
 
     Attributes:
-        reuse (`bool`): Whether second passes may start at the lowest active block. Turned off for stacks that pass on
-            anything but a hidden state.
         shares (`bool`): Whether blocks were handed a container they could write to (a cache, shared keys and values),
-            or the model kept what a block returned (a long skip, a loss on hidden states). What goes that way
-            may reach some blocks and not others.
-        kept_bytes (`int`): Memory of the hidden states that are kept now.
-        peak_bytes (`int`): The most there ever was.
+            or the model kept what a block returned (a long skip, a loss on hidden states), or reads of a stack more
+            than what leaves its top (features of several blocks). What goes that way may reach some blocks and not
+            others.
+        whole (`set[int]`): Blocks at which no second pass may start, since they get more than a hidden state.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], limit_bytes: float, above: Sequence[nn.Module] = ()) -> None:
-        self.blocks = tuple(blocks)
-        self.above = tuple(above)
-        self.limit_bytes = limit_bytes
+    def __init__(self, layout: Layout, index: int, cache: Cache, fallbacks: Fallbacks, name: str = "") -> None:
+        self.layout = layout
+        self.blocks = layout.stacks[index]
+        self.offset = sum(map(len, layout.stacks[:index]))
+        self.is_last = index == len(layout.stacks) - 1
+        self.name = name
+        self.cache = cache
+        self.fallbacks = fallbacks
         self.accelerators = rng.accelerators_of(p for block in self.blocks for p in block.parameters())
-        self.reuse = True
-        self.shares = False
-        self.kept_bytes = 0
-        self.peak_bytes = 0
+        self.shares = not self.is_last
+        self.whole: set[int] = set()
+        self._added: set[int] = set()  # blocks that are given more than what the block below returns
         self._watched: dict[tuple[int, bool, bool], int] = {}  # forwards, by where the pass was cut
-        self._said: set[str] = set()
 
-    def release(self) -> None:
-        """Forget that any hidden state is kept; the cached hidden states belong to the caller."""
-        self.kept_bytes = 0
+    @property
+    def _here(self) -> str:
+        return f" in {self.name}" if self.name else ""
+
+    def upper(self, index: int) -> Upper:
+        """Return what runs from the block at `index` on, later stacks included."""
+        return self.layout.upper(self.offset + index)
 
     @contextmanager
     def truncated(self, lowest_active: int, lowest_trained: int, *, keep: bool) -> Iterator[list[CachedHiddenState]]:
@@ -90,7 +98,7 @@ class Horizon:
         Raises:
             CrossLayerDependencyError: the pass cannot be cut; it must run whole.
         """
-        run = CutPass(lowest_active, lowest_trained, keep and self.reuse)
+        run = CutPass(lowest_active, lowest_trained, keep and lowest_active not in self.whole)
         run.watched = lowest_active > 0 and (run.keep or run.sparse) and run.cut not in self._watched
         with ExitStack() as stack:
             self._guard(stack, run)
@@ -109,10 +117,18 @@ class Horizon:
             cut.grad = None
         if run.forwards != len(run.cached_states):
             # The block below the cut was skipped at random, so what came out of it was cut and cached nowhere.
+            if run.keep and run.lowest_active > 0:
+                self.fallbacks.add(
+                    f"second passes of some steps run whole{self._here}",
+                    "the block below the lowest active one was skipped at random, as layerdrop does",
+                    "Such a step costs up to 2 plain ones.",
+                )
             run.cached_states.clear()
             return
         if run.watched:
             self._watched[run.cut] = run.forwards
+        if run.spoilt:
+            run.cached_states.clear()
         if run.side_channels.found:
             self._stop_reuse(
                 run,
@@ -125,14 +141,17 @@ class Horizon:
     def _stop_reuse(self, run: CutPass, reason: str) -> None:
         run.cached_states.clear()
         if run.keep:
-            self.reuse = False
-            logger.warning("the hidden-state cache is off: %s. Second passes run whole.", reason)
+            self.stop_reuse(run.lowest_active, reason)
 
-    def _say(self, message: str, *values: Any) -> None:
-        """Warn, once per message."""
-        if message not in self._said:
-            self._said.add(message)
-            logger.warning(message, *values)
+    def stop_reuse(self, lowest_active: int, reason: str) -> None:
+        """Let second passes that would start at a block run whole from now on."""
+        self.whole.add(lowest_active)
+        self.shares = True  # so that what has been seen of one block says nothing of others
+        self.fallbacks.add(
+            f"the hidden-state cache is off{self._here}",
+            reason,
+            "Second passes that would start at such a block run whole: a step costs up to 2 plain ones.",
+        )
 
     @contextmanager
     def resumed(
@@ -151,7 +170,8 @@ class Horizon:
         Raises:
             RuntimeError: the pass entered the lowest active block another number of times than the first one.
         """
-        run, cursor = CutPass(lowest_active, lowest_trained), Cursor(cached_states)
+        cursor = Cursor(cached_states)
+        run = CutPass(lowest_active, lowest_trained, cursor=cursor)
         with ExitStack() as stack:
             self._guard(stack, run)
             for index, block in enumerate(self.blocks[:lowest_active]):
@@ -223,13 +243,16 @@ class Horizon:
                 self._settle_tail(run, args, kwargs)
             if not torch.is_grad_enabled():
                 return None
-            args, kwargs = with_sides(lambda side: self._side(side, index, run), args, kwargs)
+            places = count()
+            args, kwargs = with_sides(lambda side: self._side(side, index, next(places), run), args, kwargs)
             if begins and index < run.lowest_active:
                 self._check_start(hidden, run)
             # Below what is trained no graph is wanted, and above it reentrant checkpointing builds none by itself.
             if cuts and hidden.requires_grad:
-                check_cut(hidden, (*self.blocks, *self.above), place)
+                check_cut(hidden, self.upper(index), place)
                 hidden = hidden.detach()
+            if index == run.lowest_active and run.sparse:
+                hidden = self._entered(hidden, run)
             if run.watched and index < run.lowest_active:
                 hidden = run.side_channels.watched(hidden)
             elif not below and not hidden.requires_grad and _is_reentrant(module):
@@ -247,14 +270,14 @@ class Horizon:
         if not run.sparse or not run.cached_states:
             return
         if run.watched:
-            check_cut(hidden, (), "the blocks", opaque=False, cuts=run.cuts)
+            check_cut(hidden, Upper(), "the blocks", opaque=False, cuts=run.cuts)
         elif run.forwards > (seen := self._watched.get(run.cut, 0)):
             raise CrossLayerDependencyError(
                 f"the blocks run {run.forwards} times in this pass, and only {seen} times have been seen not to run "
                 "on their own output"
             )
 
-    def _side(self, side: torch.Tensor, index: int, run: CutPass) -> torch.Tensor:
+    def _side(self, side: torch.Tensor, index: int, place: int, run: CutPass) -> torch.Tensor:
         """Return what the block at `index` takes in beside the hidden state, cut from a graph without a parameter.
 
         A backward through such a graph (of a frozen encoder whose input requires grad) makes nothing that is wanted,
@@ -270,11 +293,51 @@ class Horizon:
         _, found = run.sides[id(side)]
         if not found:
             return side.detach()
-        if index >= run.lowest_active and run.sparse and not run.entangled:
-            upper = {id(p) for p in trained((*self.blocks[run.lowest_active :], *self.above))}
-            upper |= {id(cut) for cut in run.cuts}
-            run.entangled = any(x is None or id(x) not in upper for x in found)
-        return side
+        if index < run.lowest_active or not run.sparse:
+            return side
+        if run.cursor is not None:  # its gradient goes to where the first pass had it from, with the hidden state's
+            source = run.cursor.begun.sides.get((index, place))
+            return side if source is None else run.cursor.leaf(source, side)
+        if not run.keep:
+            return side
+        cut = self._from_below(side, found, run)
+        if cut is not side and run.cached_states:
+            run.cached_states[-1].sides[index, place] = side
+        return cut
+
+    def _entered(self, hidden: torch.Tensor, run: CutPass) -> torch.Tensor:
+        """Return what the lowest active block is given, where blocks below it are trained.
+
+        It may be more than what the block below has returned: features of images are added between blocks. Then the
+        pass is cut behind that, not behind the block, so that one backward runs through all that lies below.
+        """
+        index = run.lowest_active
+        if run.cursor is not None:
+            source = run.cursor.begun.sides.get((index, ENTERED))
+            return hidden if source is None else run.cursor.leaf(source, hidden)
+        if not run.keep or hidden.grad_fn is None:
+            return hidden
+        cut = self._from_below(hidden, list(leaves(hidden)), run)
+        if index not in self._added:  # it is known from the next pass on
+            self._added.add(index)
+            run.spoilt = True
+        elif cut is not hidden and run.cached_states:
+            run.cached_states[-1].sides[index, ENTERED] = hidden
+        if run.watched and not cut.requires_grad:
+            run.cuts.append(cut.requires_grad_())
+        return cut
+
+    def _from_below(self, tensor: torch.Tensor, found: list, run: CutPass) -> torch.Tensor:
+        """Return what a block above the cut takes in past it, without its graph: the second pass makes it again.
+
+        Where something above the cut had a part in it, its graph stays, and the second pass must run whole.
+        """
+        upper = {id(p) for p in trained(self.upper(run.lowest_active))}
+        if not any(leaf is None or id(leaf) in upper for leaf in found):
+            return tensor.detach()
+        known = upper | {id(cut) for cut in run.cuts}
+        run.entangled = run.entangled or any(leaf is None or id(leaf) not in known for leaf in found)
+        return tensor
 
     def _settle_tail(self, run: CutPass, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep of the tail behind the kept hidden state what the next block is given."""
@@ -286,15 +349,11 @@ class Horizon:
         cached = run.cached_states[-1]
         cached.tail = mapped(cached.tail, lambda tensor: tensor if id(tensor) in wanted else None)
         cached.sources = {key: source for key, source in cached.sources.items() if key in wanted | {id(cached.hidden)}}
-        self._count(tensors(cached.tail))
-
-    def _count(self, kept: Iterable[torch.Tensor]) -> None:
-        self.kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        self.peak_bytes = max(self.peak_bytes, self.kept_bytes)
+        self.cache.count(tensors(cached.tail))
 
     def _passing(self, index: int, run: CutPass) -> Callable[..., Any]:
         """Return the hook behind the block at `index`, which lies below the cut and not next to it."""
-        above = (*self.blocks[run.lowest_active :], *self.above)
+        above = self.upper(run.lowest_active)
 
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if run.keep:
@@ -312,23 +371,26 @@ class Horizon:
 
     def _recorder(self, run: CutPass) -> Callable[..., Any]:
         """Return the hook where the hidden state enters the lowest active block: behind the block below."""
-        above = (*self.blocks[run.lowest_active :], *self.above)
+        above = self.upper(run.lowest_active)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             self.shares = self.shares or not is_immutable((args, *kwargs.values()))
             hidden, tail = split(output)
             if hidden is None:  # what leaves the block cannot be told: the second pass cannot start here
                 run.cached_states.append(CachedHiddenState())
-                self._say(
-                    "passes are not cut at %s: it returns a container (a cache of keys and values, as use_cache=True "
-                    "makes) beside its hidden state. Second passes run whole.",
-                    type(module).__name__,
+                self.fallbacks.add(
+                    f"passes are not cut at {type(module).__name__}",
+                    "it returns a container (a cache of keys and values, as use_cache=True makes) beside its hidden "
+                    "state",
+                    "Second passes run whole: such a step costs up to 2 plain ones.",
                 )
                 return None
             for tensor in tensors((hidden, tail)):
                 check_cut(tensor, above, f"block {run.lowest_active}", opaque=not run.sparse)
             self._record(run, hidden, tail)
             cut, *rest = mapped((hidden, *(tail or ())), torch.Tensor.detach)
+            if run.sparse_ascent and not run.watched and run.lowest_active in self._added:
+                cut = hidden  # the pass is cut where it enters the next block
             if run.watched and run.sparse and torch.is_grad_enabled():
                 run.cuts.append(cut.requires_grad_())
             run.tail = list(zip(tensors(rest), tensors(run.cached_states[-1].tail), strict=False))
@@ -345,12 +407,13 @@ class Horizon:
         size = hidden.numel() * hidden.element_size()
         if not run.keep:
             return
-        if self.kept_bytes + size > self.limit_bytes:
-            if self.limit_bytes > 0:
-                self._say(
-                    "hidden states take more than hidden_state_cache_limit_mib=%g MiB: second passes of what does not "
-                    "fit run whole.",
-                    self.limit_bytes / 2**20,
+        if self.cache.kept_bytes + size > self.cache.limit_bytes:
+            if self.cache.limit_bytes > 0:
+                self.fallbacks.add(
+                    "some second passes run whole",
+                    "hidden states take more than "
+                    f"hidden_state_cache_limit_mib={self.cache.limit_bytes / 2**20:g} MiB",
+                    "What does not fit is run twice.",
                 )
             return
         originals = (hidden, *(tail or ()))
@@ -360,7 +423,7 @@ class Horizon:
         if run.sparse:
             pairs = zip(tensors(copies), tensors(originals), strict=True)
             cached.sources = {id(copy): original for copy, original in pairs if original.requires_grad}
-        self._count([hidden])
+        self.cache.count([hidden])
 
 
 def _is_reentrant(block: nn.Module) -> bool:

@@ -7,11 +7,13 @@ more of the lower blocks than their hidden state (losses of routers, long skips,
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+
+from slsam_peft.algorithm.layout import Upper
 
 REENTRANT = "CheckpointFunctionBackward"  # hides what it has run
 
@@ -22,7 +24,7 @@ class CrossLayerDependencyError(RuntimeError):
 
 def check_cut(
     hidden: torch.Tensor,
-    above: Sequence[nn.Module],
+    above: Upper,
     place: str,
     *,
     opaque: bool = True,
@@ -32,7 +34,7 @@ def check_cut(
 
     Args:
         hidden (`torch.Tensor`): What enters the blocks above the cut.
-        above (`Sequence[nn.Module]`): Modules whose trained parameters must not have had a part in it.
+        above (`Upper`): Modules whose trained parameters must not have had a part in it.
         place (`str`): Where the cut is, for the message.
         opaque (`bool`, *optional*, defaults to `True`): Whether reentrant checkpointing counts as such a
             parameter; `False` where blocks below the cut are trained, and checkpointed, too.
@@ -52,12 +54,12 @@ def check_cut(
         )
 
 
-def trained(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+def trained(modules: Upper) -> Iterator[torch.Tensor]:
     """Yield the parameters of modules that require a gradient, also where w + e stands in the place of w."""
-    for module in modules:
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                yield from (leaf for leaf in leaves(parameter) if leaf is not None)
+    own = (owner.parameters(recurse=False) for owner in modules.owners)
+    for parameter in chain(*(block.parameters() for block in modules.blocks), *own):
+        if parameter.requires_grad:
+            yield from (leaf for leaf in leaves(parameter) if leaf is not None)
 
 
 def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor | None]:

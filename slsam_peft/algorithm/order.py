@@ -1,73 +1,86 @@
-"""Sees in a pass whether modules outside the blocks run before or behind them.
+"""Sees in a pass in which order stacks of blocks run, and where between them what lies outside runs."""
 
-The order in which modules are registered does not tell: some heads are registered before the body that feeds them.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from slsam_peft.algorithm.arms import Arm, Arms
+from slsam_peft.algorithm.layout import Layout
 
 
 class RunOrder:
-    """Finds out for the arms whose depth is a guess whether they run behind the blocks.
+    """Finds out for a layout what of it is a guess.
 
     Args:
-        arms (`Sequence[Arm]`): The arms; only those of a model (`Arms`) can be unsure.
+        layout (`Layout` or `None`): The layout; `None` where there is none to be seen.
     """
 
-    def __init__(self, arms: Sequence[Arm]) -> None:
-        self._arms = arms if isinstance(arms, Arms) else None
-        self._behind: dict[nn.Module, bool] = {}
+    def __init__(self, layout: Layout | None) -> None:
+        self._layout = layout if layout is not None and layout.stacks else None
+        self._ran: list[nn.Module] = []  # blocks, by their first run
+        self._after: dict[nn.Module, int] = {}  # how many of them had run before a module outside did
 
     @property
     def unsure(self) -> bool:
-        """Whether there are such arms."""
-        return self._arms is not None and bool(self._arms.unsure)
+        """Whether something is to be seen yet."""
+        return self._layout is not None and self._layout.is_guess
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note, inside the context, which of their modules run behind the blocks."""
-        if self._arms is None or not self._arms.unsure:
+        """Note, inside the context, what runs after what."""
+        if self._layout is None or not self._layout.is_guess:
             yield
             return
-        modules = [module for modules in self._arms.unsure.values() for module in modules]
-        with watched_order(self._arms.all_blocks, modules) as behind:
+        known = set(self._ran)
+
+        def block_ran(module: nn.Module, args: tuple, output: Any) -> None:
+            if module not in known:
+                known.add(module)
+                self._ran.append(module)
+
+        def runs(module: nn.Module, args: tuple) -> None:
+            self._after.setdefault(module, len(self._ran))
+
+        with ExitStack() as stack:
+            for block in self._layout.blocks:
+                stack.callback(block.register_forward_hook(block_ran).remove)
+            for module in dict.fromkeys(self._layout.unsure.values()):
+                stack.callback(module.register_forward_pre_hook(runs).remove)
             yield
-        self._behind |= behind
 
-    def settle(self) -> bool:
-        """Set their depths by what has been seen so far, if anything has; return whether one has changed."""
-        return self._arms is not None and bool(self._behind) and self._arms.confirm(self._behind)
+    def settle(self, reduce: Callable[[list[torch.Tensor]], None] | None, device: torch.device) -> bool:
+        """Tell the layout what has been seen so far, if anything has; return whether that changes it.
 
+        Args:
+            reduce (callable or `None`): Averages tensors over ranks, in place: all of them must come to the same end.
+            device (`torch.device`): Where it wants them.
+        """
+        layout = self._layout
+        if layout is None or not self._ran:
+            return False
+        sums = self._seen(layout).to(device)
+        if reduce is not None:
+            reduce([sums])
+        found = (sums[0] / sums[1]).double().cpu()  # NaN where nobody has seen it
+        count = len(layout.stacks)
+        return layout.settle(found[: count * count].view(count, count), found[count * count :])
 
-@contextmanager
-def watched_order(blocks: Sequence[nn.Module], modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, bool]]:
-    """Note, inside the context, which of `modules` first run when a block has run already.
-
-    Args:
-        blocks (`Sequence[nn.Module]`): The blocks.
-        modules (`Iterable[nn.Module]`): The modules in question.
-
-    Yields:
-        `dict[nn.Module, bool]`: By module, whether it runs behind the blocks; filled as they run. Modules that do not
-            run are missing.
-    """
-    behind: dict[nn.Module, bool] = {}
-    ran: list[nn.Module] = []
-
-    def block_runs(module: nn.Module, args: tuple, output: Any) -> None:
-        ran.append(module)
-
-    def runs(module: nn.Module, args: tuple) -> None:
-        behind.setdefault(module, bool(ran))
-
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.callback(block.register_forward_hook(block_runs).remove)
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(runs).remove)
-        yield behind
+    def _seen(self, layout: Layout) -> torch.Tensor:
+        """Return what has been seen and whether it has been, shape `(2, stacks * stacks + unsure modules)`."""
+        index = {block: i for i, block in enumerate(layout.blocks)}
+        first = {block: i for i, block in enumerate(self._ran)}
+        starts = [min((first[b] for b in stack if b in first), default=math.nan) for stack in layout.stacks]
+        seen: list[tuple[float, float]] = []
+        for one in starts:
+            seen += [(float(one < other), float(one == one and other == other)) for other in starts]
+        for module in layout.unsure.values():
+            after = self._after.get(module)
+            if after is None:
+                seen.append((0.0, 0.0))
+            else:
+                last = len(layout.blocks) if after == len(self._ran) else index[self._ran[after - 1]] if after else -1
+                seen.append((float(last), 1.0))
+        return torch.tensor(seen).view(-1, 2).t().contiguous()

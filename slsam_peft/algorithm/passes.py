@@ -1,6 +1,5 @@
 """Runs a step's passes over its micro-batches: what is on, at which weights, where they are cut, what is replayed."""
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +10,10 @@ from torch import nn
 
 from slsam_peft.algorithm import rng
 from slsam_peft.algorithm.checks import Checks
+from slsam_peft.algorithm.cut_pass import CachedHiddenState
+from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.horizon import Horizon
+from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError
 from slsam_peft.algorithm.perturbation import Perturbation
 from slsam_peft.algorithm.stack import NotSeparableError, Pair, Stack
@@ -19,8 +21,8 @@ from slsam_peft.algorithm.step import Closure, Passes, Pending, Riding, Step, ad
 from slsam_peft.algorithm.swap import Sites
 from slsam_peft.algorithm.switching import switched_off
 
-logger = logging.getLogger(__name__)
-
+NOT_RIDING = "no sequence rides along in the pass of another batch"
+SMALL_PASS = "The ascent is made in a small pass of its own: the same count, a few more launches."
 NO_GRADIENT = (
     "does not require grad and does not have a grad_fn"  # torch, of a loss that nothing trained had a part in
 )
@@ -43,7 +45,8 @@ class PassRunner:
         parameters (`Sequence[nn.Parameter]`): Every arm's parameters.
         owner (`torch.Tensor`): Arm index of each, shape `(P,)`.
         sites (`Sites`): For each where modules read it; those without a place are moved in place.
-        horizon (`Horizon` or `None`): Cuts the passes; `None` runs them whole.
+        horizon (`Horizons` or `None`): Cuts the passes; `None` runs them whole.
+        fallbacks (`Fallbacks`): Told of what runs otherwise than meant.
         pairs (`Sequence[Pair]`, *optional*, defaults to `()`): The low-rank pairs that hold all parameters, where
             sequences of the next step may ride along.
         buffered (`Mapping[str, nn.Module]`, *optional*): Modules, by name, whose buffers a second pass must find as
@@ -58,15 +61,20 @@ class PassRunner:
         parameters: Sequence[nn.Parameter],
         owner: torch.Tensor,
         sites: Sites,
-        horizon: Horizon | None,
+        horizon: Horizons | None,
+        fallbacks: Fallbacks,
         pairs: Sequence[Pair] = (),
         buffered: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.parameters = parameters
         self.owner = owner
         self._arm_of: list[int] = owner.tolist()
+        self._members: dict[int, list[int]] = {arm: [] for arm in self._arm_of}
+        for i, arm in enumerate(self._arm_of):
+            self._members[arm].append(i)
         self.sites = sites
         self.horizon = horizon
+        self.fallbacks = fallbacks
         self.pairs = tuple(pairs)
         self.in_place = {p for p in parameters if not sites.get(p)}
         self.accelerators = rng.sources_of(parameters, buffered)
@@ -79,6 +87,10 @@ class PassRunner:
         """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
         on = arms.tolist()
         return [i for i, arm in enumerate(self._arm_of) if on[arm]]
+
+    def members_of(self, arm: int) -> list[int]:
+        """Return the positions of the parameters of one arm."""
+        return self._members[arm]
 
     def thawed(self) -> torch.Tensor:
         """Return which arms have a parameter that requires a gradient, boolean, shape `(L,)`.
@@ -97,6 +109,9 @@ class PassRunner:
         for i in range(len(self.parameters)) if arms is None else self.members(arms):
             self.parameters[i].grad = None
 
+    def _has_gradient(self, arms: torch.Tensor) -> bool:
+        return any(self.parameters[i].grad is not None for i in self.members(arms))
+
     def void(self) -> None:
         """Make one gradient NaN, for whoever must see for itself that a step is void."""
         found = next((p.grad for p in self.parameters if p.grad is not None), None)
@@ -107,7 +122,16 @@ class PassRunner:
 
     def perturbation(self, members: Sequence[int], offsets: Sequence[torch.Tensor]) -> Perturbation:
         """Return the perturbation of the parameters at the given positions."""
+        self._tell_in_place(sum(self.parameters[i] in self.in_place for i in members))
         return Perturbation([self.parameters[i] for i in members], offsets, self.sites, self.in_place)
+
+    def _tell_in_place(self, written: int) -> None:
+        if written:
+            self.fallbacks.add(
+                "some weights are perturbed in place",
+                f"{written} of them are read past their modules (a fused kernel, a list that a module keeps)",
+                "They are copied before each second pass and put back bit for bit: the memory of one copy.",
+            )
 
     def ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
@@ -165,23 +189,27 @@ class PassRunner:
             step.rode_losses = passes.rode()
 
     def _stop_cutting(self, error: CrossLayerDependencyError, step: Step, pending: Pending) -> None:
-        """Let this pass, which has lost nothing yet, and all later ones run whole."""
-        self.horizon = None
+        """Let this pass, which has lost nothing yet, and all later ones that are cut in the same stacks run whole."""
+        stopped = [h for h in (self._horizon(step), self._horizon_of_trained(step)) if h is not None]
+        if self.horizon is not None:
+            self.horizon.stop(stopped)
+            self.horizon = self.horizon if self.horizon.stacks else None
         if step.count == 1:
             self.clear()  # what a closure that accumulates gathered before the forward that raised the error
         rng.restore(pending.state)
-        logger.warning("passes are not cut: %s. Every pass runs whole, and costs what that costs.", error)
+        names = ", ".join(dict.fromkeys(h.name for h in stopped if h.name))
+        self.fallbacks.add(
+            f"passes are not cut{f' in {names}' if names else ''}",
+            error,
+            "Every pass runs whole, and costs what that costs: a step of two passes 2 plain ones.",
+        )
 
     def _stop_riding(self, error: NotSeparableError, pending: Pending) -> None:
         """Let this step, of which nothing is left, and all later ones make their ascents in passes of their own."""
         self.pairs = ()
         self.clear()
         rng.restore(pending.state)
-        logger.warning(
-            "no sequence rides along in the pass of another batch: %s. The ascent is made in a small pass of its own, "
-            "at the same count.",
-            error,
-        )
+        self.fallbacks.add(NOT_RIDING, error, SMALL_PASS)
 
     def _ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         # Keep what enters the lowest active block if the descent pass may start from it.
@@ -189,13 +217,21 @@ class PassRunner:
         keep = (
             horizon is not None
             and pending.whole  # the sequences of a part fit no other pass
+            and step.lowest_active - horizon.offset not in horizon.whole
             and (pending.passes.forward_only is not None or self._checks.is_reusable(horizon, step.lowest_active))
         )
         # Else the drawn arms alone are on, and nothing below them builds a graph.
         lowest_trained, on = (step.lowest_trained, step.trained) if keep else (step.lowest_active, step.mask)
-        context = horizon.truncated(step.lowest_active, lowest_trained, keep=keep) if horizon else nullcontext([])
+        context = self._truncated(horizon, step.lowest_active, lowest_trained, keep=keep)
         with context as cached_states, self.switched(on):
             loss = _loss_with_gradient(closure, step.mask)
+        if horizon is not None and cached_states and self._has_gradient(step.below):
+            # The graph of the blocks below has been run through: a second pass cannot go on from it.
+            horizon.stop_reuse(
+                step.lowest_active - horizon.offset,
+                f"what runs above block {step.lowest_active} takes in more of those below it than the hidden state",
+            )
+            cached_states.clear()
         if loss is None:
             cached_states.clear()
             pending.idle = torch.equal(step.mask, step.trained) and pending.whole
@@ -205,7 +241,7 @@ class PassRunner:
             return self._unknown()
         self._checks.replay(pending, closure, loss)
         # The first time, check that it does give the same loss.
-        if horizon is not None and keep and step.lowest_active > 0:
+        if horizon is not None and keep and cached_states:
             pending.cached_states = cached_states
             self._checks.reuse(horizon, step, pending, loss)
             step.cached += any(cached.hidden is not None for cached in pending.cached_states)
@@ -263,6 +299,7 @@ class PassRunner:
         assert step.perturbation is not None
         together = {site.parameter for p in bypassed for site in self.sites[p]}
         self.in_place |= {*bypassed, *(together & set(self.parameters))}
+        self._tell_in_place(len(self.in_place))
         self.clear()
         rng.restore(pending.state)
         with step.perturbation.applied():
@@ -271,10 +308,9 @@ class PassRunner:
     def _run(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor | None:
         """Run a descent pass at the weights as they are, from the cache where there is one."""
         horizon = self._horizon(step)
-        if horizon is None:
-            context = nullcontext()
-        elif pending.cached_states:
-            context = horizon.resumed(step.lowest_active, step.lowest_trained, pending.cached_states)
+        if horizon is not None and pending.cached_states:
+            lowest = (max(depth - horizon.offset, -1) for depth in (step.lowest_active, step.lowest_trained))
+            context = horizon.resumed(*lowest, pending.cached_states)
         else:
             context = self._uncut(step)
         with context:
@@ -287,10 +323,11 @@ class PassRunner:
         """Return the loss of a pass in which nothing that is switched on took part; `None` where it cannot be had."""
         if not self._idle:
             self._idle = True
-            logger.warning(
+            self.fallbacks.add(
+                "steps without a gradient are skipped, and counted in slsam/skipped",
                 "none of the drawn arms takes part in the loss of a batch (blocks that are skipped at random, as "
-                "layerdrop does, or batches without what an arm works on): its gradient is 0. Steps without any "
-                "gradient are skipped, and counted in slsam/skipped."
+                "layerdrop does, or batches without what an arm works on), so its gradient is 0",
+                "Such a step changes nothing.",
             )
         rng.restore(pending.state)
         if not torch.equal(step.mask, step.trained):  # uncut, the pass has the gradient of other arms
@@ -329,10 +366,23 @@ class PassRunner:
 
     def _uncut(self, step: Step) -> AbstractContextManager[Any]:
         """Return the context of a pass over all that is trained: its backward stops where nothing below is."""
-        horizon = self._horizon(step)
+        horizon = self._horizon_of_trained(step)
+        return self._truncated(horizon, max(step.lowest_trained, 0), step.lowest_trained, keep=False)
+
+    def _truncated(
+        self, horizon: Horizon | None, lowest_active: int, lowest_trained: int, *, keep: bool
+    ) -> AbstractContextManager[list[CachedHiddenState]]:
+        """Return the context of a pass that is cut at a depth, see `Horizon.truncated`; of a whole one without one."""
         if horizon is None:
-            return nullcontext()
-        return horizon.truncated(max(step.lowest_trained, 0), step.lowest_trained, keep=False)
+            return nullcontext([])
+        return horizon.truncated(lowest_active - horizon.offset, max(lowest_trained - horizon.offset, -1), keep=keep)
 
     def _horizon(self, step: Step) -> Horizon | None:
-        return self.horizon if step.lowest_active >= 0 else None
+        """Return where the passes of a step are cut that make gradients of its perturbed arms."""
+        return None if self.horizon is None else self.horizon.at(step.lowest_active)
+
+    def _horizon_of_trained(self, step: Step) -> Horizon | None:
+        """Return where the passes of a step are cut that make gradients of all its trained arms."""
+        if self.horizon is None or step.lowest_active < 0:
+            return None
+        return self.horizon.at(max(step.lowest_trained, 0))

@@ -2,7 +2,7 @@
 
 Blocks and adapter modules are found by structure, never by their names:
 
-- the *block stack* is the outermost `nn.ModuleList` of composite modules that holds trainable parameters;
+- a *block stack* is an outermost `nn.ModuleList` of composite modules that holds trainable parameters;
 - an *adapter module* is the largest module below a block whose frozen parameters all belong to one leaf, the layer it
   adapts (entries of module and parameter dictionaries, where PEFT keeps further adapters, do not count).
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from slsam_peft.algorithm.blocks import block_stacks
+from slsam_peft.algorithm.layout import Layout
 
 _CONTAINERS = (nn.ModuleDict, nn.ParameterDict, nn.ModuleList, nn.ParameterList)
 
@@ -27,59 +28,36 @@ class Place:
     attribute: str
     block_name: str | None
     module_name: str  # the adapter module, or the owner
-    depth: int | None
+    anchors: tuple[nn.Module, ...]  # the blocks that read it; outside the blocks the modules that do
     shared: bool
-    unsure: bool  # whether the depth, below or above the blocks, is a guess
 
 
-def places_of(model: nn.Module) -> tuple[list[Place], list[tuple[nn.Module, ...]]]:
-    """Locate every trainable parameter; return the places and the block stacks that hold some of them."""
+def places_of(model: nn.Module) -> tuple[list[Place], Layout]:
+    """Locate every trainable parameter; return the places, and where blocks and the modules outside them run."""
     # A stack in which nothing is trained, such as a frozen vision tower, holds no arm.
     stacks = [(path, stack) for path, stack in block_stacks(model) if any(p.requires_grad for p in stack.parameters())]
     blocks = {f"{path}.{i}" if path else str(i): block for path, stack in stacks for i, block in enumerate(stack)}
-    block_names = list(blocks)
-    block_index = {name: i for i, name in enumerate(block_names)}
+    block_index = {name: i for i, name in enumerate(blocks)}
     modules = dict(model.named_modules(remove_duplicate=False))
-    order = {name: i for i, name in enumerate(modules)}
-    first_block = min((order[name] for name in block_names), default=0)
-    bodies = _bodies(modules)
-    base_leaves = _BaseLeaves()
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             owners.setdefault(parameter, []).append(name)
-
-    def depth_of(name: str) -> int | None:
-        if not block_names:
-            return None
-        path = name.rpartition(".")[0]
-        inside = _block_of(path, block_index)
-        if inside is not None:
-            return block_index[inside]
-        # What is not known to lie above the stack counts as below it: that only costs time.
-        below = _is_embedding(path, modules) or (order[path] < first_block and not is_head(path))
-        return -1 if below else len(block_names)
-
-    def is_head(path: str) -> bool:
-        """Whether a model that names its body (`base_model_prefix`) has the module outside, and the blocks inside."""
-        return any(
-            path.startswith(f"{around}." if around else "")
-            and not f"{path}.".startswith(f"{body}.")
-            and all(name.startswith(f"{body}.") for name in block_names)
-            for around, body in bodies
-        )
-
-    def is_unsure(name: str) -> bool:
-        path = name.rpartition(".")[0]
-        outside = bool(block_names) and _block_of(path, block_index) is None
-        return outside and order[path] < first_block and not _is_embedding(path, modules)
-
+    layout = Layout({path: tuple(stack) for path, stack in stacks})
+    guess = _Guess(modules, blocks)
+    base_leaves = _BaseLeaves()
     places = []
     for parameter, names in owners.items():
         name = names[0]
         path, _, attribute = name.rpartition(".")
         block_name = _block_of(path, block_index)
-        depths = [d for d in map(depth_of, names) if d is not None]
+        anchors = []
+        for reader in (n.rpartition(".")[0] for n in names):
+            inside = _block_of(reader, block_index)
+            anchors.append(modules[reader] if inside is None else blocks[inside])
+            if inside is None and blocks:
+                layout.place(modules[reader], *guess(reader), modules[_not_a_container(reader, modules)])
+        layout.share(anchors)
         if len(names) > 1 and any(_block_of(n.rpartition(".")[0], block_index) != block_name for n in names):
             block_name = None  # shared between blocks, or with the outside: an arm of its own
         places.append(
@@ -90,12 +68,49 @@ def places_of(model: nn.Module) -> tuple[list[Place], list[tuple[nn.Module, ...]
                 attribute=attribute,
                 block_name=block_name,
                 module_name=_adapter_module(path, modules, block_index, base_leaves) or name,
-                depth=min(depths) if depths else None,
+                anchors=tuple(anchors),
                 shared=len(names) > 1,
-                unsure=len(names) == 1 and is_unsure(name),
             )
         )
-    return places, [tuple(stack) for _, stack in stacks]
+    return places, layout
+
+
+class _Guess:
+    """Guesses where modules outside the blocks run, by the order in which they are registered.
+
+    Args:
+        modules (`Mapping[str, nn.Module]`): All modules of the model, by name, in order.
+        blocks (`Mapping[str, nn.Module]`): The blocks, by name, in order.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.blocks = list(blocks)
+        self._order = {name: i for i, name in enumerate(modules)}
+        self._bodies = _bodies(modules)
+
+    def __call__(self, path: str) -> tuple[int, bool]:
+        """Return a depth for the module at `path`, and whether it is no more than a guess.
+
+        What is not known to lie above a block counts as below it: that only costs time.
+        """
+        if _is_embedding(path, self.modules):
+            return -1, False
+        if self._is_head(path):
+            return len(self.blocks), self._order[path] < self._order[self.blocks[0]]
+        before = sum(self._order[name] < self._order[path] for name in self.blocks)
+        if before == len(self.blocks):
+            return before, any(f"{path}.".startswith(f"{body}.") for _, body in self._bodies)
+        return before - 1, True
+
+    def _is_head(self, path: str) -> bool:
+        """Whether a model that names its body (`base_model_prefix`) has the module outside, and the blocks inside."""
+        return any(
+            path.startswith(f"{around}." if around else "")
+            and not f"{path}.".startswith(f"{body}.")
+            and all(name.startswith(f"{body}.") for name in self.blocks)
+            for around, body in self._bodies
+        )
 
 
 def _bodies(modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
@@ -117,7 +132,14 @@ def _block_of(path: str, block_index: dict[str, int]) -> str | None:
     return None
 
 
-def _is_embedding(path: str, modules: dict[str, nn.Module]) -> bool:
+def _not_a_container(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the name of a module, or of the one around it that runs itself."""
+    while path and isinstance(modules[path], _CONTAINERS):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _is_embedding(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the module at `path`, or the adapter module around it, embeds token ids."""
     while path:
         module = modules[path]
@@ -147,9 +169,7 @@ def _adapter_module(
     path: str, modules: dict[str, nn.Module], block_index: dict[str, int], base_leaves: _BaseLeaves
 ) -> str:
     """Name of the adapter module around the module at `path`, or of the nearest module that is no container."""
-    while path and isinstance(modules[path], _CONTAINERS):
-        path = path.rpartition(".")[0]
-    found = owner = path
+    found = owner = path = _not_a_container(path, modules)
     while path and path not in block_index and base_leaves(modules[path]) <= 1:
         if base_leaves(modules[path]) == 1 and not isinstance(modules[path], _CONTAINERS):
             found = path

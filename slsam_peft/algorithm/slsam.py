@@ -12,7 +12,7 @@ r"""SL-SAM composes one step out of the sampler, the ascent, the radius and the 
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from slsam_peft.algorithm.absent import keep_importance, pass_over_absent_pairs
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.exchange import average_ascent, average_descent
-from slsam_peft.algorithm.horizon import Horizon
+from slsam_peft.algorithm.fallbacks import Fallbacks
+from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
@@ -57,8 +58,10 @@ class SLSAM:
         cost (callable, *optional*): `Step` -> predicted cost in plain steps, or `None`; logged.
         pairs (`Sequence[Pair]`, *optional*, defaults to `()`): The low-rank pairs of the model. Where they hold every
             arm's parameters, sequences of the next step may ride along in a pass.
+        fallbacks (`Fallbacks`, *optional*): Told of what runs otherwise than meant. Defaults to a new list.
 
     Attributes:
+        fallbacks (`Fallbacks`): What has run otherwise than meant, so that it costs or computes something else.
         config (`SLSAMConfig`): The resolved settings.
         active (`torch.Tensor`): Arms perturbed in the last step, boolean, shape `(L,)`.
         metrics (`dict[str, float]`): Numbers of the last step.
@@ -102,8 +105,10 @@ class SLSAM:
         fraction: float | None = None,
         cost: Callable[[Step], float] | None = None,
         pairs: Sequence[Pair] = (),
+        fallbacks: Fallbacks | None = None,
     ) -> None:
         # The arms must be a partition of the parameters.
+        self.fallbacks = Fallbacks() if fallbacks is None else fallbacks
         self.config = config = (config or SLSAMConfig()).resolved
         self.arms = arms
         if not len(arms):
@@ -129,14 +134,13 @@ class SLSAM:
         name: Any = config.ascent if config.is_perturbed else None
         self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
         self.radius = build_radius(config)
-        blocks = getattr(arms, "blocks", ())
-        limit, above = config.hidden_state_cache_limit_mib * 2**20, getattr(arms, "above", ())
-        self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
+        self.horizon = self._horizons()
         self.runner = PassRunner(
             parameters,
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
             {p: sites for arm in arms for p, sites in zip(arm.parameters, arm.sites, strict=True)},
             self.horizon,
+            self.fallbacks,
             pairs if rideable and self.ascent.rides else (),
             getattr(arms, "buffered", None),
         )
@@ -157,11 +161,10 @@ class SLSAM:
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
         self._watch = RadiusWatch()
-        self._said_whole = False
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
         self._random_before: rng.State = {}
-        self._order = RunOrder(arms)
+        self._order = RunOrder(getattr(arms, "layout", None))
         if config.method is None:
             logger.info(
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
@@ -279,11 +282,13 @@ class SLSAM:
         thawed = self.runner.thawed()
         draw = self._draw(thawed)
         trained = thawed if self.config.descent == "all" else draw.mask
+        lowest = -1 if self._order.unsure else self._lowest(draw.mask)  # where blocks run is not known yet
         step = Step(
             draw=draw,
             trained=trained,
-            lowest_active=self._lowest(draw.mask),
-            lowest_trained=self._lowest(trained),
+            lowest_active=lowest,
+            lowest_trained=min(lowest, self._lowest(trained)),
+            below=torch.tensor(self._depths) < lowest,
             count=count,
             divisor=count if passes.divisor is None else passes.divisor,
         )
@@ -304,14 +309,21 @@ class SLSAM:
             with self._order.watched():
                 passes.forward_only()
             rng.restore(self._random_before)
-        if not self._order.settle():
+        if not self._order.settle(self.reduce, self.runner.parameters[0].device):
             return
+        self.arms.place_again()
         self._depths = _depths(self.arms)
         drawn_so_far = self.sampler.scheme.state_dict()
         self.sampler.scheme = build_scheme(self.config, [arm.depth for arm in self.arms])
         self.sampler.scheme.load_state_dict(drawn_so_far)
-        if self.horizon is not None:
-            self.horizon.above = getattr(self.arms, "above", ())
+        self.horizon = self.runner.horizon = self._horizons()
+
+    def _horizons(self) -> Horizons | None:
+        """Return what cuts the passes; `None` where there is nothing to cut at."""
+        layout = getattr(self.arms, "layout", None)
+        if layout is None or not layout.stacks:
+            return None
+        return Horizons(layout, self.config.hidden_state_cache_limit_mib * 2**20, self.fallbacks)
 
     def _lowest(self, arms: torch.Tensor) -> int:
         """Return the depth of the lowest arm in a mask, shape `(L,)`."""
@@ -381,13 +393,13 @@ class SLSAM:
         if self.ascent.exact:
             return passes.logged
         rides = bool(self.runner.pairs)  # and then this is the first step of an epoch alone
-        if step.count == 1 and not rides and not self._said_whole:
-            self._said_whole = True
-            logger.warning(
-                "the ascent is made by the whole batch, which costs a second pass (2.0 plain steps): %s.",
+        if step.count == 1 and not rides:
+            self.fallbacks.add(
+                "the ascent is made by the whole batch",
                 "it has a single sequence; with gradient accumulation one micro-batch of several makes it"
                 if passes.sequences == 1
                 else "no part of it can be taken (in a loop of your own, pass ascent_closure)",
+                "That is a second pass: a step costs 2.0 plain ones.",
             )
         return passes.unlogged
 
@@ -402,8 +414,21 @@ class SLSAM:
             unit = unit / scale.reshape(()).to(unit.device)
         step.ascent_squared = squared * unit.square()
         if found:
+            self._tell_unperturbed(step, found)
             self._perturb(step, found, squared.sum().sqrt(), unit)
         self.runner.clear()
+
+    def _tell_unperturbed(self, step: Step, gradients: Collection[int]) -> None:
+        """Tell of drawn arms that took no part in the ascent's loss, though others did."""
+        for arm in step.mask.nonzero().flatten().tolist():
+            members = [i for i in self.runner.members_of(arm) if self.runner.parameters[i].requires_grad]
+            if members and not any(i in gradients for i in members):
+                self.fallbacks.add(
+                    "a drawn arm is not perturbed in some steps",
+                    f"{self.arms[arm].name} takes no part in the loss of the sequences that make the ascent (layers "
+                    "whose output is not used, batches without images)",
+                    "Such a step perturbs fewer arms than were drawn.",
+                )
 
     def _share(self, step: Step, like: torch.Tensor) -> torch.Tensor:
         """Return the factor that makes the ascent passes' loss the mean over their own sequences, shape `()`."""

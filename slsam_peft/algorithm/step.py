@@ -104,6 +104,7 @@ class Step:
     trained: torch.Tensor  # (L,) boolean, arms that get a descent gradient
     lowest_active: int  # lowest depth of a perturbed arm; -1: below the blocks, or unknown
     lowest_trained: int  # lowest depth of a trained arm
+    below: torch.Tensor  # (L,) boolean, arms that lie below it
     count: int  # micro-batches
     next_mask: torch.Tensor | None = None  # (L,) boolean, arms that the next step perturbs, where it is drawn already
     taken: int = 0  # sequences whose ascent passes have run

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.parsing import DTYPES
@@ -193,7 +193,8 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """Return the plan as plain values.
 
     Returns:
-        `dict`: `"model"`, `"arms"`, `"cost"`, `"epoch"` (`None` without `--rows`), `"memory"` (bytes),
+        `dict`: `"model"`, `"arms"`, `"cost"`, `"fallbacks"` (what will run otherwise than meant, each with `"what"`,
+            `"why"` and `"costs"`), `"epoch"` (`None` without `--rows`), `"memory"` (bytes),
             `"plain_memory"` (plain LoRA's total), `"no_more_memory"` (the total where the ascent runs in a small pass
             of its own; `None` where it does), `"memory_gib"` (what it must fit; `None` where that is not known),
             `"fits"` (the same) and `"smallest_card_gib"` (memory of the smallest GPU that holds it).
@@ -210,6 +211,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     from slsam_peft.cost.expected import ExpectedCost, rule_of
     from slsam_peft.cost.memory import OPTIMIZERS, MemorySettings, memory_of
     from slsam_peft.cost.model import CostModel, Rule
+    from slsam_peft.models.foresight import foreseen, has_router_losses
     from slsam_peft.models.shapes import find_config, meta_model
 
     if args.optim not in OPTIMIZERS:
@@ -223,7 +225,9 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     cost = CostModel.from_model(model, args.gradient_checkpointing, blocks=arms.blocks)
     # What a step of it costs.
     shapes = [(args.batch_size, args.max_length)] * args.gradient_accumulation_steps
-    expected = ExpectedCost(cost, arms, config, shapes)
+    routed = has_router_losses(model)
+    rule = rule_of(config, rides=not routed)
+    expected = ExpectedCost(cost, arms, config, shapes, replace(rule, reused=0) if routed else rule)
     fraction = _fraction(config, expected)
     # What it holds at the peak, and what that fits.
     settings = MemorySettings(
@@ -234,6 +238,8 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         hidden_state_cache_limit_bytes=config.hidden_state_cache_limit_mib * 2**20,
     )
     rule = expected.rule
+    parts = config.resolved
+    looks_ahead = parts.is_perturbed and parts.ascent == "auto" and parts.descent == "all"
 
     def memory_under(other: "Rule") -> dict[str, float]:
         return memory_of(model, cost, shapes, other, settings, fraction)
@@ -245,6 +251,12 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         "model": _model_facts(args, model),
         "arms": _arm_rows(arms, expected, fraction),
         "cost": _cost_facts(config.resolved, expected, fraction),
+        "fallbacks": [
+            fallback._asdict()
+            for fallback in foreseen(
+                model, arms, looks_ahead=looks_ahead, micro_batches=args.gradient_accumulation_steps
+            )
+        ],
         "epoch": _epoch_facts(args, expected(fraction)),
         "memory": memory,
         "plain_memory": memory_under(Rule(ascent=Ascent()))["total"],

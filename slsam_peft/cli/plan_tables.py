@@ -43,6 +43,8 @@ def show(plan: dict[str, Any], *, arms: bool = False) -> None:
     for name, answer in answers.items():
         if answer:
             console.print(f"[bold]{name}[/bold]: {answer}")
+    for fallback in plan["fallbacks"]:
+        console.print(f"[bold]Falls back[/bold]: {fallback['what']}: {fallback['why']}. {fallback['costs']}")
     console.print()
     console.print(_cost(plan["cost"]))
     console.print(_memory(plan["memory"]))

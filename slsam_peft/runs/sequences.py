@@ -1,29 +1,24 @@
-"""Turns rows into sequences as TRL does, and says what TRL does not: which answers are cut off, which ids are none."""
+"""Turns rows into sequences as TRL does, and says what it does not: a missing end token, ids that are none."""
 
-import copy
-import logging
 from importlib import import_module
 from typing import Any
 
 from trl import SFTTrainer
 from trl.data_utils import is_conversational
 
-from slsam_peft.data.lengths import needed
 from slsam_peft.data.parts import without_parts
 from slsam_peft.data.tables import is_table
 from slsam_peft.errors import UserError
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
-logger = logging.getLogger(__name__)
-
 _BATCH = 1024
 
 
 class CheckedTrainer(SLSAMTrainer):
-    """`SLSAMTrainer` that refuses rows with nothing to learn, counts those it leaves out, and takes parts of texts.
+    """`SLSAMTrainer` that takes contents that are parts of texts, and wants an end token.
 
     Raises:
-        ValueError: a tokenizer without an end token where the rows need one; rows of which every answer is cut off.
+        ValueError: a tokenizer without an end token where the rows need one.
         UserError: a row that the model's chat template cannot take.
     """
 
@@ -32,16 +27,7 @@ class CheckedTrainer(SLSAMTrainer):
     ) -> Any:
         check_end_token(dataset, getattr(processing_class, "tokenizer", processing_class), args.dataset_text_field)
         rows = without_parts(dataset, processing_class)
-        options = (processing_class, args, packing, formatting_func, dataset_name)
-        made = super()._prepare_dataset(rows, *options)
-        if not packing and args.max_length is not None and is_table(rows) and len(made) < len(rows):
-            whole = copy.copy(args)
-            whole.max_length = None
-            # Made anew only where something was lost: only whole sequences tell how long they would have to be.
-            _tell_lost(
-                len(made), super()._prepare_dataset(rows, processing_class, whole, *options[2:]), args, dataset_name
-            )
-        return made
+        return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, dataset_name)
 
 
 def check_end_token(data: Any, tokenizer: Any, text_field: str) -> None:
@@ -58,28 +44,6 @@ def check_end_token(data: Any, tokenizer: Any, text_field: str) -> None:
         f"the tokenizer has no end token, and each '{column}' must end with one, or the model never learns to stop; "
         "name the token of its vocabulary that ends a text: --eos_token TOKEN."
     )
-
-
-def _tell_lost(kept: int, whole: Any, args: Any, name: str) -> None:
-    """Say how many rows have nothing to learn within the sequence length.
-
-    Raises:
-        ValueError: all of them.
-    """
-    found = needed(whole.select_columns(["labels"]), args.max_length, from_end=args.truncation_mode == "keep_end")
-    which = "held-out" if name == "eval" else "training"
-    limit = f"max_length={args.max_length}"
-    if not found.first:
-        what, do = f"have no answer (a completion that its chat template leaves out): {found.without} of", ""
-    else:
-        what = f"have no answer within {limit} and are left out:"
-        do = (
-            f"; an answer begins in each with max_length={found.begun}, and all are whole with "
-            f"max_length={found.whole}"
-        )
-    if kept == 0:
-        raise ValueError(f"all {len(whole)} {which} rows {what.removesuffix(' and are left out:')}{do}.")
-    logger.warning("%d of %d %s rows %s%s.", len(whole) - kept, len(whole), which, what.rstrip(":"), do)
 
 
 def check_token_ids(trainer: SFTTrainer) -> None:

@@ -78,6 +78,7 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
             "method": {"name": "sl-sam", **trainer.slsam_config.to_dict()},
             "training": {"steps": trainer.state.global_step} | {n: _plain(trainer.args, n) for n in _TRAINING},
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "fallbacks": [fallback._asdict() for fallback in trainer.slsam_fallbacks],
             "base": describe_base(model),
             "probe": probe(model),
         }

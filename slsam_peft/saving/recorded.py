@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from slsam_peft.algorithm.fallbacks import Fallback
 from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
 from slsam_peft.errors import UserError
 from slsam_peft.saving.record import (
@@ -50,6 +51,20 @@ def read_record(folder: Path) -> Record | None:
     return record
 
 
+def recorded_fallbacks(folder: str | Path) -> list[Fallback]:
+    """Return what training fell back to, by the record in a folder; nothing where none can be read."""
+    try:
+        record = read_record(Path(folder))
+    except UserError:
+        return []
+    return fallbacks_in(record)
+
+
+def fallbacks_in(record: Record | None) -> list[Fallback]:
+    """Return what training fell back to, by a record; nothing where an earlier version wrote it, which did not say."""
+    return [Fallback(**entry) for entry in (record or {}).get("fallbacks", [])]
+
+
 def _is_alone(folder: Path) -> bool:
     """Return whether a folder's adapter is the only one that a record a folder above can be of."""
     above = folder.resolve().parent
@@ -73,6 +88,8 @@ def _check(record: Any) -> None:
     if quantization is not None and names is None:
         raise ValueError("base.unquantized is null; for a quantised base it must be a list of texts")
     _entries(record, "base.values", _are_samples, f"a list of {SAMPLED_VALUES} numbers")
+    if "fallbacks" in record:  # records of earlier versions have none
+        _get(record, "fallbacks", _are_fallbacks, f"a list of mappings of {', '.join(Fallback._fields)} to texts")
     _get(
         record,
         "probe",
@@ -135,6 +152,15 @@ def _is_shape(value: Any) -> bool:
 def _are_samples(value: Any) -> bool:
     """Whether these are the values sampled of a tensor; an empty one has none."""
     return isinstance(value, list) and len(value) in (0, SAMPLED_VALUES) and all(map(_is_number, value))
+
+
+def _are_fallbacks(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and entry.keys() == set(Fallback._fields)
+        and all(isinstance(text, str) for text in entry.values())
+        for entry in value
+    )
 
 
 def _is_row(value: Any) -> bool:

@@ -4,7 +4,6 @@ Batch -> the sequences that make its ascent, and those of the next batch that ri
 takes a fresh dictionary, since the trainer's loss may take entries out of the one it is given.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +14,8 @@ from torch import nn
 from trl import DPOTrainer, RewardTrainer
 
 from slsam_peft.algorithm.ascents import Ascent
+from slsam_peft.algorithm.fallbacks import Fallbacks
+from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
 from slsam_peft.algorithm.stack import NotSeparableError
 from slsam_peft.algorithm.step import Cut, Passes, Riding
 from slsam_peft.trainer.cutting import (
@@ -30,8 +31,6 @@ from slsam_peft.trainer.joining import CannotJoinError, Joined, join
 from slsam_peft.trainer.muting import forward_only, muted
 from slsam_peft.trainer.token_losses import TokenLosses
 
-logger = logging.getLogger(__name__)
-
 Batch = Mapping[str, Any]
 
 _BESIDE_TOKENS = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # keys and values, no tokens of the batch
@@ -45,25 +44,31 @@ class TrainerPasses:
         step (callable): Its `training_step`, without the algorithm: `(model, inputs, num_items)` -> loss.
         ascent (`Ascent`): Says which sequences are needed.
         losses (`TokenLosses` or `None`): Of the trainer's passes, where its loss is a sum over tokens.
+        fallbacks (`Fallbacks`): Told of batches whose sequences cannot be told apart or joined.
 
     Attributes:
         joined (`Joined` or `None`): The last micro-batch with what rides along in it.
     """
 
     def __init__(
-        self, trainer: Any, step: Callable[..., torch.Tensor], ascent: Ascent, losses: TokenLosses | None
+        self,
+        trainer: Any,
+        step: Callable[..., torch.Tensor],
+        ascent: Ascent,
+        losses: TokenLosses | None,
+        fallbacks: Fallbacks,
     ) -> None:
         self.trainer = trainer
         self.step = step
         self.ascent = ascent
         self.losses = losses
+        self.fallbacks = fallbacks
         self.stacked = 2 if isinstance(trainer, DPOTrainer | RewardTrainer) else 1  # chosen rows above rejected ones
         config = getattr(trainer.model, "config", None)
         self.images = None if config is None else ImageCounts.of(config)
         self.prompted = _prepends_tokens(trainer.model)
         self.whole = coupled(trainer)
         self.joined: Joined | None = None
-        self._said: set[str] = set()
         self._rode: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None  # of the step before
 
     def of(self, model: nn.Module, inputs: Batch, num_items: Any, coming: Batch | None) -> Passes:
@@ -132,7 +137,7 @@ class TrainerPasses:
                 reason = str(error)
         else:
             reason = self.whole
-        self._say_once("cut", "the ascent takes a whole micro-batch: %s. It costs as much as the batch has.", reason)
+        self._take_whole(reason)
         return None
 
     def _cut(self, inputs: Batch, wanted: int, quiet: Any, forward: Any, num_items: Any) -> Cut:
@@ -140,8 +145,7 @@ class TrainerPasses:
         try:
             cut = first_sequences(inputs, wanted, self.stacked, self.images).inputs
         except CannotCutError as error:
-            reason = "the ascent takes a whole micro-batch: %s. It costs as much as the batch has."
-            self._say_once("cut", reason, error)
+            self._take_whole(error)
             cut = dict(inputs)
 
         def seen_in() -> torch.Tensor | None:
@@ -169,7 +173,7 @@ class TrainerPasses:
             wanted = self.ascent.riding(count_sequences(coming))
             joined = self.joined = join(inputs, coming, wanted)
         except (CannotCutError, CannotJoinError) as error:
-            self._say_once("join", "no sequence rides along in the pass of another batch: %s.", error)
+            self.fallbacks.add(NOT_RIDING, error, SMALL_PASS)
             return None
         assert self.losses is not None
         losses = self.losses
@@ -211,10 +215,12 @@ class TrainerPasses:
         self.trainer._total_train_tokens -= tokens
         self.trainer._metrics["train"]["num_tokens"] = [self.trainer._total_train_tokens]
 
-    def _say_once(self, subject: str, message: str, reason: Any) -> None:
-        if subject not in self._said:
-            self._said.add(subject)
-            logger.warning(message, reason)
+    def _take_whole(self, why: object) -> None:
+        self.fallbacks.add(
+            "the ascent takes a whole micro-batch",
+            why,
+            "It costs as much as the batch has: with a single micro-batch a step is 2 plain ones.",
+        )
 
 
 def _known(loss: torch.Tensor | None) -> torch.Tensor:

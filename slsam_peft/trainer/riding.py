@@ -1,12 +1,13 @@
 """Finds out whether sequences of the next batch may ride along in a pass, and the pairs of factors they need."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from trl import SFTTrainer
 
+from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.stack import Pair
 
 
@@ -34,6 +35,24 @@ def _is_plain(module: Any) -> bool:
     return type(module) is nn.Linear and "forward" not in vars(module)
 
 
+def not_pairs(arms: Sequence[Arm], pairs: Sequence[Pair]) -> str:
+    """Return why sequences cannot ride along in passes of what is trained, where the trainer would let them.
+
+    Args:
+        arms (`Sequence[Arm]`): What is trained.
+        pairs (`Sequence[Pair]`): What `lora_pairs` found.
+
+    Returns:
+        `str`: A clause without a full stop.
+    """
+    known = {id(weight) for pair in pairs for weight in pair.weights}
+    trained = ((n, p) for arm in arms for n, p in zip(arm.parameter_names, arm.parameters, strict=True))
+    others = [name for name, parameter in trained if id(parameter) not in known]
+    if not others:
+        return "the arms that are not drawn are not trained (descent='active')"
+    return f"only plain pairs of LoRA factors can run with two weights, and {others[0]} is none"
+
+
 def why_not(trainer: Any) -> str | None:
     """Return why no sequence may ride along in a trainer's passes; `None` where they may.
 
@@ -50,7 +69,7 @@ def why_not(trainer: Any) -> str | None:
     if args.gradient_accumulation_steps > 1:
         return (
             f"it needs one micro-batch per step, and gradient_accumulation_steps={args.gradient_accumulation_steps}: "
-            "one of the micro-batches makes the ascent, at the same count"
+            "sequences of the first micro-batch make the ascent"
         )
     if trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
         return "it needs TRL's own loss, normalised by num_items_in_batch, and here is another one"

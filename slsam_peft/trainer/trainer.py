@@ -1,5 +1,6 @@
 """`SLSAMTrainer` is TRL's `SFTTrainer` with one argument more."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,25 +13,30 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import arms_of
+from slsam_peft.algorithm.fallbacks import Fallbacks
+from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
 from slsam_peft.algorithm.slsam import SLSAM
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
+from slsam_peft.data.tables import is_table
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.saving.card import describe
 from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
 from slsam_peft.saving.hashes import HASHES_NAME, write_hashes
 from slsam_peft.saving.record import write_record
+from slsam_peft.saving.recorded import recorded_fallbacks
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
 from slsam_peft.trainer.advice import advise
+from slsam_peft.trainer.answers import check_answers
 from slsam_peft.trainer.batches import Lookahead, batch_shape
 from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
 from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
-from slsam_peft.trainer.riding import lora_pairs, why_not
+from slsam_peft.trainer.riding import lora_pairs, not_pairs, why_not
 from slsam_peft.trainer.support import (
     check_optimizer,
     check_sequences,
@@ -79,6 +85,7 @@ class SLSAMMixin(_Base):
 
     Attributes:
         slsam (`SLSAM`): The algorithm; set when training starts.
+        slsam_fallbacks (`Fallbacks`): What has run otherwise than meant so far; it stands in `slsam.json`, too.
 
     Raises:
         ValueError: a set-up that is not supported (DeepSpeed, FSDP, torch.compile, GRPO); no trainable parameter; an
@@ -101,6 +108,7 @@ class SLSAMMixin(_Base):
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
         warn_if_low_precision(self.model)
+        self.slsam_fallbacks = Fallbacks(logger)
         # Set when training starts, or when a checkpoint is loaded.
         self._slsam: SLSAM | None = None
         self._slsam_batches: Lookahead | None = None
@@ -142,7 +150,23 @@ class SLSAMMixin(_Base):
         if model is not None and (budget := config.cost_budget) is not None:
             shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
             fraction = ExpectedCost(model, self.slsam_arms, config, shapes).solve(budget)
-        slsam = SLSAM(self.slsam_arms, config, fraction=fraction, cost=self._slsam_cost, pairs=pairs)
+        slsam = SLSAM(
+            self.slsam_arms,
+            config,
+            fraction=fraction,
+            cost=self._slsam_cost,
+            pairs=pairs,
+            fallbacks=self.slsam_fallbacks,
+        )
+        if model is not None and len(self.slsam_arms.layout.stacks) > 1:
+            counted = model.decoder.block_names[0].rpartition(".")[0]
+            self.slsam_fallbacks.add(
+                "slsam/cost and cost_budget count one stack of blocks",
+                f"adapters are trained in several, and only {counted} has a known number of tokens",
+                "What the others cost is not in it.",
+            )
+        if config.ascent == "auto" and config.is_perturbed and not slsam.runner.pairs:
+            self.slsam_fallbacks.add(NOT_RIDING, why_not(self) or not_pairs(slsam.arms, pairs), SMALL_PASS)
         if has_ranks():
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
@@ -173,7 +197,7 @@ class SLSAMMixin(_Base):
         losses = None
         if isinstance(self, SFTTrainer) and self.slsam_config.is_perturbed:
             losses = TokenLosses(self.model, str(self.args.loss_type))
-        return TrainerPasses(self, super().training_step, self.slsam.ascent, losses)
+        return TrainerPasses(self, super().training_step, self.slsam.ascent, losses, self.slsam_fallbacks)
 
     def _end_training(self) -> None:
         if self._slsam_trace is not None:
@@ -311,6 +335,7 @@ class SLSAMMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._slsam = self._build_slsam()
+            self.slsam_fallbacks.recall(recorded_fallbacks(checkpoint))
             try:
                 load_state(self._slsam, checkpoint)
             except StateMismatchError as error:
@@ -343,6 +368,9 @@ class SLSAMTrainer(SLSAMMixin, SFTTrainer):
         slsam_config (`SLSAMConfig`, *optional*): Settings of SL-SAM; the best known (`method="auto"`) where it is
             missing. All other arguments are `SFTTrainer`'s.
 
+    Raises:
+        ValueError: as `SLSAMMixin`; and rows of which every answer is cut off by `max_length`.
+
     Example:
 
     ```python
@@ -353,3 +381,20 @@ class SLSAMTrainer(SLSAMMixin, SFTTrainer):
     trainer.slsam.probabilities
     ```
     """
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Make sequences of rows as TRL does, and say of how many nothing is left to learn within `max_length`.
+
+        Raises:
+            ValueError: of none anything is; the message names the length that would do.
+        """
+        cut = args.max_length is not None and (not packing or args.packing_strategy == "bfd")
+        if cut and is_table(dataset):
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            check_answers(dataset, args, dataset_name, packing=packing)
+            formatting_func = None  # TRL takes rows with tokens for ready: it cuts or packs them, and nothing else
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

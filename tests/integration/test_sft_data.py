@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
-from trl import ModelConfig
+from transformers import PreTrainedTokenizerFast
+from trl import ModelConfig, SFTTrainer
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.cli.main import main
@@ -16,6 +17,7 @@ from slsam_peft.data.load import load_split
 from slsam_peft.errors import UserError
 from slsam_peft.runs.finetune import peft_config_of
 from slsam_peft.runs.sequences import CheckedTrainer, check_enough_rows, check_token_ids
+from slsam_peft.trainer.trainer import SLSAMTrainer
 from tests.tiny import build, llama, tokenizer
 
 pytestmark = [
@@ -38,9 +40,11 @@ def rows(*given: dict[str, Any]) -> datasets.Dataset:
     return datasets.Dataset.from_list(list(given))
 
 
-def trainer(data: datasets.Dataset, *, model: Any = None, parts: Any = None, **settings: Any) -> Any:
+def trainer(
+    data: datasets.Dataset, *, cls: type = CheckedTrainer, model: Any = None, parts: Any = None, **settings: Any
+) -> Any:
     config = SLSAMConfig(active_fraction=1.0)
-    return build(CheckedTrainer, "out", config, model=model, data=data, parts=parts, **settings)
+    return build(cls, "out", config, model=model, data=data, parts=parts, **settings)
 
 
 def sft(*words: str) -> int:
@@ -86,6 +90,39 @@ def test_what_is_kept_from_the_end_is_counted_from_there(caplog: pytest.LogCaptu
     trainer(data, max_length=8, truncation_mode="keep_end")
     assert "1 of 2 training rows have no answer within max_length=8 and are left out" in caplog.text
     assert "an answer begins in each with max_length=10" in caplog.text
+
+
+def test_rows_are_counted_from_python_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "slsam_peft"):
+        made = trainer(rows(SHORT, LONG, LONG), cls=SLSAMTrainer, max_length=8)
+    assert len(made.train_dataset) == 1
+    assert "2 of 3 training rows have no answer within max_length=8 and are left out" in caplog.text
+    with pytest.raises(ValueError, match=r"all 2 training rows have no answer within max_length=8; .*length=21"):
+        trainer(rows(LONG, LONG), cls=SLSAMTrainer, max_length=8)
+
+
+def test_rows_are_made_into_sequences_once_and_as_by_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count needs no second tokenization, and what is trained on is what TRL makes of the rows."""
+    calls = []
+    made = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "__call__", lambda self, *a, **k: calls.append(1) or made(self, *a, **k)
+    )
+    given = [SHORT, LONG, {"prompt": "w4", "completion": " w5 w6 w7"}]
+    counts, found = [], []
+    for cls in (SFTTrainer, SLSAMTrainer):
+        calls.clear()
+        config = None if cls is SFTTrainer else SLSAMConfig()
+        found.append(build(cls, "out", config, data=rows(*given), max_length=8, shuffle_dataset=True).train_dataset[:])
+        counts.append(len(calls))
+    assert found[0] == found[1]
+    assert counts[0] == counts[1] > 0
+
+
+def test_rows_that_packing_cuts_off_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "slsam_peft"):
+        trainer(rows(SHORT, LONG), cls=SLSAMTrainer, max_length=8, packing=True)
+    assert "1 of 2 training rows have no answer within max_length=8 and teach nothing" in caplog.text
 
 
 def test_measuring_counts_them_too(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.algorithm.layout import Upper
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut
 from slsam_peft.algorithm.perturbation import Perturbation
 from slsam_peft.algorithm.step import Passes
@@ -276,6 +277,6 @@ def test_a_cut_is_checked_at_w_plus_e_too():
     swap = Swap(parameters, [torch.ones_like(p) for p in parameters], sites_of(above, parameters))
     x = torch.ones(1, 3)
     with swap.applied():
-        check_cut(below(x), [above], "the blocks")
+        check_cut(below(x), Upper((above,)), "the blocks")
         with pytest.raises(CrossLayerDependencyError, match="depends on parameters above it"):
-            check_cut(below(above(x)), [above], "the blocks")
+            check_cut(below(above(x)), Upper((above,)), "the blocks")

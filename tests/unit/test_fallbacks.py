@@ -1,0 +1,171 @@
+"""What runs otherwise than meant is told once, as a warning, stands in the adapter's record, and is shown."""
+
+import json
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.adapters.inspect import inspect
+from slsam_peft.algorithm.fallbacks import Fallback, Fallbacks
+from slsam_peft.cli.main import main
+from slsam_peft.errors import UserError
+from slsam_peft.saving.recorded import fallbacks_in, read_record
+from slsam_peft.trainer.trainer import SLSAMTrainer
+from tests.decoders import passes_of
+from tests.tiny import build
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
+
+RIDES_NOT = "no sequence rides along in the pass of another batch"
+
+
+def told(caplog):
+    """Return the package's warnings."""
+    return [r for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("slsam_peft")]
+
+
+def test_each_is_told_once_whatever_its_reason(caplog):
+    found = Fallbacks()
+    for why in ("one reason", "another reason"):
+        found.add("passes are not cut", why, "It costs 2.")
+    assert [str(f) for f in found] == ["passes are not cut: one reason. It costs 2."]
+    assert [r.getMessage() for r in told(caplog)] == ["passes are not cut: one reason. It costs 2."]
+
+
+def test_what_an_earlier_process_recorded_is_kept_and_told_again_where_it_happens_again(caplog):
+    found = Fallbacks()
+    found.recall([Fallback("a", "b", "C."), Fallback("d", "e", "F.")])
+    assert not told(caplog)
+    found.add("d", "g", "F.")
+    assert [f.what for f in found] == ["a", "d"]
+    assert len(told(caplog)) == 1
+
+
+def test_a_trainer_tells_records_and_shows(tmp_path, caplog):
+    """DoRA's factors cannot run with two weights, so that `"auto"` makes a pass of its own."""
+    adapter = LoraConfig(r=2, use_dora=True, task_type="CAUSAL_LM")
+    trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(), peft_config=adapter, max_steps=2)
+    trainer.train()
+    mine = [r for r in told(caplog) if RIDES_NOT in r.getMessage()]
+    assert len(mine) == 1
+    assert mine[0].name == "slsam_peft.trainer.trainer"
+    assert "only plain pairs of LoRA factors" in mine[0].getMessage()
+    trainer.save_model(str(tmp_path))
+    assert fallbacks_in(read_record(tmp_path)) == list(trainer.slsam_fallbacks)
+    assert any(RIDES_NOT in note for note in inspect(str(tmp_path), "block").notes)
+
+
+def test_where_nothing_falls_back_the_record_says_so(tmp_path):
+    trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(), max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    assert json.loads((tmp_path / "slsam.json").read_text())["fallbacks"] == []
+    assert not any("fallback" in note for note in inspect(str(tmp_path), "block").notes)
+
+
+def test_records_of_earlier_versions_are_read_and_damaged_ones_are_refused_by_name(tmp_path):
+    trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(rho=0.0))
+    trainer.save_model(str(tmp_path))
+    path = tmp_path / "slsam.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "fallbacks"}))
+    assert fallbacks_in(read_record(tmp_path)) == []
+    for wrong in ("a text", [{"what": "a"}], [{"what": "a", "why": 1, "costs": "b"}]):
+        path.write_text(json.dumps({**record, "fallbacks": wrong}))
+        with pytest.raises(UserError, match="fallbacks is .* it must be a list of mappings of what, why, costs"):
+            read_record(tmp_path)
+        assert any("fallbacks is" in note for note in inspect(str(tmp_path), "block").notes)
+
+
+def test_what_a_checkpoint_recorded_is_kept_when_training_goes_on(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = build(SLSAMTrainer, tmp_path, SLSAMConfig(), **settings)
+    first.slsam_fallbacks.add("something", "for a reason", "It costs.")
+    first.train()
+    second = build(SLSAMTrainer, tmp_path, SLSAMConfig(), **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert Fallback("something", "for a reason", "It costs.") in list(second.slsam_fallbacks)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"model_type": "llama"}, []),
+        (
+            {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+            ["the hidden-state cache is off", RIDES_NOT],
+        ),
+        (
+            {
+                "model_type": "gemma3n_text",
+                "num_kv_shared_layers": 2,
+                "vocab_size_per_layer_input": 64,
+                "hidden_size_per_layer_input": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "intermediate_size": [48] * 4,
+                "activation_sparsity_pattern": [0.0] * 4,
+                "laurel_rank": 4,
+            },
+            ["the hidden-state cache is off between those blocks"],
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_the_plan_says_what_the_structure_shows(model, expected, tmp_path, capsys):
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **model}))
+    command = ["plan", "--model", str(tmp_path), "--max_length", "64", "--lora_target_modules", "q_proj", "v_proj"]
+    assert main([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [fallback["what"] for fallback in plan["fallbacks"]] == expected
+    assert plan["cost"]["rides"] == (RIDES_NOT not in expected)
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("Falls back") == len(expected)
+
+
+def test_the_plan_prices_second_passes_of_routers_as_whole(tmp_path, capsys):
+    config = {
+        "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+    }  # fmt: skip
+    costs = []
+    for coefficient in (0.001, 0.0):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "router_aux_loss_coef": coefficient}))
+        command = ["plan", "--model", str(tmp_path), "--max_length", "64", "--lora_target_modules", "q_proj"]
+        assert main([*command, "--method", "paper", "--json"]) == 0
+        costs.append(json.loads(capsys.readouterr().out)["cost"]["expected"])
+    assert costs[0] > costs[1]
+
+
+def test_a_step_whose_drawn_arm_is_not_perturbed_is_told(caplog):
+    """One of two drawn arms has no part in the loss."""
+
+    class Unused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Unused(), torch.randn(2, 3)
+    slsam = SLSAM(arms_of(model, "module"), SLSAMConfig(rho=0.1, active_fraction=1.0))
+    for _ in range(2):
+        slsam.update(passes_of(lambda: model(x))[0])
+    assert sum("a drawn arm is not perturbed" in r.getMessage() for r in told(caplog)) == 1
+    assert "unused takes no part" in caplog.text
