@@ -17,7 +17,7 @@ METHODS = ("auto", "sam", "paper", "depth")
 BANDITS = ("paper", "scale_free", "uniform")
 DESIGNS = ("bernoulli", "fixed_size", "window", "depth")
 ASCENTS = ("auto", "two_pass", "partial", "remembered", "ahead")
-RADII = ("length", "loss_rise")
+RADII = ("length", "loss_rise", "asam", "neuron", "weight")
 DESCENTS = ("active", "all")
 GRANULARITIES = ("block", "module", "tensor")
 ADAPTER_DTYPES = ("float32", "keep")
@@ -31,6 +31,7 @@ RECORD_SCHEMA = 2
 
 PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
 RHO = 0.05  # Foret et al. 2021; the length of the perturbation wherever neither `rho` nor `loss_rise` is set
+ADAPTIVE_RHO = 0.5  # Kwon et al. 2021, where lengths are in units of the weights
 LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and 0.01 behind on rows still being learnt
 ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
 
@@ -176,7 +177,8 @@ class SLSAMConfig:
         metadata=_help(
             "Radius of the perturbation as a length (L2 norm over the perturbed arms), rho in the paper. 0 trains "
             "without an ascent: plain LoRA under every method. Below about 0.02 a bfloat16 forward drowns it in "
-            "rounding. Unset: loss_rise under 'auto', else 0.05 (Foret et al. 2021)."
+            "rounding. In the radius's own units under radius='asam', 'neuron' and 'weight'. Unset: loss_rise under "
+            "'auto', else 0.05 (Foret et al. 2021), 0.5 under 'asam' and 'neuron' (Kwon et al. 2021)."
         ),
     )
     loss_rise: float | None = field(
@@ -276,8 +278,10 @@ class SLSAMConfig:
     radius: str | None = field(
         default=None,
         metadata=_help(
-            "How the perturbation is made of the ascent gradient: 'length' (rho), 'loss_rise' or, in Python, an "
-            "object, see slsam_peft.algorithm.radius. Unset: whichever of the two is set."
+            "How the perturbation is made of the ascent gradient: 'length' (rho), 'loss_rise', 'asam' (rho in units of "
+            "each weight, Kwon et al. 2021), 'neuron' (of each row's norm, FT-SAM, ICCV 2023), 'weight' (rho is the "
+            "Frobenius norm of the change of B A) or, in Python, an object, see slsam_peft.algorithm.radius. Unset: "
+            "whichever of rho and loss_rise is set."
         ),
     )
     descent: str | None = field(
@@ -374,11 +378,10 @@ class SLSAMConfig:
                 f"cost_budget={self.cost_budget} and method={self.method!r}: only method='depth' has a budget; use "
                 "it, or leave cost_budget unset."
             )
-        wrong = {"length": self.loss_rise, "loss_rise": self.rho}
-        if isinstance(self.radius, str) and wrong[self.radius] is not None:
-            other = "loss_rise" if self.radius == "length" else "rho"
+        other = "rho" if self.radius == "loss_rise" else "loss_rise"
+        if isinstance(self.radius, str) and getattr(self, other) is not None:
             raise ValueError(
-                f"radius={self.radius!r} and {other}={wrong[self.radius]!r} contradict one another; leave one unset."
+                f"radius={self.radius!r} and {other}={getattr(self, other)!r} contradict one another; leave one unset."
             )
         if self.radius is not None and not isinstance(self.radius, str) and (self.loss_rise or self.rho):
             raise ValueError(
@@ -420,7 +423,7 @@ class SLSAMConfig:
                 values = _without(values, first, second)
         if self.radius is not None:
             values = _without(values, "rho", "loss_rise")
-            values |= {"length": {"rho": RHO}, "loss_rise": {"loss_rise": LOSS_RISE}}.get(str(self.radius), {})
+            values |= _radius_default(self.radius)
         ascent = self.ascent or values["ascent"]
         if ascent in ("two_pass", "remembered"):
             values.pop("ascent_sequences", None)
@@ -431,7 +434,7 @@ class SLSAMConfig:
             values |= {"descent": "all"} | ({} if self.cost_budget is not None else {"active_fraction": 1.0})
             values.pop("cost_budget", None)
         values |= {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        radius = "loss_rise" if values.get("loss_rise") is not None else "length"
+        radius = "loss_rise" if values.get("loss_rise") is not None else "length"  # where none is named
         resolved = _unchecked({"radius": radius, **values, "method": method})
         vars(resolved)["resolved"] = resolved
         return resolved
@@ -522,6 +525,15 @@ def _recorded_settings(file: Path) -> dict[str, Any]:
     settings = {name: value for name, value in method.items() if name != "name"}
     # A record of a version that had no methods holds parts alone; what it leaves out had these defaults.
     return settings if "method" in settings else {**_PARTS[None], **settings}
+
+
+def _radius_default(radius: Any) -> dict[str, float]:
+    """Return the number that a radius has where none is given; an object knows its own."""
+    if not isinstance(radius, str):
+        return {}
+    if radius == "loss_rise":
+        return {"loss_rise": LOSS_RISE}
+    return {"rho": ADAPTIVE_RHO if radius in ("asam", "neuron") else RHO}
 
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

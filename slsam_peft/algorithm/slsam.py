@@ -22,6 +22,7 @@ from slsam_peft.algorithm import rng, state
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.exchange import average_ascent, average_descent
+from slsam_peft.algorithm.factors import Factors, check_factors
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
@@ -56,6 +57,8 @@ class SLSAM:
         cost (callable, *optional*): `Step` -> predicted cost in plain steps, or `None`; logged.
         pairs (`Sequence[Pair]`, *optional*, defaults to `()`): The low-rank pairs of the model. Where they hold every
             arm's parameters, sequences of the next step may ride along in a pass.
+        factors (`Sequence[Factors]`, *optional*, defaults to `()`): The same pairs with their scales and what they
+            adapt, for rules that work on the adapted weights; `slsam_peft.trainer.factors.factors_of(model)`.
 
     Attributes:
         config (`SLSAMConfig`): The resolved settings.
@@ -73,7 +76,8 @@ class SLSAM:
     Raises:
         ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm without a
             method (except for `bandit="paper"`); a sampling scheme that needs a depth order on arms without one;
-            `cost_budget` without `fraction`; `ascent="ahead"` where `pairs` do not hold all parameters.
+            `cost_budget` without `fraction`; `ascent="ahead"` where `pairs`, or `radius="weight"` where `factors`, do not
+            hold all parameters.
 
     Example:
 
@@ -101,6 +105,7 @@ class SLSAM:
         fraction: float | None = None,
         cost: Callable[[Step], float] | None = None,
         pairs: Sequence[Pair] = (),
+        factors: Sequence[Factors] = (),
     ) -> None:
         # The arms must be a partition of the parameters.
         self.config = config = (config or SLSAMConfig()).resolved
@@ -112,6 +117,8 @@ class SLSAM:
             names = [name for arm in arms for name in arm.parameter_names]
             twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
             raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
+        if config.is_perturbed and config.radius == "weight":
+            check_factors("radius='weight'", arms, factors)
         # The parts: what draws and learns, what makes e, what cuts passes, what runs them.
         self.cost = cost
         depths = [arm.depth for arm in arms]
@@ -127,7 +134,7 @@ class SLSAM:
         rideable = rideable and (config.descent == "all" or config.active_fraction == 1)
         name: Any = config.ascent if config.is_perturbed else None
         self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
-        self.radius = build_radius(config)
+        self.radius = build_radius(config, factors)
         blocks = getattr(arms, "blocks", ())
         limit, above = config.hidden_state_cache_limit_mib * 2**20, getattr(arms, "above", ())
         self.horizon = Horizon(blocks, limit, above) if blocks and None not in depths else None
@@ -400,8 +407,10 @@ class SLSAM:
         return quotient(step.divisor, step.items, like)
 
     def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
-        weights = [self.runner.parameters[i].detach() for i in gradients]
-        offsets, step.rho = self.radius.offsets(list(gradients.values()), weights, norm, unit)
+        weights = [self.runner.parameters[i] for i in gradients]
+        with torch.no_grad():
+            offsets, step.rho, slope = self.radius.offsets(list(gradients.values()), weights, norm, unit)
+            step.slope = None if slope is None else slope * unit
         step.perturbation = self.runner.perturbation(list(gradients), offsets)
 
     def _recall(self, step: Step) -> None:
@@ -478,6 +487,7 @@ class SLSAM:
             descent_squared=squared,
             riding_norm=joint_norm(step.riding.values(), squared.device),
             rho=nothing if step.rho is None else step.rho,
+            slope=nothing if step.slope is None else step.slope,
             seen_loss=seen,
             part_loss=before,
             descent_loss=losses[0],

@@ -115,7 +115,8 @@ class Step:
     perturbation: Perturbation | None = None
     lone: Pending | None = None  # the only micro-batch, where sequences of the next step may ride along in its pass
     ascent_squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient of the sequences' mean loss
-    rho: torch.Tensor | None = None  # length of e
+    rho: torch.Tensor | None = None  # length of e, as the radius measures it
+    slope: torch.Tensor | None = None  # what e raises the ascent sequences' mean loss by, to first order
     riding: dict[int, torch.Tensor] = field(default_factory=dict)  # the next step's ascent gradient, by position
     ascent_loss: torch.Tensor | None = None  # at w, in the loss's own scale
     seen_loss: torch.Tensor | None = None  # of the ascent's sequences at w + e, in the loss's own scale

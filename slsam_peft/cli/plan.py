@@ -17,6 +17,7 @@ from slsam_peft.config import (
     DESIGNS,
     GRANULARITIES,
     METHODS,
+    RADII,
     SLSAMConfig,
 )
 from slsam_peft.errors import UserError
@@ -36,6 +37,7 @@ CARDS_GIB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 192)  # memor
 _NAMES = {
     "method": METHODS,
     "ascent": ASCENTS,
+    "radius": RADII,
     "descent": DESCENTS,
     "design": DESIGNS,
     "granularity": GRANULARITIES,

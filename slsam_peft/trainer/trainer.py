@@ -27,6 +27,7 @@ from slsam_peft.trainer.advice import advise
 from slsam_peft.trainer.batches import Lookahead, batch_shape
 from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
+from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
@@ -126,14 +127,14 @@ class SLSAMMixin(_Base):
         with held(self.optimizer):  # what a callback has frozen for now belongs to an arm all the same
             self.slsam_arms = arms_of(self.model, config.granularity)
             self._slsam_outside = outside(self.model, self.slsam_arms)
-            pairs = lora_pairs(self.model) if self._may_ride else []
+            pairs, factors = lora_pairs(self.model) if self._may_ride else [], factors_of(self.model)
             model = cost_model_of(self, self.slsam_arms, config)
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, config)
         fraction = None
         if model is not None and (budget := config.cost_budget) is not None:
             shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
             fraction = ExpectedCost(model, self.slsam_arms, config, shapes).solve(budget)
-        slsam = SLSAM(self.slsam_arms, config, fraction=fraction, cost=self._slsam_cost, pairs=pairs)
+        slsam = SLSAM(self.slsam_arms, config, fraction=fraction, cost=self._slsam_cost, pairs=pairs, factors=factors)
         if has_ranks():
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale

@@ -1,0 +1,49 @@
+"""Finds the low-rank pairs of a PEFT model, with their scales and the weights that they adapt."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from slsam_peft.algorithm.factors import Factors
+from slsam_peft.algorithm.stack import Pair
+
+
+def factors_of(model: nn.Module) -> list[Factors]:
+    """Return the pairs of trained LoRA factors on linear modules: plain ones, whose product with x is added to W x.
+
+    DoRA and other variants, biases of factors, embeddings, convolutions and adapters of bare parameters are no such
+    pairs.
+
+    Args:
+        model (`nn.Module`): The model, adapters attached.
+    """
+    return [
+        factors
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+        for factors in _factors_of(name, module)
+    ]
+
+
+def _factors_of(name: str, layer: Any) -> Iterator[Factors]:
+    for adapter, pair in plain_pairs(layer):
+        yield Factors(name, pair, float(layer.scaling[adapter]), layer.get_base_layer())
+
+
+def plain_pairs(layer: Any) -> Iterator[tuple[str, Pair]]:
+    """Return the trained plain pairs of a LoRA layer, with the names of their adapters."""
+    for name, down in layer.lora_A.items():
+        up: Any = layer.lora_B[name] if name in layer.lora_B else None
+        varied = layer.use_dora.get(name, False) or name in getattr(layer, "lora_variant", {})
+        if varied or not (_is_plain(down) and _is_plain(up)):
+            continue
+        if down.weight.requires_grad and up.weight.requires_grad and down.bias is None and up.bias is None:
+            yield name, Pair(down, up)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a module is a linear one as torch has it; hooks of accelerate, for one, replace its `forward`."""
+    return type(module) is nn.Linear and "forward" not in vars(module)
