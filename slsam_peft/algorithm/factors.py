@@ -3,7 +3,7 @@ r"""Low-rank pairs beside the frozen weights they adapt: $W x + s\, B A x$.
 Rules that measure, balance, double or disturb the product $s\,B A$, or $W + s\,B A$, work on these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,17 @@ class Factors:
         pair (`Pair`): The modules of $A$ and $B$.
         scale (`float`, *optional*, defaults to `1.0`): $s$; LoRA's alpha over its rank.
         base (`nn.Module`, *optional*): The frozen linear module $W$, quantised or not.
+        weight (callable, *optional*): Returns $W$, shape `(out, in)`, not to be written; dequantised where it is
+            quantised. `None` where it cannot be had.
+        computes_in (`torch.dtype`, *optional*): What a quantised module computes in, whatever its input's dtype is.
     """
 
     name: str
     pair: Pair
     scale: float = 1.0
     base: nn.Module | None = None
+    weight: Callable[[], torch.Tensor] | None = None
+    computes_in: torch.dtype | None = None
 
     @property
     def down(self) -> nn.Parameter:
@@ -67,6 +72,6 @@ def check_factors(what: str, arms: Sequence[Arm], factors: Sequence[Factors]) ->
     if missing is not None:
         raise ValueError(
             f"{what} works on the product of LoRA's factors, and {missing} is no factor of a plain pair on a linear "
-            "module; train LoRA factors alone (no DoRA, biases, embeddings or modules_to_save), or use another rule. In "
-            "a loop of your own pass SLSAM(..., factors=slsam_peft.trainer.factors.factors_of(model))."
+            "module; train LoRA factors alone (no DoRA, biases, embeddings or modules_to_save), or use another rule. "
+            "In a loop of your own pass SLSAM(..., factors=slsam_peft.trainer.factors.factors_of(model))."
         )

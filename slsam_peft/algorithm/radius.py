@@ -25,8 +25,8 @@ class Offsets(NamedTuple):
     Args:
         offsets (`list[torch.Tensor]`): e, one tensor per gradient, of its shape, dtype and device.
         rho (`torch.Tensor`): The length that was asked for, in the radius's own metric, shape `()`; logged.
-        slope (`torch.Tensor`, *optional*): The product of e and the gradients, shape `()`: to first order what the loss
-            rises by. `None`: rho times their norm, as where e lies along them and rho is its length.
+        slope (`torch.Tensor`, *optional*): The product of e and the gradients, shape `()`: to first order what the
+            loss rises by. `None`: rho times their norm, as where e lies along them and rho is its length.
     """
 
     offsets: list[torch.Tensor]
@@ -183,8 +183,8 @@ class WeightSpace:
 
     whose norm follows from the Gram matrices of $[B, d_B]$ and $[A; d_A]$, both $2r \times 2r$; no weight is made. How
     far e goes does not depend on how a product is split over more ranks, nor on what part of it alpha is. The smallest
-    such t is approached from below, so $\rho$ is never exceeded. Ours; EFlat-LoRA (arXiv 2508.00522) has a radius in the
-    weights as well.
+    such t is approached from below, so $\rho$ is never exceeded. Ours; EFlat-LoRA (arXiv 2508.00522) has a radius in
+    the weights as well.
 
     Args:
         rho (`float`): The Frobenius norm of the change.
@@ -214,7 +214,7 @@ class WeightSpace:
         return Offsets(scaled(directions, length), torch.full_like(norm, self.rho), length * norm)
 
     def _gram(self, pair: int, down: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
-        """Return $\\|X\\|^2, \\langle X, Y\\rangle, \\|Y\\|^2$ of a pair's $\\Delta(t) = t X + t^2 Y$, shape `(3,)`."""
+        """Return |X|^2, the product of X and Y, and |Y|^2 of a pair's change t X + t^2 Y, shape `(3,)`."""
         factors = self._factors[pair]
         a, b = (w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in factors.pair.weights)
         da = torch.zeros_like(a) if down is None else down.to(a.dtype)

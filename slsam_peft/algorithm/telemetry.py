@@ -111,10 +111,10 @@ def _perturbed_metrics(slsam: Any, step: Step, numbers: StepNumbers, norm: float
     """Return how far the step was perturbed, and how much the loss rose by it."""
     if not slsam.config.is_perturbed:
         return {}
-    metrics = {} if slsam.ascent.exact else {"loss_is_at_w_plus_e": 1.0}
-    if step.perturbation is None:
-        return metrics
+    metrics = {} if slsam.ascent.exact or not slsam.ascent.moves else {"loss_is_at_w_plus_e": 1.0}
     rho, rise = float(numbers.rho), float(numbers.seen_loss) - float(numbers.part_loss)
+    if step.perturbation is None:  # the ascent moves the passes in its own way, or not at all
+        return metrics if math.isnan(rho) else metrics | {"rho": rho}
     metrics["rho"] = rho
     if slsam.ascent.exact and numbers.finite:
         metrics["sharpness"] = float(numbers.descent_loss) - float(numbers.ascent_loss)

@@ -37,7 +37,10 @@ def tags_of(method: Mapping[str, Any]) -> list[str]:
         fraction = method.get("active_fraction")
         tags.append(f"sl-sam:active_fraction={PAPER_FRACTION if fraction is None else fraction}")
     # A share of the sequences counts where the ascent is made by some of them, and no number of them is set.
-    if method.get("ascent") in ("auto", "partial", "ahead") and method.get("ascent_fraction") is not None:
+    if (
+        method.get("ascent") in ("auto", "partial", "ahead", "sampa", "zeroth_order")
+        and method.get("ascent_fraction") is not None
+    ):
         tags.append(f"sl-sam:ascent_fraction={method['ascent_fraction']}")
     # These names of radii say no more than `rho` and `loss_rise` do.
     if method.get("radius") not in (None, "length", "loss_rise"):

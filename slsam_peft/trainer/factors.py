@@ -1,8 +1,9 @@
 """Finds the low-rank pairs of a PEFT model, with their scales and the weights that they adapt."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -30,7 +31,20 @@ def factors_of(model: nn.Module) -> list[Factors]:
 
 def _factors_of(name: str, layer: Any) -> Iterator[Factors]:
     for adapter, pair in plain_pairs(layer):
-        yield Factors(name, pair, float(layer.scaling[adapter]), layer.get_base_layer())
+        base = layer.get_base_layer()
+        weight, computes_in = _weight_of(base)
+        yield Factors(name, pair, float(layer.scaling[adapter]), base, weight, computes_in)
+
+
+def _weight_of(base: Any) -> tuple[Callable[[], torch.Tensor] | None, torch.dtype | None]:
+    """Return what gives a frozen linear module's weight, and what it computes in; `None` where it cannot be had."""
+    if type(base) is nn.Linear:
+        return lambda: base.weight.detach(), None
+    if type(base).__name__ != "Linear4bit":
+        return None, None
+    from bitsandbytes.functional import dequantize_4bit
+
+    return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state), base.compute_dtype
 
 
 def plain_pairs(layer: Any) -> Iterator[tuple[str, Pair]]:

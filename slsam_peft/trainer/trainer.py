@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.slsam import SLSAM
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.config import RIDING, SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.saving.card import describe
@@ -31,6 +31,7 @@ from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
+from slsam_peft.trainer.rates import LearningRates
 from slsam_peft.trainer.riding import lora_pairs, why_not
 from slsam_peft.trainer.support import check_optimizer, check_sequences, check_trainer, held, outside, refuse_thawed
 from slsam_peft.trainer.token_losses import TokenLosses
@@ -88,8 +89,9 @@ class SLSAMMixin(_Base):
         super().__init__(*args, **kwargs)
         check_trainer(self)
         check_sequences(self, self.slsam_config)
-        if self.slsam_config.ascent == "ahead" and self.slsam_config.is_perturbed and (reason := why_not(self)):
-            raise ValueError(f"ascent='ahead' cannot be used here: {reason}. Use ascent='auto', or 'partial'.")
+        named = self.slsam_config.ascent
+        if named in RIDING and self.slsam_config.is_perturbed and (reason := why_not(self)):
+            raise ValueError(f"ascent={named!r} cannot be used here: {reason}. Use ascent='auto', or 'partial'.")
         keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
@@ -138,13 +140,15 @@ class SLSAMMixin(_Base):
         if has_ranks():
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
+        slsam.learning_rate = LearningRates(self)
+        slsam.progress = lambda: self.state.global_step / max(1, self.state.max_steps)
         return slsam
 
     @property
     def _may_ride(self) -> bool:
         config = self.slsam_config
         ascent: Any = config.ascent
-        wanted = ascent in ("ahead", "auto") if isinstance(ascent, str) else bool(getattr(ascent, "rides", False))
+        wanted = ascent in (*RIDING, "auto") if isinstance(ascent, str) else bool(getattr(ascent, "rides", False))
         return wanted and config.is_perturbed and why_not(self) is None
 
     def _begin_training(self) -> None:

@@ -1,4 +1,4 @@
-"""Radii in units of the weights, of neurons and of the adapted weights: twins, and what each of them is invariant to."""
+"""Radii in units of the weights, of neurons and of the adapted weights: twins, and what each is invariant to."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def loss_at_w_plus_e(model, radius, inputs):
 
 
 def test_the_adaptive_radius_does_not_see_how_a_product_is_split():
-    """A -> c A, B -> B / c leaves the model as it is: so does it the perturbed one, and under plain rho it does not."""
+    """A -> c A, B -> B / c leaves the model as it is, and the perturbed one as well; under plain rho it does not."""
     inputs = padded()
     found = {}
     for c in (1.0, 7.0):
