@@ -302,8 +302,8 @@ class SLSAMConfig:
         metadata=_help(
             "How the perturbation is made of the ascent gradient: 'length' (rho), 'loss_rise', 'asam' (rho in units "
             "of each weight, Kwon et al. 2021), 'neuron' (of each row's norm, FT-SAM, ICCV 2023), 'weight' (rho is "
-            "the Frobenius norm of the change of B A) or, in Python, an object, see slsam_peft.algorithm.radius. Unset: "
-            "whichever of rho and loss_rise is set."
+            "the Frobenius norm of the change of B A) or, in Python, an object, see slsam_peft.algorithm.radius. "
+            "Unset: whichever of rho and loss_rise is set."
         ),
     )
     descent: str | None = field(
@@ -424,8 +424,8 @@ class SLSAMConfig:
         if self.ascent in RIDING and self.descent == "active" and self.active_fraction != 1:
             raise ValueError(
                 f"ascent={self.ascent!r} trains every arm in every step, and descent='active'{how} with "
-                f"active_fraction={self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) only some of them; set "
-                "descent='all', or active_fraction=1 and leave cost_budget unset."
+                f"active_fraction={self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) only some of "
+                "them; set descent='all', or active_fraction=1 and leave cost_budget unset."
             )
         if self.ascent in (*_NO_PART, *ONE_PASS) and self.ascent_sequences is not None:
             raise ValueError(
@@ -452,7 +452,7 @@ class SLSAMConfig:
             values = _without(values, "rho", "loss_rise")
             values |= _radius_default(self.radius)
         ascent = self.ascent or values["ascent"]
-        if ascent in ONE_PASS and self.radius is None and self.loss_rise is None and "rho" not in values:
+        if ascent in ONE_PASS and self.radius is None and self.loss_rise is None and self.rho is None:
             values = _without(values, "loss_rise") | {"rho": BALANCING_RHO if "bar" in ascent else RHO}
         if ascent in (*_NO_PART, *ONE_PASS):
             values.pop("ascent_sequences", None)

@@ -396,7 +396,7 @@ class SLSAM:
         if self.ascent.exact:
             return passes.logged
         rides = bool(self.runner.pairs)  # and then this is the first step of an epoch alone
-        if step.count == 1 and not rides and not self._said_whole:
+        if step.count == 1 and not rides and not self.ascent.forwards and not self._said_whole:
             self._said_whole = True
             logger.warning(
                 "the ascent is made by the whole batch, which costs a second pass (2.0 plain steps): %s.",
