@@ -195,8 +195,9 @@ class SLSAMConfig:
         metadata=_help(
             "Radius of the perturbation as a length (L2 norm over the perturbed arms), rho in the paper. 0 trains "
             "without an ascent: plain LoRA under every method. Below about 0.02 a bfloat16 forward drowns it in "
-            "rounding. In the radius's own units under radius='asam', 'neuron' and 'weight'. Unset: loss_rise under "
-            "'auto', else 0.05 (Foret et al. 2021), 0.5 under 'asam', 'neuron' (Kwon et al. 2021) and 'bar'."
+            "rounding. In the radius's own units under radius='asam', 'neuron' and 'weight'; under 'bar', 'bi_lora' "
+            "and 'flat_lora' how strong the rule is (mu_0, radius of the second adapter, sigma). Unset: loss_rise "
+            "under 'auto', else 0.05 (Foret et al. 2021), 0.5 under 'asam', 'neuron' (Kwon et al. 2021) and 'bar'."
         ),
     )
     loss_rise: float | None = field(

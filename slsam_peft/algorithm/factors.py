@@ -24,7 +24,8 @@ class Factors:
         base (`nn.Module`, *optional*): The frozen linear module $W$, quantised or not.
         weight (callable, *optional*): Returns $W$, shape `(out, in)`, not to be written; dequantised where it is
             quantised. `None` where it cannot be had.
-        computes_in (`torch.dtype`, *optional*): What a quantised module computes in, whatever its input's dtype is.
+        computes_in (callable, *optional*): Returns the dtype that a quantised module computes in, given its input;
+            `None`, from it or in its place: the input's own.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Factors:
     scale: float = 1.0
     base: nn.Module | None = None
     weight: Callable[[], torch.Tensor] | None = None
-    computes_in: torch.dtype | None = None
+    computes_in: Callable[[torch.Tensor], torch.dtype | None] | None = None
 
     @property
     def down(self) -> nn.Parameter:

@@ -109,14 +109,14 @@ class _NoisyLinear:
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         base: Any = self.factors.base
-        kind, dtype = input.device.type, self.factors.computes_in or input.dtype
-        if self.factors.computes_in is None and torch.amp.is_autocast_available(kind):
-            if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-                dtype = torch.get_autocast_dtype(kind)
+        kind, own = input.device.type, self.factors.computes_in
+        dtype = input.dtype if own is None else own(input) or input.dtype
+        if own is None and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind) if input.dtype != torch.float64 else dtype
         output = _NoisyProduct.apply(input.to(dtype), self)
         if base.bias is not None:
-            output = output + base.bias.to(output.dtype)
-        return output.to(input.dtype) if self.factors.computes_in is not None else output
+            output = output + base.bias.to(output.dtype)  # type: ignore[operator]  # a tensor
+        return output if own is None else output.to(input.dtype)  # type: ignore[union-attr]
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return a new tensor with W and its noise, shape `(out, in)`."""

@@ -36,15 +36,23 @@ def _factors_of(name: str, layer: Any) -> Iterator[Factors]:
         yield Factors(name, pair, float(layer.scaling[adapter]), base, weight, computes_in)
 
 
-def _weight_of(base: Any) -> tuple[Callable[[], torch.Tensor] | None, torch.dtype | None]:
-    """Return what gives a frozen linear module's weight, and what it computes in; `None` where it cannot be had."""
+def _weight_of(
+    base: Any,
+) -> tuple[Callable[[], torch.Tensor] | None, Callable[[torch.Tensor], torch.dtype | None] | None]:
+    """Return what gives a frozen linear module's weight, and what it computes in; see `Factors`."""
     if type(base) is nn.Linear:
         return lambda: base.weight.detach(), None
     if type(base).__name__ != "Linear4bit":
         return None, None
     from bitsandbytes.functional import dequantize_4bit
 
-    return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state), base.compute_dtype
+    def computes_in(input: torch.Tensor) -> torch.dtype | None:
+        if not base.compute_type_is_set:  # as its own first forward settles it
+            base.set_compute_type(input)
+            base.compute_type_is_set = True
+        return base.compute_dtype
+
+    return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state), computes_in
 
 
 def plain_pairs(layer: Any) -> Iterator[tuple[str, Pair]]:

@@ -57,7 +57,11 @@ def weights(trainer):
 
 
 def logs(trainer):
-    left_out = ("runtime", "per_second", "flos", "train_loss", "num_tokens")
+    """Return what later steps logged, without times, and without how the loss of what rode along has risen.
+
+    That is of the step before, whose pass a new process has not seen.
+    """
+    left_out = ("runtime", "per_second", "flos", "train_loss", "num_tokens", "ascent_loss", "loss_rise", "ascent_gain")
     rows = [log for log in trainer.state.log_history if log["step"] > 2]
     return [{k: v for k, v in row.items() if not any(part in k for part in left_out)} for row in rows]
 
