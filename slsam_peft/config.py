@@ -13,11 +13,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-METHODS = ("auto", "sam", "paper", "depth")
+METHODS = ("auto", "sam", "paper", "depth", "bar", "bi_lora", "flat_lora")
 BANDITS = ("paper", "scale_free", "uniform")
 DESIGNS = ("bernoulli", "fixed_size", "window", "depth")
-ASCENTS = ("auto", "two_pass", "partial", "remembered", "ahead")
-RADII = ("length", "loss_rise")
+ASCENTS = ("auto", "two_pass", "partial", "remembered", "ahead", "sampa", "zeroth_order")
+ASCENTS += ("bar", "obar", "bi_lora", "flat_lora")
+RIDING = ("ahead", "sampa")  # let sequences of the next batch ride along, wherever they are asked for by name
+ONE_PASS = ("bar", "obar", "bi_lora", "flat_lora")  # make no e of an ascent gradient; rho is how strong they are
+RADII = ("length", "loss_rise", "asam", "neuron", "weight")
 DESCENTS = ("active", "all")
 GRANULARITIES = ("block", "module", "tensor")
 ADAPTER_DTYPES = ("float32", "keep")
@@ -31,6 +34,8 @@ RECORD_SCHEMA = 2
 
 PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
 RHO = 0.05  # Foret et al. 2021; the length of the perturbation wherever neither `rho` nor `loss_rise` is set
+BALANCING_RHO = 0.5  # mu_0 of BAR, in most of the paper's grids (arXiv 2410.14802, appendix D)
+ADAPTIVE_RHO = 0.5  # Kwon et al. 2021, where lengths are in units of the weights
 LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and 0.01 behind on rows still being learnt
 ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
 
@@ -69,6 +74,17 @@ _PARTS: dict[str | None, dict[str, Any]] = {
         "descent": "active",
         "rho": RHO,
     },
+    **{
+        name: {
+            "active_fraction": 1.0,
+            "bandit": "uniform",
+            "design": "bernoulli",
+            "ascent": name,
+            "descent": "all",
+            "rho": BALANCING_RHO if name == "bar" else RHO,
+        }
+        for name in ("bar", "bi_lora", "flat_lora")
+    },
     None: {
         "bandit": "scale_free",
         "design": "bernoulli",
@@ -78,6 +94,8 @@ _PARTS: dict[str | None, dict[str, Any]] = {
         "rho": RHO,
     },
 }
+
+_NO_PART = ("two_pass", "remembered")  # ascents that take no part of a batch
 
 # Any of these, set without a method, asks for the parts alone.
 _ALONE = ("active_fraction", "bandit", "design", "ascent", "ascent_fraction", "descent", "cost_budget")
@@ -166,7 +184,8 @@ class SLSAMConfig:
         metadata=_help(
             "A whole configuration, of which every part can be set by its own field: 'auto' (the best known: some "
             "layers perturbed, all trained, the ascent made by a few sequences), 'sam' (every layer, two passes), "
-            "'paper' (SL-SAM exactly, arXiv 2602.09395), 'depth' (active sets compact in depth, at a cost_budget). "
+            "'paper' (SL-SAM exactly, arXiv 2602.09395), 'depth' (active sets compact in depth, at a cost_budget), or "
+            "a rival in one pass over every layer, of which `ascent` tells more: 'bar', 'bi_lora', 'flat_lora'. "
             "Unset: 'auto'; but where active_fraction, bandit, design, ascent, ascent_fraction, descent or "
             "cost_budget is set, those parts alone, the rest being the paper's with the scale_free bandit."
         ),
@@ -176,7 +195,9 @@ class SLSAMConfig:
         metadata=_help(
             "Radius of the perturbation as a length (L2 norm over the perturbed arms), rho in the paper. 0 trains "
             "without an ascent: plain LoRA under every method. Below about 0.02 a bfloat16 forward drowns it in "
-            "rounding. Unset: loss_rise under 'auto', else 0.05 (Foret et al. 2021)."
+            "rounding. In the radius's own units under radius='asam', 'neuron' and 'weight'; under 'bar', 'bi_lora' "
+            "and 'flat_lora' how strong the rule is (mu_0, radius of the second adapter, sigma). Unset: loss_rise "
+            "under 'auto', else 0.05 (Foret et al. 2021), 0.5 under 'asam', 'neuron' (Kwon et al. 2021) and 'bar'."
         ),
     )
     loss_rise: float | None = field(
@@ -261,8 +282,12 @@ class SLSAMConfig:
             "sequences of it, in a small pass of their own), 'ahead' (look-ahead: sequences of the next batch ride "
             "along in this one's pass; an epoch's first step is 'partial'), 'auto' ('ahead' where sequences are "
             "provably separate, else 'partial'), 'remembered' (stale: the last descent gradient of the same arm; one "
-            "pass) or, in Python, an object, see slsam_peft.algorithm.ascents. Unset: 'auto' under 'auto', else "
-            "'two_pass'."
+            "pass), 'sampa' (look-ahead from an extrapolated point, NeurIPS 2024), 'zeroth_order' (two forwards, "
+            "ZO-SAM, arXiv 2603.13115), or one pass without an ascent, where rho is how strong the rule is: 'bar' "
+            "and 'obar' (balance the norms of A and B, arXiv 2410.14802), 'bi_lora' (a second adapter that ascends, "
+            "arXiv 2508.19564), 'flat_lora' (noise on W + B A, arXiv 2409.14396); in Python also an object, see "
+            "slsam_peft.algorithm.ascents. Unset: 'auto' under 'auto', the method's own under 'bar', 'bi_lora' and "
+            "'flat_lora', else 'two_pass'."
         ),
     )
     ascent_fraction: float | None = field(
@@ -276,8 +301,10 @@ class SLSAMConfig:
     radius: str | None = field(
         default=None,
         metadata=_help(
-            "How the perturbation is made of the ascent gradient: 'length' (rho), 'loss_rise' or, in Python, an "
-            "object, see slsam_peft.algorithm.radius. Unset: whichever of the two is set."
+            "How the perturbation is made of the ascent gradient: 'length' (rho), 'loss_rise', 'asam' (rho in units "
+            "of each weight, Kwon et al. 2021), 'neuron' (of each row's norm, FT-SAM, ICCV 2023), 'weight' (rho is "
+            "the Frobenius norm of the change of B A) or, in Python, an object, see slsam_peft.algorithm.radius. "
+            "Unset: whichever of rho and loss_rise is set."
         ),
     )
     descent: str | None = field(
@@ -374,11 +401,10 @@ class SLSAMConfig:
                 f"cost_budget={self.cost_budget} and method={self.method!r}: only method='depth' has a budget; use "
                 "it, or leave cost_budget unset."
             )
-        wrong = {"length": self.loss_rise, "loss_rise": self.rho}
-        if isinstance(self.radius, str) and wrong[self.radius] is not None:
-            other = "loss_rise" if self.radius == "length" else "rho"
+        other = "rho" if self.radius == "loss_rise" else "loss_rise"
+        if isinstance(self.radius, str) and getattr(self, other) is not None:
             raise ValueError(
-                f"radius={self.radius!r} and {other}={wrong[self.radius]!r} contradict one another; leave one unset."
+                f"radius={self.radius!r} and {other}={getattr(self, other)!r} contradict one another; leave one unset."
             )
         if self.radius is not None and not isinstance(self.radius, str) and (self.loss_rise or self.rho):
             raise ValueError(
@@ -396,16 +422,21 @@ class SLSAMConfig:
                 f"descent='all'{how} needs an ascent pass, and ascent='remembered' has none; use ascent='two_pass', "
                 "or descent='active'."
             )
-        if self.ascent == "ahead" and self.descent == "active" and self.active_fraction != 1:
+        if self.ascent in RIDING and self.descent == "active" and self.active_fraction != 1:
             raise ValueError(
-                f"ascent='ahead' trains every arm in every step, and descent='active'{how} with active_fraction="
-                f"{self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) only some of them; set "
-                "descent='all', or active_fraction=1 and leave cost_budget unset."
+                f"ascent={self.ascent!r} trains every arm in every step, and descent='active'{how} with "
+                f"active_fraction={self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) only some of "
+                "them; set descent='all', or active_fraction=1 and leave cost_budget unset."
             )
-        if self.ascent in ("two_pass", "remembered") and self.ascent_sequences is not None:
+        if self.ascent in (*_NO_PART, *ONE_PASS) and self.ascent_sequences is not None:
             raise ValueError(
                 f"ascent_sequences={self.ascent_sequences} and ascent={self.ascent!r}{how}: this ascent is no part of "
                 "a batch; use ascent='partial' or method='auto', or leave ascent_sequences unset."
+            )
+        if self.ascent in ONE_PASS and self.radius != "length":
+            raise ValueError(
+                f"radius={to_name(self.radius)!r} and ascent={self.ascent!r}{how}: this rule makes no perturbation of "
+                "an ascent gradient, and rho alone says how strong it is; leave radius and loss_rise unset."
             )
 
     @cached_property
@@ -420,9 +451,11 @@ class SLSAMConfig:
                 values = _without(values, first, second)
         if self.radius is not None:
             values = _without(values, "rho", "loss_rise")
-            values |= {"length": {"rho": RHO}, "loss_rise": {"loss_rise": LOSS_RISE}}.get(str(self.radius), {})
+            values |= _radius_default(self.radius)
         ascent = self.ascent or values["ascent"]
-        if ascent in ("two_pass", "remembered"):
+        if ascent in ONE_PASS and self.radius is None and self.loss_rise is None and self.rho is None:
+            values = _without(values, "loss_rise") | {"rho": BALANCING_RHO if "bar" in ascent else RHO}
+        if ascent in (*_NO_PART, *ONE_PASS):
             values.pop("ascent_sequences", None)
         elif self.ascent_fraction is None and "ascent_fraction" not in values:
             values.setdefault("ascent_sequences", 1)
@@ -431,7 +464,7 @@ class SLSAMConfig:
             values |= {"descent": "all"} | ({} if self.cost_budget is not None else {"active_fraction": 1.0})
             values.pop("cost_budget", None)
         values |= {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        radius = "loss_rise" if values.get("loss_rise") is not None else "length"
+        radius = "loss_rise" if values.get("loss_rise") is not None else "length"  # where none is named
         resolved = _unchecked({"radius": radius, **values, "method": method})
         vars(resolved)["resolved"] = resolved
         return resolved
@@ -451,7 +484,7 @@ class SLSAMConfig:
         """Return the resolved settings as plain values; callables and objects become `"module:qualname"`."""
         values = {f.name: getattr(self.resolved, f.name) for f in fields(self)}
         plain = (str, int, float, type(None))
-        return {name: value if isinstance(value, plain) else _qualified_name(value) for name, value in values.items()}
+        return {name: value if isinstance(value, plain) else to_name(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SLSAMConfig":
@@ -524,6 +557,15 @@ def _recorded_settings(file: Path) -> dict[str, Any]:
     return settings if "method" in settings else {**_PARTS[None], **settings}
 
 
+def _radius_default(radius: Any) -> dict[str, float]:
+    """Return the number that a radius has where none is given; an object knows its own."""
+    if not isinstance(radius, str):
+        return {}
+    if radius == "loss_rise":
+        return {"loss_rise": LOSS_RISE}
+    return {"rho": ADAPTIVE_RHO if radius in ("asam", "neuron") else RHO}
+
+
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
@@ -536,8 +578,10 @@ def _unchecked(values: Mapping[str, Any]) -> SLSAMConfig:
     return made
 
 
-def _qualified_name(value: Any) -> str:
-    """Name a function, the function of a partial, or the class of any other callable or object."""
+def to_name(value: Any) -> str:
+    """Name a function, the function of a partial, or the class of any other callable or object; keep a name."""
+    if isinstance(value, str):
+        return value
     value = value.func if isinstance(value, partial) else value
     value = value if hasattr(value, "__qualname__") else type(value)
     return f"{value.__module__}:{value.__qualname__}"

@@ -35,6 +35,9 @@ AGAINST_ONE = {
     "accumulation": ({"design": "depth"}, {"gradient_accumulation_steps": 3, **NON_REENTRANT}),
     "reentrant": ({"design": "window", "ascent": "remembered"}, REENTRANT),
     "no checkpointing": ({"descent": "all", "granularity": "module"}, {"activation_checkpointing": False}),
+    "bar": ({"ascent": "bar", "descent": "all"}, {}),
+    "bi_lora": ({"ascent": "bi_lora", "descent": "all"}, NON_REENTRANT),
+    "flat_lora": ({"ascent": "flat_lora", "descent": "all"}, REENTRANT),
 }
 
 

@@ -4,11 +4,43 @@ An ascent is an object. Another one is a class derived from `Ascent`; hand an in
 What a step costs is worked out from the same object.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
+from torch import nn
 
+from slsam_peft.algorithm.arms import Arm
+from slsam_peft.algorithm.factors import Factors
 from slsam_peft.algorithm.memory import GradientMemory
+from slsam_peft.algorithm.step import Step
+from slsam_peft.config import SLSAMConfig
+
+SMOOTHING = 0.05  # length of the two probes; below about 0.02 a bfloat16 forward drowns it in rounding
+SHARE = 0.2  # lambda of SAMPa-0.2, arXiv 2410.10683
+
+
+class Host(Protocol):
+    """What an ascent may know of the algorithm that runs it: attributes of `SLSAM`."""
+
+    config: SLSAMConfig
+    arms: Sequence[Arm]
+    factors: Sequence[Factors]
+    steps: int
+    learning_rate: Callable[[nn.Parameter], float] | None
+    progress: Callable[[], float] | None
+    loss_scale: Callable[[], torch.Tensor | None] | None
+    reduce: Callable[[list[torch.Tensor]], None] | None
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Every arm's parameters, in the order of positions."""
+        ...
+
+    def members(self, mask: torch.Tensor) -> list[int]:
+        """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
+        ...
 
 
 class Ascent:
@@ -20,12 +52,66 @@ class Ascent:
         rides (`bool`): Whether the ascent of the next step is made by sequences of it that ride along in this one's
             pass.
         cuts (`bool`): Whether it may take a part of a micro-batch, whose sequences are to be counted then.
+        forwards (`int`): How many forward passes alone stand in the place of an ascent pass; 0: it is a forward and a
+            backward pass.
+        moves (`bool`): Whether the descent pass runs at other weights than w.
+        doubles (`bool`): Whether perturbed factors hold two weights in the descent pass; for the cost model.
+        merges (`bool`): Whether the product B A of perturbed factors is made in each descent pass; likewise.
     """
 
     exact = False
     stale = False
     rides = False
     cuts = False
+    forwards = 0
+    moves = True
+    doubles = False
+    merges = False
+    smoothing = 0.0  # length of the probes, where there are `forwards`
+
+    def begin(self, host: Host) -> None:
+        """Take note of the algorithm that runs this ascent, before its first step; what was kept is dropped.
+
+        Raises:
+            ValueError: it lacks what the ascent needs.
+        """
+
+    def within(self, step: Step) -> AbstractContextManager[None]:
+        """Return the context that the step's descent passes run in."""
+        return nullcontext()
+
+    def extrapolation(self, gradients: Mapping[int, torch.Tensor], unit: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return how far from w the sequences that ride along run, by position; where nothing is said, at w.
+
+        Args:
+            gradients (`Mapping[int, torch.Tensor]`): This step's ascent gradients by position.
+            unit (`torch.Tensor`): As in `Radius.offsets`.
+        """
+        return {}
+
+    def complete(self, step: Step, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Change the descent gradients, in place, once they are averaged over ranks.
+
+        Args:
+            step (`Step`): The step.
+            gradients (`Sequence[torch.Tensor | None]`): By position.
+        """
+
+    def finish(self, step: Step) -> None:
+        """Learn from a step that is not void; its descent gradients are in `.grad`, and no optimizer has stepped."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what later steps depend on beside the gradients that are kept, as a flat dictionary of tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        if state:
+            raise ValueError(f"the state holds {sorted(state)[0]!r}, and {type(self).__name__} keeps nothing.")
 
     def take(self, index: int, count: int, sequences: int | None, taken: int) -> int:
         """Return how many sequences of a micro-batch run an ascent pass of their own at w; 0: none.
@@ -38,6 +124,16 @@ class Ascent:
             taken (`int`): Sequences that earlier micro-batches of the step gave.
         """
         return 0
+
+    def direction(self, parameters: Sequence[torch.Tensor], seed: int, step: int) -> list[torch.Tensor]:
+        """Return the direction, of length 1, that forward passes alone probe; for ascents with `forwards`.
+
+        Args:
+            parameters (`Sequence[torch.Tensor]`): The perturbed parameters.
+            seed (`int`): `SLSAMConfig.seed`.
+            step (`int`): Number of the step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} probes no direction.")
 
     def riding(self, sequences: int) -> int:
         """Return how many sequences of a next step of so many ride along in a lone micro-batch."""
@@ -126,23 +222,130 @@ class Remembered(Ascent):
     stale = True
 
 
-def build_ascent(
-    name: str | Ascent | None, sequences: int | None = None, fraction: float | None = None, rides: bool = False
-) -> Ascent:
-    """Return the ascent of a name, or the object that it is.
+class Sampa(Ahead):
+    r"""SAMPa-lambda: look-ahead from an extrapolated point, whose gradient is part of the step, too (NeurIPS 2024).
+
+    $$y_{t+1} = w_t - \eta_t \nabla L_t(y_t), \qquad
+    g'_t = (1 - \lambda)\, \nabla L_t\Bigl(w_t + \rho \frac{\nabla L_t(y_t)}{\|\nabla L_t(y_t)\|}\Bigr)
+    + \lambda\, \nabla L_{t+1}(y_{t+1})$$
+
+    (Xie, Pethick and Cevher, arXiv 2410.10683). With $\lambda = 0$ and without extrapolation it is `Ahead`.
+    Differences: $\nabla L_{t+1}(y_{t+1})$ is made by m sequences of the next batch, which ride along in this one's
+    pass on the same device, not by all of it on a second one; only drawn arms are extrapolated, and only those that
+    the next step perturbs have the second term; $y_{t+1}$ is a gradient step whatever the optimizer is. A step after
+    which nothing comes (an epoch's last) is $g'_t$ with $\lambda = 0$.
 
     Args:
-        name (`str`, `Ascent` or `None`): As `SLSAMConfig.ascent`, resolved; `None` for none.
         sequences (`int`, *optional*): As in `Part`.
         fraction (`float`, *optional*): As in `Part`.
-        rides (`bool`, *optional*, defaults to `False`): Whether `"auto"` may let sequences of the next batch ride
-            along.
+        share (`float`, *optional*, defaults to `0.2`): lambda, in [0, 1); the paper's 0.2.
+        extrapolate (`bool`, *optional*, defaults to `True`): Whether $y_{t+1}$ is another point than $w_t$.
     """
-    if not isinstance(name, str):
-        return Ascent() if name is None else name
-    if name == "two_pass":
-        return TwoPass()
-    if name == "remembered":
-        return Remembered()
-    kind = Ahead if name == "ahead" or (name == "auto" and rides) else Part
-    return kind(sequences, fraction)
+
+    def __init__(
+        self,
+        sequences: int | None = None,
+        fraction: float | None = None,
+        share: float = SHARE,
+        extrapolate: bool = True,
+    ) -> None:
+        super().__init__(sequences, fraction)
+        if not 0 <= share < 1:
+            raise ValueError(f"share={share!r} is not allowed; lambda must be in [0, 1).")
+        self.share = share
+        self.extrapolate = extrapolate
+        self._host: Host | None = None
+
+    def begin(self, host: Host) -> None:
+        """See `Ascent.begin`."""
+        self._host = host
+
+    def extrapolation(self, gradients: Mapping[int, torch.Tensor], unit: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return $y_{t+1} - w_t$, see `Ascent.extrapolation`."""
+        if not self.extrapolate or self._host is None:
+            return {}
+        rate, parameters = rate_of(self._host, "ascent='sampa'"), self._host.parameters
+        return {i: g * (-rate(parameters[i]) * unit.to(g.device, g.dtype)) for i, g in gradients.items()}
+
+    def complete(self, step: Step, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Let the gradient at the extrapolated point count for lambda of the step's."""
+        for i, riding in step.riding.items():
+            gradient = gradients[i]
+            if gradient is not None and self.share:
+                share = self.share if step.rode_share is None else self.share * (step.rode_share > 0).to(gradient)
+                gradient.lerp_(riding.to(gradient.dtype), share)
+
+
+class ZerothOrder(Part):
+    r"""The ascent gradient from two forward passes along a random direction, without a backward pass (ZO-SAM).
+
+    $$\hat g = \frac{L(w + \mu u) - L(w - \mu u)}{2 \mu}\, u$$
+
+    with u uniform on the unit sphere of the drawn arms' parameters (arXiv 2603.13115, whose ascent step alone is of
+    zeroth order, too). $d\, \hat g$, d being their number, is in the mean the gradient of the loss smoothed over a
+    ball of radius $\mu$; $\hat g$ itself is the part of the gradient along u, so that its length is the slope there,
+    which a loss rise needs. u comes from a seed: the config's and the number of the step. Nothing is kept.
+    Differences: central differences on the ascent's own sequences, both passes with the same dropout.
+
+    Args:
+        sequences (`int`, *optional*): As in `Part`.
+        fraction (`float`, *optional*): As in `Part`.
+        smoothing (`float`, *optional*, defaults to `0.05`): mu, a length.
+    """
+
+    forwards = 2
+
+    def __init__(
+        self, sequences: int | None = None, fraction: float | None = None, smoothing: float = SMOOTHING
+    ) -> None:
+        super().__init__(sequences, fraction)
+        if not smoothing > 0:
+            raise ValueError(f"smoothing={smoothing!r} is not allowed; it is a length > 0.")
+        self.smoothing = smoothing
+
+    def direction(self, parameters: Sequence[torch.Tensor], seed: int, step: int) -> list[torch.Tensor]:
+        """Return u, one tensor per parameter; the same for the same parameters, seed and step."""
+        made = seeded_normal(parameters, seed, step)
+        lengths = torch._foreach_norm(made)
+        whole = torch.stack([x.to(lengths[0].device, torch.float64) for x in lengths]).norm()
+        return [x / whole.to(x) for x in made]
+
+
+def seeded_normal(like: Sequence[torch.Tensor], *seeds: int) -> list[torch.Tensor]:
+    """Return standard normal numbers of the shapes, dtypes and devices of tensors, from seeds alone."""
+    mixed = 0
+    for seed in seeds:
+        mixed = (mixed * 6364136223846793005 + seed + 1442695040888963407) % 2**63
+    generators: dict[torch.device, torch.Generator] = {}
+    made = []
+    for x in like:
+        if x.device not in generators:
+            generators[x.device] = torch.Generator(x.device).manual_seed(mixed)
+        made.append(torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generators[x.device]))
+    return made
+
+
+def rate_of(host: Host, what: str) -> Callable[[nn.Parameter], float]:
+    """Return what tells a parameter's learning rate.
+
+    Raises:
+        ValueError: the algorithm owns no optimizer and was not told.
+    """
+    if host.learning_rate is None:
+        raise ValueError(
+            f"{what} needs to know the optimizer's learning rate; set slsam.learning_rate to a callable from a "
+            "parameter to its rate, for example lambda p: optimizer.param_groups[0]['lr']. SLSAMTrainer does."
+        )
+    return host.learning_rate
+
+
+def strength_of(given: float | None, host: Host, what: str) -> float:
+    """Return the number that says how strong a rule is: its own, or the config's `rho`.
+
+    Raises:
+        ValueError: neither is set.
+    """
+    found = host.config.rho if given is None else given
+    if found is None:
+        raise ValueError(f"{what} needs rho, and loss_rise is set; set rho, or name the ascent in place of an object.")
+    return found

@@ -61,6 +61,7 @@ def average_descent(reduce: Reduce | None, runner: PassRunner, step: Step, losse
             sent.append(step.riding.setdefault(i, torch.zeros_like(runner.parameters[i])))
     reduce(sent + _filled(runner, step.trained, gradients))
     if share is not None:
+        step.rode_share = share
         for riding in step.riding.values():
             riding.div_(share.clamp(min=TINY).to(riding.device, riding.dtype))
     return gradients

@@ -141,6 +141,25 @@ class PassRunner:
             self._stop_cutting(error, step, pending)
             return self._ascend(step, pending, closure)
 
+    def probe(
+        self, pending: Pending, forward: Closure, members: Sequence[int], offsets: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the loss of a forward pass alone at w + e, from the random state that the micro-batch started from.
+
+        What has not been seen to be read by its module is moved in place: a forward pass cannot tell.
+
+        Args:
+            pending (`Pending`): The micro-batch.
+            forward (`Closure`): The forward alone.
+            members (`Sequence[int]`): Positions of the parameters that move.
+            offsets (`Sequence[torch.Tensor]`): e, one for each of them.
+        """
+        rng.restore(pending.state)
+        parameters = [self.parameters[i] for i in members]
+        bypassed = self.in_place | (set(parameters) - self._read)
+        with Perturbation(parameters, offsets, self.sites, bypassed).applied(), torch.no_grad():
+            return loss_of(forward())
+
     def descend(self, step: Step, pending: Pending, *, logged: bool) -> torch.Tensor:
         """Add the descent gradient of one micro-batch, at w + e, to `.grad`; return its loss.
 
@@ -348,7 +367,8 @@ class PassRunner:
         offsets = {} if step.perturbation is None else step.perturbation.offsets
         self._checks.separate(self.pairs, riding, offsets)
         wanted = range(len(self.parameters)) if step.next_mask is None else self.members(step.next_mask)
-        stack = Stack(self.pairs, offsets, riding.own, [self.parameters[i] for i in wanted])
+        extrapolated = {self.parameters[i]: offset for i, offset in step.extrapolated.items()}
+        stack = Stack(self.pairs, offsets, riding.own, [self.parameters[i] for i in wanted], extrapolated=extrapolated)
         if not self._ridden:
             stack.passage.watch(p for pair in self.pairs for p in pair.weights)
         with stack.applied(), self._uncut(step):

@@ -17,25 +17,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from slsam_peft.algorithm import rng, state
 from slsam_peft.algorithm.absent import keep_importance, pass_over_absent_pairs
 from slsam_peft.algorithm.arms import Arm
-from slsam_peft.algorithm.ascents import build_ascent
 from slsam_peft.algorithm.exchange import average_ascent, average_descent
+from slsam_peft.algorithm.factors import Factors, check_factors
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
 from slsam_peft.algorithm.passes import PassRunner
-from slsam_peft.algorithm.radius import build_radius
+from slsam_peft.algorithm.radius import build_radius, scaled
+from slsam_peft.algorithm.rules import build_ascent
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.algorithm.stack import Pair
-from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step, quotient
+from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step, added, quotient
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.config import RIDING, SLSAMConfig
 from slsam_peft.errors import DivergedError
 
 REDRAWS = 1000  # of arms that are not all frozen
@@ -59,6 +61,8 @@ class SLSAM:
         pairs (`Sequence[Pair]`, *optional*, defaults to `()`): The low-rank pairs of the model. Where they hold every
             arm's parameters, sequences of the next step may ride along in a pass.
         fallbacks (`Fallbacks`, *optional*): Told of what runs otherwise than meant. Defaults to a new list.
+        factors (`Sequence[Factors]`, *optional*, defaults to `()`): The same pairs with their scales and what they
+            adapt, for rules that work on the adapted weights; `slsam_peft.trainer.factors.factors_of(model)`.
 
     Attributes:
         fallbacks (`Fallbacks`): What has run otherwise than meant, so that it costs or computes something else.
@@ -73,11 +77,14 @@ class SLSAM:
         reduce (callable or `None`): Averages a list of tensors over ranks, in place: the active arms' gradients, and
             with the descent gradients the two losses, so that all ranks learn from, or skip, the same step.
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
+        learning_rate (callable or `None`): Returns the rate of a parameter in this step; some ascents need it.
+        progress (callable or `None`): Returns the share of the training that is done, in [0, 1); `None`: not known.
 
     Raises:
         ValueError: no arms; a parameter in two of them; an explicit `active_fraction` of less than one arm without a
             method (except for `bandit="paper"`); a sampling scheme that needs a depth order on arms without one;
-            `cost_budget` without `fraction`; `ascent="ahead"` where `pairs` do not hold all parameters.
+            `cost_budget` without `fraction`; `ascent="ahead"` or `"sampa"` where `pairs` do not hold all parameters;
+            `radius="weight"` or an ascent on the product of factors where `factors` do not.
 
     Example:
 
@@ -106,6 +113,7 @@ class SLSAM:
         cost: Callable[[Step], float] | None = None,
         pairs: Sequence[Pair] = (),
         fallbacks: Fallbacks | None = None,
+        factors: Sequence[Factors] = (),
     ) -> None:
         # The arms must be a partition of the parameters.
         self.fallbacks = Fallbacks() if fallbacks is None else fallbacks
@@ -118,22 +126,25 @@ class SLSAM:
             names = [name for arm in arms for name in arm.parameter_names]
             twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
             raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
+        if config.is_perturbed and config.radius == "weight":
+            check_factors("radius='weight'", arms, factors)
         # The parts: what draws and learns, what makes e, what cuts passes, what runs them.
         self.cost = cost
         depths = [arm.depth for arm in arms]
         self._depths = _depths(arms)
         self.sampler = Sampler(depths, len(arms) * self._fraction(fraction), config)
         rideable = bool(pairs) and {w for pair in pairs for w in pair.weights} == set(parameters)
-        if config.ascent == "ahead" and config.is_perturbed and not rideable:
+        if config.ascent in RIDING and config.is_perturbed and not rideable:
             raise ValueError(
-                "ascent='ahead' runs sequences at w and at w + e in one pass, which only pairs of LoRA factors can "
-                "that hold everything that is trained; use ascent='auto' or 'partial', or train LoRA factors only."
+                f"ascent={config.ascent!r} runs sequences at w and at w + e in one pass, which only pairs of LoRA "
+                "factors can that hold everything that is trained; use ascent='auto' or 'partial', or train LoRA "
+                "factors only."
             )
         # What rides along is seen by every arm that the next step perturbs only where all of them are trained.
         rideable = rideable and (config.descent == "all" or config.active_fraction == 1)
         name: Any = config.ascent if config.is_perturbed else None
         self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
-        self.radius = build_radius(config)
+        self.radius = build_radius(config, factors)
         self.horizon = self._horizons()
         self.runner = PassRunner(
             parameters,
@@ -151,12 +162,16 @@ class SLSAM:
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
+        self.learning_rate: Callable[[nn.Parameter], float] | None = None
+        self.progress: Callable[[], float] | None = None
         self.active = torch.zeros(len(arms), dtype=torch.bool)
         self.metrics: dict[str, float] = {}
         self.loss = math.nan
         self.norms = torch.zeros(len(arms), dtype=torch.float64)
         self.drawn = self.probabilities
         self.steps = self.skipped = self.skipped_in_a_row = 0
+        self.factors = factors
+        self.ascent.begin(self)
         # What lasts from one step to the next, and what an aborted step goes back to.
         self._norms = ArmNorms(arms)
         self.memory = GradientMemory(self.runner.parameters)
@@ -203,6 +218,15 @@ class SLSAM:
         """Inclusion probabilities for the next draw, float64 on the CPU, shape `(L,)`."""
         return self.sampler.probabilities
 
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Every arm's parameters, in the order of their positions."""
+        return self.runner.parameters
+
+    def members(self, mask: torch.Tensor) -> list[int]:
+        """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
+        return self.runner.members(mask)
+
     def update(
         self,
         closure: Closure,
@@ -215,7 +239,7 @@ class SLSAM:
             closure (`Closure`): Runs forward and backward on the batch and returns the loss. Called once or twice.
             ascent_closure (`Closure`, *optional*): The same on a part of the batch, for ascents that are made by one
                 (`ascent="partial"`, and `"auto"`, which takes the whole batch without it). Its loss is to be the mean
-                over that part.
+                over that part. Under `ascent="zeroth_order"` it is to run the forward alone.
             forward_only (`Closure`, *optional*): The forward alone, on the whole batch and under `torch.no_grad`. With
                 it the second pass starts at the lowest active block; it is called once, to check that the model allows
                 that.
@@ -229,7 +253,8 @@ class SLSAM:
             DivergedError: more than `max_skipped_steps` steps in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
-        cut = None if ascent_closure is None else lambda wanted: Cut(ascent_closure)
+        alone = ascent_closure if self.ascent.forwards else None
+        cut = None if ascent_closure is None else lambda wanted: Cut(ascent_closure, forward_only=alone)
         return self.accumulate(Passes(closure, closure, forward_only, cut=cut))
 
     def accumulate(self, passes: Passes, index: int = 0, count: int = 1) -> torch.Tensor:
@@ -360,10 +385,11 @@ class SLSAM:
         take = 0 if step.perturbation is not None else self._take(step, passes, index)
         # Once e is known, and where there is none, there is the descent alone.
         if not take:
-            return self.runner.descend(step, pending, logged=True)
+            with self.ascent.within(step):
+                return self.runner.descend(step, pending, logged=True)
         # The ascent's micro-batches run at w and wait for e.
         closure = self._ascent_pass(step, pending, take)
-        loss = self.runner.ascend(step, pending, closure)
+        loss = self._estimate(step, pending) if self.ascent.forwards else self.runner.ascend(step, pending, closure)
         step.pending.append(pending)
         step.taken, step.ascents = step.taken + take, step.ascents + 1
         if index + 1 < step.count and self._take(step, passes, index + 1):
@@ -371,7 +397,8 @@ class SLSAM:
         # The last of them completes e: all that wait descend, each with the random state it had in its ascent.
         self._set_perturbation(step)
         after = rng.snapshot(self.runner.accelerators)
-        losses = [self.runner.descend(step, p, logged=not exact) for p in step.pending]
+        with self.ascent.within(step):
+            losses = [self.runner.descend(step, p, logged=not exact) for p in step.pending]
         if all(p.whole for p in step.pending):  # a part has used fewer random numbers than its micro-batch
             rng.restore(after)
         step.pending.clear()
@@ -393,7 +420,7 @@ class SLSAM:
         if self.ascent.exact:
             return passes.logged
         rides = bool(self.runner.pairs)  # and then this is the first step of an epoch alone
-        if step.count == 1 and not rides:
+        if step.count == 1 and not rides and not self.ascent.forwards:
             self.fallbacks.add(
                 "the ascent is made by the whole batch",
                 "it has a single sequence; with gradient accumulation one micro-batch of several makes it"
@@ -402,6 +429,32 @@ class SLSAM:
                 "That is a second pass: a step costs 2.0 plain ones.",
             )
         return passes.unlogged
+
+    def _estimate(self, step: Step, pending: Pending) -> torch.Tensor:
+        """Add an ascent gradient that forward passes alone have made to `.grad`; return the loss at w.
+
+        That is their mean: to second order in the length of the probes.
+        """
+        ascent, forward = self.ascent, pending.forward_only
+        if forward is None:
+            raise ValueError(
+                f"ascent={self.config.to_dict()['ascent']!r} runs forward passes alone; pass forward_only, or an "
+                "ascent_closure that runs the forward alone."
+            )
+        members = [i for i in self.runner.members(step.mask) if self.runner.parameters[i].requires_grad]
+        along = ascent.direction([self.runner.parameters[i] for i in members], self.config.seed, self.steps)
+        ahead, behind = (
+            self.runner.probe(pending, forward, members, torch._foreach_mul(along, sign * ascent.smoothing))
+            for sign in (1.0, -1.0)
+        )
+        slope, loss = (ahead - behind) / (2 * ascent.smoothing), (ahead + behind) / 2
+        scale = self.loss_scale() if self.loss_scale is not None else None
+        slope = slope if scale is None else slope * scale.reshape(()).to(slope.device)
+        for i, part in zip(members, scaled(along, slope), strict=True):
+            parameter = self.runner.parameters[i]
+            parameter.grad = part.to(parameter) if parameter.grad is None else parameter.grad.add_(part)
+        step.ascent_loss = added(step.ascent_loss, loss)
+        return loss
 
     def _set_perturbation(self, step: Step) -> None:
         """Turn the ascent gradients in `.grad` into e and clear them."""
@@ -437,8 +490,11 @@ class SLSAM:
         return quotient(step.divisor, step.items, like)
 
     def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
-        weights = [self.runner.parameters[i].detach() for i in gradients]
-        offsets, step.rho = self.radius.offsets(list(gradients.values()), weights, norm, unit)
+        weights = [self.runner.parameters[i] for i in gradients]
+        with torch.no_grad():
+            offsets, step.rho, slope = self.radius.offsets(list(gradients.values()), weights, norm, unit)
+            step.slope = None if slope is None else slope * unit
+            step.extrapolated = self.ascent.extrapolation(gradients, unit)
         step.perturbation = self.runner.perturbation(list(gradients), offsets)
 
     def _recall(self, step: Step) -> None:
@@ -474,6 +530,7 @@ class SLSAM:
             self._skip(numbers)
         else:
             self.sampler.learn(step.draw, seen, self.norms)
+            self.ascent.finish(step)
         # The metrics count a skipped step among those skipped in a row; only a good one ends the row.
         self.metrics = step_metrics(self, step, numbers)
         if numbers.finite and not idle:
@@ -494,7 +551,7 @@ class SLSAM:
         """
         if self.config.descent == "all" and self.config.bandit != "paper":
             return step.trained, numbers.descent_norms
-        if step.ascent_squared is not None and not self.ascent.stale:
+        if step.ascent_squared is not None and not self.ascent.stale and not self.ascent.forwards:
             return step.mask, numbers.ascent_norms
         return step.mask, numbers.descent_norms * step.mask
 
@@ -502,6 +559,8 @@ class SLSAM:
         """Gather the step's numbers on the device and return them on the host."""
         losses = step.losses(self.runner.parameters[0].device)
         gradients = average_descent(self.reduce, self.runner, step, losses)
+        with torch.no_grad():
+            self.ascent.complete(step, gradients)
         for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
             if gradient is not None:  # a fused optimizer takes wrong steps on others, without an error
                 parameter.grad = gradient.contiguous()
@@ -515,6 +574,7 @@ class SLSAM:
             descent_squared=squared,
             riding_norm=joint_norm(step.riding.values(), squared.device),
             rho=nothing if step.rho is None else step.rho,
+            slope=nothing if step.slope is None else step.slope,
             seen_loss=seen,
             part_loss=before,
             descent_loss=losses[0],

@@ -61,6 +61,8 @@ class Stack:
         own (`torch.Tensor`): Which tokens are this step's own, boolean, shape `(batch, length)`.
         wanted (`Collection[nn.Parameter]`, *optional*): Weights whose riding gradient is wanted. Defaults to all.
         everywhere (`bool`, *optional*, defaults to `False`): Whether all pairs hold two weights, perturbed or not.
+        extrapolated (`Mapping[nn.Parameter, torch.Tensor]`, *optional*): How far from w riding tokens see perturbed
+            weights. Defaults to not at all.
 
     Attributes:
         riding (`dict[nn.Parameter, torch.Tensor]`): Gradients that riding tokens made, at w.
@@ -76,6 +78,7 @@ class Stack:
         own: torch.Tensor,
         wanted: Collection[nn.Parameter] | None = None,
         everywhere: bool = False,
+        extrapolated: Mapping[nn.Parameter, torch.Tensor] | None = None,
     ) -> None:
         self.pairs = pairs
         self.own = own
@@ -85,10 +88,13 @@ class Stack:
         self._wanted = set(self._weights if wanted is None else wanted)
         self._masks: dict[torch.device, torch.Tensor] = {}
         perturbed = [pair for pair in pairs if everywhere or any(weight in offsets for weight in pair.weights)]
-        self._stacked = self._stack(perturbed, offsets)
+        self._stacked = self._stack(perturbed, offsets, extrapolated or {})
 
     def _stack(
-        self, perturbed: Sequence[Pair], offsets: Mapping[nn.Parameter, torch.Tensor]
+        self,
+        perturbed: Sequence[Pair],
+        offsets: Mapping[nn.Parameter, torch.Tensor],
+        extrapolated: Mapping[nn.Parameter, torch.Tensor],
     ) -> dict[nn.Parameter, torch.Tensor]:
         """Return the two versions of each weight of some pairs side by side, in few operations for all."""
         weights: list[Any] = [weight for pair in perturbed for weight in pair.weights]
@@ -100,13 +106,14 @@ class Stack:
             halves = both.unbind(i % 2)
             first.append(halves[0])
             second.append(halves[1])
-        moved = [i for i, weight in enumerate(weights) if weight in offsets]
         with torch.no_grad():
             if weights:
                 torch._foreach_copy_(first, weights)
                 torch._foreach_copy_(second, weights)
-            if moved:
-                torch._foreach_add_([first[i] for i in moved], [offsets[weights[i]] for i in moved])
+            for half, by in ((first, offsets), (second, extrapolated)):
+                moved = [i for i, weight in enumerate(weights) if weight in by]
+                if moved:
+                    torch._foreach_add_([half[i] for i in moved], [by[weights[i]] for i in moved])
         return stacked
 
     @contextmanager
@@ -181,12 +188,58 @@ class Stack:
                 stacked.unflatten(dim, (2, -1)).select(dim, half).add_(DISTURBANCE)
 
 
+class Beside:
+    """Pairs that compute with a second pair beside each: [A; A2] and [B, B2], for all tokens.
+
+    Args:
+        beside (`Mapping[Pair, tuple[torch.Tensor, torch.Tensor]]`): A2, shape `(r, in)`, and B2, shape `(out, r)`, of
+            each pair.
+        step (`Any`): The step that it is made for.
+
+    Attributes:
+        gradients (`dict[nn.Parameter, torch.Tensor]`): Of the second pairs' factors, by the factors they lie beside;
+            added up over micro-batches.
+    """
+
+    def __init__(self, beside: Mapping[Pair, tuple[torch.Tensor, torch.Tensor]], step: Any) -> None:
+        self.step = step
+        self.gradients: dict[nn.Parameter, torch.Tensor] = {}
+        with torch.no_grad():
+            self._both = {
+                pair: [
+                    torch.cat([weight, second.to(weight.dtype)], dim=side)
+                    for side, (weight, second) in enumerate(zip(pair.weights, seconds, strict=True))
+                ]
+                for pair, seconds in beside.items()
+            }
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Run the context's forward and backward; it must outlive the backward pass."""
+        with ExitStack() as undo, torch.enable_grad():
+            for pair, both in self._both.items():
+                for side, (module, weight) in enumerate(zip(pair, pair.weights, strict=True)):
+                    undo.callback(module._parameters.__setitem__, "weight", weight)
+                    module._parameters["weight"] = _Both.apply(weight, both[side], self, side)
+            yield
+
+    def wants(self, weight: Any) -> bool:
+        """Whether the second gradient of a weight is wanted: all are."""
+        return True
+
+    def keep(self, weight: Any, own: torch.Tensor, second: torch.Tensor | None) -> None:
+        """Add a gradient of a second factor to those of the micro-batches before."""
+        if second is not None:
+            before = self.gradients.get(weight)
+            self.gradients[weight] = second.clone() if before is None else before + second
+
+
 class _Both(torch.autograd.Function):
     """Two versions of a weight; the gradient of the first goes to the weight, that of the second is set aside."""
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, weight: torch.Tensor, stacked: torch.Tensor, owner: Stack, dim: int
+        ctx: Any, weight: torch.Tensor, stacked: torch.Tensor, owner: Stack | Beside, dim: int
     ) -> torch.Tensor:
         ctx.weight, ctx.owner, ctx.dim = weight, owner, dim
         return stacked.view_as(stacked)

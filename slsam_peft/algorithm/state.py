@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 
 from slsam_peft.algorithm.arms import Arm
+from slsam_peft.algorithm.ascents import Ascent
+from slsam_peft.algorithm.given import load_own_state, own_state
 from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.sampler import Sampler
 from slsam_peft.config import SLSAMConfig
@@ -21,6 +23,7 @@ class Stateful(Protocol):
     arms: Sequence[Arm]
     sampler: Sampler
     memory: GradientMemory
+    ascent: Ascent
     active: torch.Tensor
     steps: int
     skipped: int
@@ -47,6 +50,7 @@ def collect(owner: Stateful) -> State:
         "skipped_in_a_row": owner.skipped_in_a_row,
         "active": owner.active.clone(),
         **{f"sampler.{key}": value for key, value in sampler(owner).items()},
+        **{f"ascent.{k}": v for k, v in own_state(owner.ascent).items()},
         **{f"remembered.{k}": v for k, v in owner.memory.state_dict(_names(owner.arms)).items()},
     }
 
@@ -55,6 +59,7 @@ def restore(owner: Stateful, saved: State) -> None:
     """Put back what `collect` returned."""
     restore_sampler(owner, _below(saved, "sampler."))
     owner.memory.load_state_dict(_below(saved, "remembered."), _names(owner.arms))
+    load_own_state(owner.ascent, _below(saved, "ascent."))
     owner.active = saved["active"].bool().clone()
     owner.steps, owner.skipped = int(saved["steps"]), int(saved["skipped"])
     owner.skipped_in_a_row = int(saved["skipped_in_a_row"])

@@ -95,6 +95,11 @@ class Pending:
     idle: bool = False  # whether nothing that is trained takes part in its loss
     idle_loss: torch.Tensor | None = None  # which is this one then, where it is known
 
+    @property
+    def forward_only(self) -> Closure | None:
+        """The forward alone of what its ascent pass runs on; `None` where there is none."""
+        return self.passes.forward_only if self.cut is None else self.cut.forward_only
+
 
 @dataclass(eq=False)
 class Step:
@@ -116,8 +121,13 @@ class Step:
     perturbation: Perturbation | None = None
     lone: Pending | None = None  # the only micro-batch, where sequences of the next step may ride along in its pass
     ascent_squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient of the sequences' mean loss
-    rho: torch.Tensor | None = None  # length of e
+    rho: torch.Tensor | None = None  # length of e, as the radius measures it
+    slope: torch.Tensor | None = None  # what e raises the ascent sequences' mean loss by, to first order
     riding: dict[int, torch.Tensor] = field(default_factory=dict)  # the next step's ascent gradient, by position
+    rode_share: torch.Tensor | None = None  # of the ranks on which something rode along
+    extrapolated: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # how far from w riding tokens run, by position
     ascent_loss: torch.Tensor | None = None  # at w, in the loss's own scale
     seen_loss: torch.Tensor | None = None  # of the ascent's sequences at w + e, in the loss's own scale
     descent_loss: torch.Tensor | None = None  # at w + e, of the step's own sequences

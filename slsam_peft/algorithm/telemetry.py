@@ -32,7 +32,9 @@ class StepNumbers(NamedTuple):
             `(L,)`.
         riding_norm (`torch.Tensor`): Norm of the ascent gradient made for the next step, shape `()`; it need only be
             finite.
-        rho (`torch.Tensor`): Length of e, shape `()`; NaN where there is none.
+        rho (`torch.Tensor`): Length of e, as the radius measures it, shape `()`; NaN where there is none.
+        slope (`torch.Tensor`): What e raises the ascent sequences' mean loss by, to first order, shape `()`; NaN where
+            it is rho times the gradient's norm.
         seen_loss (`torch.Tensor`): Mean loss of the ascent's sequences at w + e, shape `()`; NaN where not known.
         part_loss (`torch.Tensor`): The same at w.
         descent_loss (`torch.Tensor`): Loss at w + e, on what the descent passes saw, shape `()`.
@@ -44,6 +46,7 @@ class StepNumbers(NamedTuple):
     descent_squared: torch.Tensor
     riding_norm: torch.Tensor
     rho: torch.Tensor
+    slope: torch.Tensor
     seen_loss: torch.Tensor
     part_loss: torch.Tensor
     descent_loss: torch.Tensor
@@ -108,10 +111,10 @@ def _perturbed_metrics(slsam: Any, step: Step, numbers: StepNumbers, norm: float
     """Return how far the step was perturbed, and how much the loss rose by it."""
     if not slsam.config.is_perturbed:
         return {}
-    metrics = {} if slsam.ascent.exact else {"loss_is_at_w_plus_e": 1.0}
-    if step.perturbation is None:
-        return metrics
+    metrics = {} if slsam.ascent.exact or not slsam.ascent.moves else {"loss_is_at_w_plus_e": 1.0}
     rho, rise = float(numbers.rho), float(numbers.seen_loss) - float(numbers.part_loss)
+    if step.perturbation is None:  # the ascent moves the passes in its own way, or not at all
+        return metrics if math.isnan(rho) else metrics | {"rho": rho}
     metrics["rho"] = rho
     if slsam.ascent.exact and numbers.finite:
         metrics["sharpness"] = float(numbers.descent_loss) - float(numbers.ascent_loss)
@@ -119,7 +122,8 @@ def _perturbed_metrics(slsam: Any, step: Step, numbers: StepNumbers, norm: float
         metrics |= {"ascent_loss": float(numbers.part_loss), "loss_rise": rise}
     rise = metrics.get("sharpness", rise)
     if math.isfinite(rise):
-        metrics["ascent_gain"] = rise / (rho * norm) if rho * norm > 0 else math.nan
+        expected = rho * norm if math.isnan(float(numbers.slope)) else float(numbers.slope)
+        metrics["ascent_gain"] = rise / expected if expected > 0 else math.nan
     return metrics
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modes",
         nargs="+",
         metavar="MODE",
-        help=f"modes to time beside {REFERENCE}, on the same sequences: {names} (default: all of them)",
+        help=f"modes to time beside {REFERENCE}, on the same sequences: {names} (default: all of ours)",
     )
     add("--rows", type=_positive, metavar="N", help="rows of your data: the table says hours of an epoch on them")
     add(

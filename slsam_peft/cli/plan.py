@@ -17,6 +17,8 @@ from slsam_peft.config import (
     DESIGNS,
     GRANULARITIES,
     METHODS,
+    RADII,
+    RIDING,
     SLSAMConfig,
 )
 from slsam_peft.errors import UserError
@@ -36,6 +38,7 @@ CARDS_GIB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 192)  # memor
 _NAMES = {
     "method": METHODS,
     "ascent": ASCENTS,
+    "radius": RADII,
     "descent": DESCENTS,
     "design": DESIGNS,
     "granularity": GRANULARITIES,
@@ -182,9 +185,9 @@ def _check(args: argparse.Namespace) -> None:
             "--ascent partial takes a part of the step's sequences, and there is one; use a larger --batch_size or "
             "--gradient_accumulation_steps, or --ascent two_pass."
         )
-    if args.ascent == "ahead" and args.gradient_accumulation_steps > 1:
+    if args.ascent in RIDING and args.gradient_accumulation_steps > 1:
         raise UserError(
-            f"--ascent ahead needs steps of one micro-batch, and --gradient_accumulation_steps is "
+            f"--ascent {args.ascent} needs steps of one micro-batch, and --gradient_accumulation_steps is "
             f"{args.gradient_accumulation_steps}; use --ascent partial, where a micro-batch makes the ascent."
         )
 

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from slsam_peft.config import RIDING
+
 GIB = 2**30
 LISTED_ARMS = 40  # longer lists are shown by kind
 _PARTS = {
@@ -14,6 +16,8 @@ _PARTS = {
     "adapters": "adapters",
     "gradients": "their gradients",
     "perturbation": "perturbation",
+    "second_adapter": "second adapter and its moments",
+    "noise": "noise on one weight",
     "gradient_memory": "gradients kept for the next step (bfloat16)",
     "optimizer": "optimizer states",
     "activations": "kept for the backward pass",
@@ -131,7 +135,7 @@ def _cost(cost: dict[str, Any]) -> Table:
         (f"{name} (expected)", cost["expected"]),
     ):
         table.add_row(label, f"{ratio * plain:,.2f}", f"{ratio:.3f}")
-    if cost["method"] in (None, "depth") and cost["ascent"] != "ahead":  # others take no budget
+    if cost["method"] in (None, "depth") and cost["ascent"] not in RIDING:  # others take no budget
         table.caption = f"within reach of cost_budget: {cost['least']:.3f} to {cost['most']:.3f}"
     return table
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slsam_peft.algorithm.arms import Arm
-from slsam_peft.algorithm.ascents import build_ascent
+from slsam_peft.algorithm.rules import build_ascent
 from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.budget import independent_reach, reach_of, solve_active_fraction

@@ -96,7 +96,7 @@ def memory_of(
         share (`float`, *optional*, defaults to `1.0`): Of the adapters' parameters, how many are perturbed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    stacked, reused = rule.stacked(shapes), rule.reused_shapes(shapes)
+    stacked, reused = rule.doubled(shapes), rule.reused_shapes(shapes)
     perturbed = rule.ascent.stale or bool(rule.ascent_shapes(shapes))
     shapes = rule.run_on(shapes)
     adapters = float(sum(p.numel() * p.element_size() for p in trained))
@@ -108,8 +108,12 @@ def memory_of(
         "weights": weights,
         "adapters": adapters,
         "gradients": adapters,
-        # e and w + e; the other version of each perturbed factor, and the next ascent's gradient
+        # e and w + e; the other version of each perturbed factor, and its gradient
         "perturbation": adapters * 2 * share * (perturbed + stacked),
+        # of a second adapter: its factors and the two moments of their ascent
+        "second_adapter": 3 * adapters if rule.ascent.doubles else 0.0,
+        # of a weight with noise on it: the noise in float32, and the sum
+        "noise": _noise_bytes(cost, settings) if rule.ascent.merges else 0.0,
         "gradient_memory": 2.0 * sum(p.numel() for p in trained) if rule.ascent.stale else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, kept, rule),
@@ -216,6 +220,12 @@ def _frozen_bytes(model: nn.Module, settings: MemorySettings) -> tuple[float, fl
             else:
                 total += p.numel() * p.element_size()
     return total, unpacked
+
+
+def _noise_bytes(cost: CostModel, settings: MemorySettings) -> float:
+    """Bytes of the largest adapted weight's noise in float32, and of the weight with the noise on it."""
+    sizes = (x.base.features for block in cost.decoder.blocks for x in block.linears if x.factors)
+    return max(sizes, default=0.0) * (4.0 + settings.compute_dtype.itemsize)
 
 
 def _optimizer_bytes(p: nn.Parameter, name: str) -> float:

@@ -62,6 +62,10 @@ class Rule:
         """Return whether sequences of the next step ride along; perturbed factors hold two weights then."""
         return len(shapes) == 1 and (self.joined is not None or self.ascent.rides)
 
+    def doubled(self, shapes: Shapes) -> bool:
+        """Return whether perturbed factors hold two weights: for riding sequences, or for a second adapter."""
+        return self.stacked(shapes) or self.ascent.doubles
+
     def run_on(self, shapes: Shapes) -> Shapes:
         """Return the micro-batches with the sequences of the next step that ride along in them."""
         if not self.stacked(shapes):
@@ -86,6 +90,8 @@ class Rule:
 
     def reused_shapes(self, shapes: Shapes) -> Shapes:
         """Return the micro-batches whose second pass starts at the lowest active block."""
+        if self.ascent.forwards:  # which keep nothing
+            return []
         # The hidden states of a part of a micro-batch fit no other pass.
         first = self.ascent_shapes(shapes)
         whole = [shape for shape, ran in zip(shapes, first, strict=False) if tuple(shape) == tuple(ran)]
@@ -168,8 +174,7 @@ class CostModel:
         parts = rule.parts(shapes)
         lowest_active = 0 if below else next((i for i, names in enumerate(per_block) if names), len(self))
         total = self._const(parts, rule, head)
-        if rule.stacked(shapes):
-            total += sum(self._riding(i, names, rule.wanted, parts) for i, names in enumerate(per_block))
+        total += sum(self._beside(i, names, shapes, parts, rule) for i, names in enumerate(per_block))
         for i in range(lowest_active, len(self)):
             total += self._term(i, per_block[i], i == lowest_active and not below, parts, rule)
         return total
@@ -201,9 +206,9 @@ class CostModel:
         for i, block in enumerate(self.decoder.blocks):
             inactive = self._term(i, NONE, False, parts, rule)
             chosen = self._term(i, block.trainable, False, parts, rule)
-            riding = self._riding(i, block.trainable, NONE, parts) if rule.stacked(shapes) else 0.0
+            beside = self._beside(i, block.trainable, shapes, parts, rule)
             reached.append(inactive / unit)
-            active.append((chosen + riding - inactive) / unit)
+            active.append((chosen + beside - inactive) / unit)
             lowest_active.append((self._term(i, block.trainable, True, parts, rule) - chosen) / unit)
         return LinearCost(self._const(parts, rule, False) / unit, tuple(reached), tuple(active), tuple(lowest_active))
 
@@ -226,11 +231,13 @@ class CostModel:
     def _const(self, parts: _Parts, rule: Rule, head_active: bool) -> float:
         """Cost of what runs wherever the cut lies: forward passes below it, the head, a dense descent."""
         head_trained = bool(self.decoder.head_trainable) if rule.descent == "all" else head_active
-        cost = self._head(parts.first, head_active) + self._head(parts.total, head_trained)
+        forwards = rule.ascent.forwards
+        cost = self._head(parts.total, head_trained)
+        cost += forwards * self._logits(parts.first) if forwards else self._head(parts.first, head_active)
         rest = parts.total.minus(parts.reused)
         for i, block in enumerate(self.decoder.blocks):
             forward = self._passes(i, NONE, True).forward
-            cost += forward.on(parts.first) + forward.on(rest)
+            cost += max(1, forwards) * forward.on(parts.first) + forward.on(rest)
             if rule.descent == "all":
                 input_grad = i > 0 or self.reentrant or self._uncut
                 cost += self._passes(i, block.trainable, input_grad).back.on(parts.total)
@@ -244,10 +251,21 @@ class CostModel:
         # An ascent whose graph a dense descent goes on from has every trained arm on, any other the drawn ones alone.
         kept = self._passes(index, trained, input_grad or (dense and index == 0 and self._uncut))
         fresh = self._passes(index, names, input_grad)
-        cost = fresh.back.on(parts.first.minus(parts.reused))
+        cost = 0.0 if rule.ascent.forwards else fresh.back.on(parts.first.minus(parts.reused))
         cost += kept.back.on(parts.reused) + kept.forward.on(parts.reused)
         # A dense descent runs below the lowest active block too: `_const` counts it.
         return cost if dense else cost + kept.back.on(parts.total)
+
+    def _beside(self, index: int, names: frozenset[str], shapes: Shapes, parts: _Parts, rule: Rule) -> float:
+        """Cost that a block's perturbed parameters add to its descent passes beside what every pass costs."""
+        cost = 0.0
+        if rule.doubled(shapes):
+            cost += self._riding(index, names, names if rule.ascent.doubles else rule.wanted, parts)
+        if rule.ascent.merges:
+            linears = [x for x in self.decoder.blocks[index].linears if x.trainable & names]
+            # B A is a product of (out, r) and (r, in): made once a step, for the lengths of its rows.
+            cost += sum(2 * x.factors[-1].features * x.in_features for x in linears if x.factors)
+        return cost
 
     def _riding(self, index: int, names: frozenset[str], wanted: frozenset[str], parts: _Parts) -> float:
         """Cost that telling tokens apart adds to a block's pass: its perturbed factors hold two weights."""
@@ -261,6 +279,10 @@ class CostModel:
     def _uncut(self) -> bool:
         """Whether backpropagation through everything has to leave block 0 downwards."""
         return bool(self.decoder.below_trainable)
+
+    def _logits(self, size: Size) -> float:
+        """FLOPs of the head of a forward pass alone."""
+        return 2 * self.decoder.head * size.scored
 
     def _head(self, size: Size, trainable: bool) -> float:
         """FLOPs of the fused head: logits, logits again, gradient of the hidden states (and of its weight)."""

@@ -15,10 +15,12 @@ class Mode:
         config (`SLSAMConfig`, *optional*): Settings of SL-SAM; plain `SFTTrainer` without.
         accumulated (`bool`, *optional*, defaults to `False`): Whether the sequences of a step come one at a time, in
             micro-batches of one.
+        named (`bool`, *optional*, defaults to `False`): Whether it is timed only where it is named.
     """
 
     config: SLSAMConfig | None = None
     accumulated: bool = False
+    named: bool = False
 
 
 # All on the same sequences per step. The radius does not change the cost.
@@ -32,6 +34,15 @@ MODES = {
     "paper": Mode(SLSAMConfig(method="paper")),
     "depth, budget 1": Mode(SLSAMConfig(method="depth", cost_budget=1.0)),
     "remembered": Mode(SLSAMConfig(active_fraction=1.0, ascent="remembered")),
+    # Rules of other papers.
+    "asam": Mode(SLSAMConfig(method="auto", radius="asam"), named=True),
+    "neuron": Mode(SLSAMConfig(method="auto", radius="neuron"), named=True),
+    "weight": Mode(SLSAMConfig(method="auto", radius="weight"), named=True),
+    "zeroth order": Mode(SLSAMConfig(method="auto", ascent="zeroth_order"), named=True),
+    "sampa": Mode(SLSAMConfig(method="auto", ascent="sampa"), named=True),
+    "bar": Mode(SLSAMConfig(method="bar"), named=True),
+    "bi-lora": Mode(SLSAMConfig(method="bi_lora"), named=True),
+    "flat-lora": Mode(SLSAMConfig(method="flat_lora"), named=True),
 }
 REFERENCE = "plain LoRA"
 
@@ -40,7 +51,7 @@ def select_modes(names: Sequence[str] | None, batch: int, accumulation: int) -> 
     """Return plain LoRA and the modes of the given names, or all modes that are possible.
 
     Args:
-        names (`Sequence[str]` or `None`): Keys of `MODES`; `None` for all that differ from the others here.
+        names (`Sequence[str]` or `None`): Keys of `MODES`; `None` for ours that differ from the others here.
         batch (`int`): Sequences per micro-batch.
         accumulation (`int`): Micro-batches per step.
 
@@ -49,7 +60,7 @@ def select_modes(names: Sequence[str] | None, batch: int, accumulation: int) -> 
     """
     missing = {name: _missing(mode, batch, accumulation) for name, mode in MODES.items()}
     if names is None:
-        return {name: mode for name, mode in MODES.items() if missing[name] is None}
+        return {name: mode for name, mode in MODES.items() if missing[name] is None and not mode.named}
     for name in names:
         if name not in MODES:
             allowed = "".join(f"\n  {known}" for known in MODES)

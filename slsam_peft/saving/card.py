@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slsam_peft.config import PAPER_FRACTION, RADII, SLSAMConfig
+from slsam_peft.config import PAPER_FRACTION, SLSAMConfig
 
 # In the order they are shown; what is not set gives no tag.
 _SHOWN = (
@@ -37,10 +37,13 @@ def tags_of(method: Mapping[str, Any]) -> list[str]:
         fraction = method.get("active_fraction")
         tags.append(f"sl-sam:active_fraction={PAPER_FRACTION if fraction is None else fraction}")
     # A share of the sequences counts where the ascent is made by some of them, and no number of them is set.
-    if method.get("ascent") in ("auto", "partial", "ahead") and method.get("ascent_fraction") is not None:
+    if (
+        method.get("ascent") in ("auto", "partial", "ahead", "sampa", "zeroth_order")
+        and method.get("ascent_fraction") is not None
+    ):
         tags.append(f"sl-sam:ascent_fraction={method['ascent_fraction']}")
-    # The names of radii say no more than `rho` and `loss_rise` do; an object has a name of its own.
-    if method.get("radius") not in (None, *RADII):
+    # These names of radii say no more than `rho` and `loss_rise` do.
+    if method.get("radius") not in (None, "length", "loss_rise"):
         tags.append(f"sl-sam:radius={method['radius']}")
     return tags
 

@@ -61,10 +61,12 @@ class TraceData:
     def radius(self) -> str:
         """How far steps were perturbed, as it was set: a length, a rise of the loss, or an object by its name."""
         config = self.plain["config"]
+        radius = config.get("radius")
         for name in ("rho", "loss_rise"):
             if config.get(name) is not None:
-                return f"{name} {config[name]:g}"
-        return f"radius {config.get('radius')}"
+                unit = "" if radius in (None, "length", "loss_rise") else f" ({radius})"
+                return f"{name} {config[name]:g}{unit}"
+        return f"radius {radius}"
 
     @property
     def mean_cost(self) -> float:

@@ -23,6 +23,8 @@ def advise(trainer: Any, slsam: SLSAM) -> None:
     sequences, wanted = each * count, 0
     for i in range(count):
         wanted += slsam.ascent.take(i, count, each, wanted)
+    if not wanted:  # a rule that makes no ascent
+        return
     if slsam.runner.pairs:
         where = (
             f"rides along in the previous step's pass, whose memory is that of {sequences + wanted} sequences; "

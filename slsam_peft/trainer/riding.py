@@ -1,6 +1,6 @@
 """Finds out whether sequences of the next batch may ride along in a pass, and the pairs of factors they need."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -9,6 +9,7 @@ from trl import SFTTrainer
 
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.stack import Pair
+from slsam_peft.trainer.factors import plain_pairs
 
 
 def lora_pairs(model: nn.Module) -> list[Pair]:
@@ -17,22 +18,7 @@ def lora_pairs(model: nn.Module) -> list[Pair]:
     Args:
         model (`nn.Module`): The model, adapters attached.
     """
-    return [pair for module in model.modules() if isinstance(module, LoraLayer) for pair in _pairs_of(module)]
-
-
-def _pairs_of(layer: Any) -> Iterator[Pair]:
-    for name, down in layer.lora_A.items():
-        up: Any = layer.lora_B[name] if name in layer.lora_B else None
-        varied = layer.use_dora.get(name, False) or name in getattr(layer, "lora_variant", {})
-        if varied or not (_is_plain(down) and _is_plain(up)):
-            continue
-        if down.weight.requires_grad and up.weight.requires_grad and down.bias is None and up.bias is None:
-            yield Pair(down, up)
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether a module is a linear one as torch has it; hooks of accelerate, for one, replace its `forward`."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
+    return [pair for module in model.modules() if isinstance(module, LoraLayer) for _, pair in plain_pairs(module)]
 
 
 def not_pairs(arms: Sequence[Arm], pairs: Sequence[Pair]) -> str:

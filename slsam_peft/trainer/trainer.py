@@ -16,7 +16,7 @@ from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
 from slsam_peft.algorithm.slsam import SLSAM
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.config import RIDING, SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.data.tables import is_table
 from slsam_peft.models.bnb_cpu import keep_trainable
@@ -33,9 +33,11 @@ from slsam_peft.trainer.answers import check_answers
 from slsam_peft.trainer.batches import Lookahead, batch_shape
 from slsam_peft.trainer.costing import StepCost, cost_model_of
 from slsam_peft.trainer.distributed import average_over_ranks, has_ranks, of_first_rank, wait_for_ranks
+from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
+from slsam_peft.trainer.rates import LearningRates
 from slsam_peft.trainer.riding import lora_pairs, not_pairs, why_not
 from slsam_peft.trainer.support import (
     check_optimizer,
@@ -102,8 +104,9 @@ class SLSAMMixin(_Base):
         super().__init__(*args, **kwargs)
         check_trainer(self)
         check_sequences(self, self.slsam_config)
-        if self.slsam_config.ascent == "ahead" and self.slsam_config.is_perturbed and (reason := why_not(self)):
-            raise ValueError(f"ascent='ahead' cannot be used here: {reason}. Use ascent='auto', or 'partial'.")
+        named = self.slsam_config.ascent
+        if named in RIDING and self.slsam_config.is_perturbed and (reason := why_not(self)):
+            raise ValueError(f"ascent={named!r} cannot be used here: {reason}. Use ascent='auto', or 'partial'.")
         keep_trainable(self.model)
         if self.slsam_config.adapter_dtype == "float32":
             restore_float32(self.model, before)
@@ -143,7 +146,7 @@ class SLSAMMixin(_Base):
         with held(self.optimizer, self._slsam_candidates):  # what a callback has frozen for now belongs to an arm
             self.slsam_arms = arms_of(self.model, config.granularity)
             self._slsam_outside = outside(self.model, self.slsam_arms)
-            pairs = lora_pairs(self.model) if self._may_ride else []
+            pairs, factors = lora_pairs(self.model) if self._may_ride else [], factors_of(self.model)
             model = cost_model_of(self, self.slsam_arms, config)
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, config)
         fraction = None
@@ -156,6 +159,7 @@ class SLSAMMixin(_Base):
             fraction=fraction,
             cost=self._slsam_cost,
             pairs=pairs,
+            factors=factors,
             fallbacks=self.slsam_fallbacks,
         )
         if model is not None and len(self.slsam_arms.layout.stacks) > 1:
@@ -170,13 +174,15 @@ class SLSAMMixin(_Base):
         if has_ranks():
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
+        slsam.learning_rate = LearningRates(self)
+        slsam.progress = lambda: self.state.global_step / max(1, self.state.max_steps)
         return slsam
 
     @property
     def _may_ride(self) -> bool:
         config = self.slsam_config
         ascent: Any = config.ascent
-        wanted = ascent in ("ahead", "auto") if isinstance(ascent, str) else bool(getattr(ascent, "rides", False))
+        wanted = ascent in (*RIDING, "auto") if isinstance(ascent, str) else bool(getattr(ascent, "rides", False))
         return wanted and config.is_perturbed and why_not(self) is None
 
     def _begin_training(self) -> None:

@@ -67,6 +67,31 @@ def test_plan_of_a_local_configuration(capsys, folder):
     assert made["memory"]["total"] == sum(parts.values()) + max(made["memory"]["block"], made["memory"]["logits"])
 
 
+def test_rules_of_other_papers_are_planned(capsys, folder):
+    """What each costs beside a pass of its own kind, and what it holds."""
+    base = ("--model", folder, "--batch_size", "4", "--max_length", "64", "--lora_r", "4")
+    made = {m: planned(capsys, *base, "--method", m) for m in ("bar", "bi_lora", "flat_lora")}
+    plain = planned(capsys, *base, "--rho", "0")["cost"]["expected"]
+    assert made["bar"]["cost"]["expected"] == plain
+    assert 1 < made["bi_lora"]["cost"]["expected"] / plain < 1.3  # factors are a large part of a model so thin
+    assert 1 < made["flat_lora"]["cost"]["expected"] / plain < 1.02
+    assert all(m["cost"]["ascent_sequences"] == 0 and not m["cost"]["rides"] for m in made.values())
+    memory = {name: m["memory"] for name, m in made.items()}
+    assert memory["bar"]["perturbation"] == memory["flat_lora"]["perturbation"] == 0
+    assert memory["bi_lora"]["second_adapter"] == 3 * memory["bi_lora"]["adapters"]
+    assert memory["flat_lora"]["noise"] == 96 * 256 * (4 + 2)
+    ahead, sampa = (planned(capsys, *base, "--method", "auto", "--ascent", a)["cost"] for a in ("ahead", "sampa"))
+    assert sampa["expected"] == ahead["expected"]
+    small, zeroth = (
+        planned(capsys, *base, "--method", "auto", "--ascent", a)["cost"]["expected"]
+        for a in ("partial", "zeroth_order")
+    )
+    assert plain < zeroth < small
+    assert main(["plan", *base, "--ascent", "sampa", "--gradient_accumulation_steps", "2"]) == 2
+    assert "--ascent sampa needs steps of one micro-batch" in " ".join(capsys.readouterr().err.split())
+    assert planned(capsys, *base, "--method", "sam", "--radius", "neuron")["cost"]["expected"] > 1.9
+
+
 def test_a_budget_is_met_and_its_design_shown(capsys, folder):
     made = planned(capsys, "--model", f"{folder}/config.json", "--design", "depth", "--cost_budget", "1.2")
     assert made["cost"]["expected"] == pytest.approx(1.2, rel=1e-3)

@@ -1,0 +1,166 @@
+r"""Trains a second adapter against the first in the same pass, and drops it in the end."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from slsam_peft.algorithm.ascents import Ascent, Host, rate_of, seeded_normal, strength_of
+from slsam_peft.algorithm.factors import Factors, check_factors, product_norm_squared
+from slsam_peft.algorithm.stack import Beside
+from slsam_peft.algorithm.step import Step
+
+NAME = "ascent='bi_lora'"
+INSIDE = 1 - 1e-6  # of the radius: what clipping rounds must not reach beyond it
+
+
+class Adversary(Ascent):
+    r"""Bi-LoRA: an auxiliary pair beside each drawn one, moved by ascent in the same pass (ICLR 2026).
+
+    $$\min_{B_1, A_1}\; \max_{\|s B_2 A_2\|_F \le \rho} L(W + s B_1 A_1 + s B_2 A_2)$$
+
+    (arXiv 2508.19564): both pairs get their gradients from one pass at $W + s B_1 A_1 + s B_2 A_2$; the optimizer lets
+    the primary pair descend, and here the auxiliary one ascends. Then all auxiliary factors are scaled by
+    $\sqrt{\rho / c}$ where $c$, the norm of all $s B_2 A_2$ together, exceeds $\rho$. $A_2$ starts as LoRA's A does,
+    from a seed, and $B_2$ at 0. It is no parameter of the model, so nothing that is saved or evaluated holds it.
+    Differences: the ascent is Adam's, at the learning rate of the primary pair (plain ascent, the paper's equation,
+    does not come near a radius at an adapter's rate; `adam=False` makes it); the radius counts the scale s.
+
+    Args:
+        radius (`float`, *optional*): rho. Defaults to the config's `rho`.
+        adam (`bool`, *optional*, defaults to `True`): Adam, or plain ascent.
+    """
+
+    doubles = True
+
+    def __init__(self, radius: float | None = None, adam: bool = True) -> None:
+        self.radius = radius
+        self.adam = adam
+        self._host: Host | None = None
+        self._aux: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._moments: dict[int, list[torch.Tensor]] = {}
+        self._norm = torch.zeros(())
+        self._beside: Beside | None = None
+
+    def begin(self, host: Host) -> None:
+        """See `Ascent.begin`."""
+        check_factors(NAME, host.arms, host.factors)
+        self._rho = strength_of(self.radius, host, NAME)
+        self._host = host
+        self._aux = [_fresh(f, host.config.seed, i) for i, f in enumerate(host.factors)]
+        self._moments = {}
+        self._norm = torch.zeros((), device=self._aux[0][0].device)
+
+    @property
+    def auxiliary(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """$A_2$, shape `(r, in)`, and $B_2$, shape `(out, r)`, of each of `Host.factors`."""
+        return self._aux
+
+    @contextmanager
+    def within(self, step: Step) -> Iterator[None]:
+        """Let each drawn pair hold both: [A; A2] and [B, B2]."""
+        host = self._host
+        assert host is not None
+        step.rho = self._norm
+        if self._beside is None or self._beside.step is not step:
+            drawn = {host.parameters[i] for i in host.members(step.mask)}
+            on = [i for i, f in enumerate(host.factors) if drawn.intersection(f.pair.weights)]
+            self._beside = Beside({host.factors[i].pair: self._aux[i] for i in on}, step)
+            self._on = on
+        with self._beside.applied():
+            yield
+
+    def finish(self, step: Step) -> None:
+        """Let the auxiliary pairs of the drawn arms ascend, and clip all of them to the radius."""
+        host, beside = self._host, self._beside
+        assert host is not None
+        if beside is None or beside.step is not step:
+            return
+        self._beside = None
+        gradients, targets, rates = [], [], []
+        rate = rate_of(host, NAME)
+        for i in self._on:
+            for side, weight in enumerate(host.factors[i].pair.weights):
+                found = beside.gradients.get(weight)
+                if found is None and host.reduce is None:
+                    continue
+                own = self._aux[i][side]
+                gradients.append(torch.zeros_like(own) if found is None else found.to(own))
+                targets.append(2 * i + side)
+                rates.append(rate(weight))
+        if not gradients:
+            return
+        scale = None if host.loss_scale is None else host.loss_scale()
+        if scale is not None:
+            gradients = [g / scale.reshape(()).to(g) for g in gradients]
+        if host.reduce is not None:
+            host.reduce(gradients)
+        with torch.no_grad():
+            for target, gradient, speed in zip(targets, gradients, rates, strict=True):
+                own = self._aux[target // 2][target % 2]
+                gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+                own.add_(self._direction(target, gradient) if self.adam else gradient, alpha=speed)
+            self._clip()
+
+    def _direction(self, target: int, gradient: torch.Tensor) -> torch.Tensor:
+        """Return Adam's step for one factor (betas 0.9 and 0.999), and keep its moments."""
+        first, second, count = self._moments.setdefault(
+            target, [torch.zeros_like(gradient), torch.zeros_like(gradient), torch.zeros((), dtype=torch.int64)]
+        )
+        count += 1
+        first.lerp_(gradient, 0.1)
+        second.lerp_(gradient.square(), 0.001)
+        t = int(count)
+        return (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+
+    def _clip(self) -> None:
+        """Scale all auxiliary factors alike where their product is longer than the radius."""
+        host = self._host
+        assert host is not None
+        device = self._aux[0][0].device
+        squares = [f.scale**2 * product_norm_squared(b, a) for f, (a, b) in zip(host.factors, self._aux, strict=True)]
+        norm = torch.stack([x.to(device) for x in squares]).sum().sqrt()
+        ratio = (INSIDE * self._rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+        for pair in self._aux:
+            for own in pair:
+                own.mul_(ratio.sqrt().to(own))
+        self._norm = norm * ratio
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the auxiliary factors and their moments, see `Ascent.state_dict`."""
+        state = {f"{i}.{side}": x.clone() for i, pair in enumerate(self._aux) for side, x in enumerate(pair)}
+        for target, kept in self._moments.items():
+            state |= {f"{target // 2}.{target % 2}.{k}": x.clone() for k, x in enumerate(kept)}
+        return {**state, "norm": self._norm.clone()} if state else {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned, see `Ascent.load_state_dict`."""
+        known = {f"{i}.{side}": x for i, pair in enumerate(self._aux) for side, x in enumerate(pair)}
+        wrong = [key for key, x in known.items() if key not in state or state[key].shape != x.shape]
+        if wrong or "norm" not in state:
+            raise ValueError(
+                f"the state has no second adapter that fits this one ({(wrong or ['norm'])[0]!r} is missing or of "
+                "another shape)."
+            )
+        with torch.no_grad():
+            for key, x in known.items():
+                x.copy_(state[key])
+        self._norm = state["norm"].to(self._norm.device)
+        self._moments = {}
+        for key, x in state.items():
+            place = key.split(".")
+            if len(place) == 3:
+                target = 2 * int(place[0]) + int(place[1])
+                own = self._aux[target // 2][target % 2]
+                kept = self._moments.setdefault(target, [own, own, own])
+                kept[int(place[2])] = x.clone() if int(place[2]) == 2 else x.to(own.device).clone()
+
+
+def _fresh(factors: Factors, seed: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return $A_2$ as LoRA starts its A (Kaiming, uniform within the root of 1 / in), and $B_2 = 0$."""
+    down, up = factors.down, factors.up
+    like = torch.empty_like(down, dtype=torch.promote_types(down.dtype, torch.float32), requires_grad=False)
+    normal = seeded_normal([like], seed, index, 2)[0]
+    uniform = torch.special.ndtr(normal) * 2 - 1
+    return uniform / math.sqrt(down.shape[1]), torch.zeros_like(up, dtype=like.dtype, requires_grad=False)

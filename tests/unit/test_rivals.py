@@ -1,0 +1,562 @@
+"""Rules of other papers, each held to a slow twin in float64 and to what its paper says of it."""
+
+import math
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.algorithm.adversary import Adversary
+from slsam_peft.algorithm.ascents import Ahead, Sampa, ZerothOrder, seeded_normal
+from slsam_peft.algorithm.balancing import Balancing
+from slsam_peft.algorithm.factors import Factors
+from slsam_peft.algorithm.noise import WeightNoise, _NoisyLinear
+from slsam_peft.algorithm.stack import Pair
+from slsam_peft.cost.expected import rule_of
+from slsam_peft.cost.model import CostModel
+from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
+from slsam_peft.saving.card import settings_of
+from slsam_peft.trainer.factors import _weight_of, factors_of
+from slsam_peft.trainer.riding import lora_pairs
+from tests.decoders import batch, closures, decoder
+from tests.look_ahead import exact_norms, first_rows, gradients_at, look_ahead_passes, mean_gradients
+from tests.tolerances import EXACT_FLOAT64, ORACLE, TRAJECTORY
+
+RATE = 0.05
+RIVALS = ("sampa", "zeroth_order", "bar", "obar", "bi_lora", "flat_lora")
+
+
+def algorithm(model, **settings):
+    """Return the algorithm over a decoder whose optimizer has one learning rate."""
+    config = SLSAMConfig(**settings)
+    slsam = SLSAM(arms_of(model), config, pairs=lora_pairs(model), factors=factors_of(model))
+    slsam.learning_rate = lambda p: RATE
+    return slsam
+
+
+def trained(model):
+    return [p for arm in arms_of(model) for p in arm.parameters]
+
+
+def copied(tensors):
+    return [t.detach().clone() for t in tensors]
+
+
+def assert_same(got, expected, tolerance=ORACLE):
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=tolerance)
+
+
+# Zeroth order
+
+
+def test_a_zeroth_order_step_is_that_of_the_slow_reference():
+    """Two forwards at w + mu u and w - mu u with the descent's own dropout, then the gradient at w + e."""
+    model, twin = exact_norms(decoder()), exact_norms(decoder())
+    slsam = algorithm(model, method="sam", ascent="zeroth_order", rho=0.3, active_fraction=0.6, seed=3)
+    inputs, parameters = batch(), trained(twin)
+    closure, forward_only = closures(model, inputs)
+    start = torch.get_rng_state()
+    slsam.update(closure, forward_only=forward_only)
+
+    on = slsam.active[slsam.runner.owner].tolist()
+    assert not all(on)
+    drawn = [p for p, o in zip(parameters, on, strict=True) if o]
+    u = ZerothOrder().direction(drawn, 3, 0)
+    losses = []
+    plain, forward = closures(twin, inputs)
+    weights = copied(drawn)
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, w, d in zip(drawn, weights, u, strict=True):
+                p.copy_(w + sign * 0.05 * d)
+        torch.set_rng_state(start)
+        losses.append(float(forward()))
+    slope = (losses[0] - losses[1]) / 0.1
+    with torch.no_grad():
+        for p, w, d in zip(drawn, weights, u, strict=True):
+            p.copy_(w + 0.3 * math.copysign(1, slope) * d)
+    torch.set_rng_state(start)
+    plain()
+    assert_same([p.grad for p in slsam.runner.parameters], [p.grad for p in parameters])
+    assert slsam.metrics["grad_norm_ascent"] == pytest.approx(abs(slope), rel=1e-6)
+    assert slsam.metrics["ascent_loss"] == pytest.approx(sum(losses) / 2, rel=ORACLE)
+
+
+def test_no_backward_pass_makes_the_ascent():
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="sam", ascent="zeroth_order", rho=0.3)
+    calls = []
+    closure, forward_only = closures(model, batch())
+
+    def noted(run, name):
+        def call():
+            calls.append((name, torch.is_grad_enabled()))
+            return run()
+
+        return call
+
+    slsam.update(noted(closure, "both"), forward_only=noted(forward_only, "forward"))
+    assert [name for name, _ in calls] == ["forward", "forward", "both"]
+
+
+def test_the_direction_comes_from_a_seed_and_has_length_1():
+    like = [torch.zeros(3, 4, dtype=torch.float64), torch.zeros(5)]
+    first, again, later, other = (ZerothOrder().direction(like, *seeds) for seeds in ((0, 7), (0, 7), (0, 8), (1, 7)))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(first[0], x[0]) for x in (later, other))
+    assert sum(float(x.double().square().sum()) for x in first) == pytest.approx(1.0, rel=1e-6)
+    assert [x.dtype for x in first] == [torch.float64, torch.float32]
+
+
+def test_the_estimate_times_the_dimension_is_the_gradient_in_the_mean():
+    """On a cubic the smoothed gradient has its own closed form: that of the mean over a ball."""
+    torch.manual_seed(0)
+    w, mu, count = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64), 0.5, 20000
+    total = torch.zeros_like(w)
+    for step in range(count):
+        (u,) = ZerothOrder().direction([w], 0, step)
+        total += 3 * (((w + mu * u) ** 3).sum() - ((w - mu * u) ** 3).sum()) / (2 * mu) * u
+    # d/dw of the mean of (w + mu v)^3 over the ball: 3 w^2 + 3 mu^2 E[v_i^2], and E[v_i^2] = 1 / (d + 2)
+    smoothed = 3 * w**2 + 3 * mu**2 / 5
+    torch.testing.assert_close(total / count, smoothed, rtol=0, atol=0.1)
+    assert float((total / count - 3 * w**2).abs().min()) > 0.05, "the smoothing is seen, not the point alone"
+
+
+def test_a_loop_without_a_forward_alone_is_told_so():
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="sam", ascent="zeroth_order", rho=0.3)
+    closure, _ = closures(model, batch())
+    with pytest.raises(ValueError, match=r"ascent='zeroth_order' runs forward passes alone; pass forward_only"):
+        slsam.update(closure)
+
+
+# SAMPa
+
+
+def two_epochs():
+    """Return batches of two sequences, one and one, twice."""
+    inputs = batch(2, 9)
+    inputs = {**inputs, "labels": torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)}
+    rolled = [{**inputs, "input_ids": (inputs["input_ids"] + k) % 61 + 3} for k in range(3)]
+    epoch = [rolled[0], first_rows(rolled[1], 1), first_rows(rolled[2], 1)]
+    return [{**b, "labels": torch.where(b["labels"] == -100, -100, b["input_ids"])} for b in epoch] * 2
+
+
+def run_epochs(model, slsam, after=lambda step: None):
+    optimizer = torch.optim.SGD(trained(model), RATE)
+    for step, own in enumerate(batches := two_epochs()):
+        following = batches[step + 1] if step % 3 < 2 else None
+        slsam.accumulate(look_ahead_passes(model, own, following))
+        after(step)
+        optimizer.step()
+
+
+def test_sampa_without_lambda_and_extrapolation_is_look_ahead():
+    ends = []
+    for ascent in (Sampa(1, share=0.0, extrapolate=False), Ahead(1)):
+        model = decoder(dropout=0.0)
+        run_epochs(model, algorithm(model, method="auto", ascent=ascent, rho=0.2, active_fraction=0.4))
+        ends.append(copied(trained(model)))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [None, True], ids=["plain", "reentrant"])
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+def test_sampa_follows_the_slow_reference(fraction, checkpointing):
+    """The paper's three equations with passes of their own; drawn arms alone are extrapolated and mixed."""
+    model, twin = (exact_norms(decoder(checkpointing=c, dropout=0.0)) for c in (checkpointing, None))
+    slsam = algorithm(model, method="auto", ascent="sampa", rho=0.2, active_fraction=fraction)
+    parameters, optimizer = trained(twin), torch.optim.SGD(trained(twin), RATE)
+    kept, batches, mixed = {}, two_epochs(), []
+
+    def check(step):
+        owner, own = slsam.runner.owner.tolist(), batches[step]
+        following = batches[step + 1] if step % 3 < 2 else None
+        drawn = [i for i, o in enumerate(owner) if slsam.active[o]]
+        at_y = dict(kept)  # gradients at y_t
+        if step % 3 == 0:
+            fresh = mean_gradients(twin, first_rows(own, 1))
+            at_y = {i: fresh[parameters[i]] for i in drawn}
+        assert set(at_y) == set(drawn)
+        norm = torch.stack([g.norm() for g in at_y.values()]).norm()
+        _, perturbed = gradients_at(twin, own, {parameters[i]: 0.2 * g / norm for i, g in at_y.items()})
+        expected = [perturbed[p] for p in parameters]
+        kept.clear()
+        if following is not None:
+            y = {parameters[i]: -RATE * g for i, g in at_y.items()}
+            _, ahead = gradients_at(twin, first_rows(following, 1), y)
+            upcoming = slsam.sampler.upcoming.mask
+            for i in (i for i, o in enumerate(owner) if upcoming[o]):
+                expected[i] = 0.8 * expected[i] + 0.2 * ahead[parameters[i]]
+                kept[i] = ahead[parameters[i]].bfloat16().double()
+                mixed.append(i)
+        assert_same([p.grad for p in slsam.runner.parameters], expected, TRAJECTORY)
+        for p, g in zip(parameters, expected, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    run_epochs(model, slsam, check)
+    assert mixed
+
+
+def test_sampa_needs_a_learning_rate_and_pairs():
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="auto", ascent="sampa", rho=0.2)
+    slsam.learning_rate = None
+    with pytest.raises(ValueError, match=r"ascent='sampa' needs to know the optimizer's learning rate; set slsam"):
+        run_epochs(model, slsam)
+    with pytest.raises(ValueError, match=r"ascent='sampa' runs sequences at w and at w \+ e in one pass"):
+        SLSAM(arms_of(model), SLSAMConfig(method="auto", ascent="sampa"))
+    with pytest.raises(ValueError, match="lambda must be in"):
+        Sampa(share=1.0)
+
+
+# BAR
+
+
+def balance(factors):
+    """Return half the difference of the squared norms of each pair's factors."""
+    return torch.stack([(f.up.detach().square().sum() - f.down.detach().square().sum()) / 2 for f in factors])
+
+
+@pytest.mark.parametrize("name", ["bar", "obar"])
+@pytest.mark.parametrize("share", [1.0, 0.4], ids=["all", "drawn"])
+def test_a_balancing_step_is_that_of_its_algorithm(name, share):
+    """One plain pass; then the factors are scaled, of drawn arms alone, by the algorithm's own comparison."""
+    model, twin = decoder(dropout=0.0), decoder(dropout=0.0)
+    slsam = algorithm(model, method="auto", ascent=name, rho=0.7, active_fraction=share)
+    slsam.progress = lambda: 0.25
+    closure, forward_only = closures(model, batch())
+    calls = []
+    loss = slsam.update(lambda: calls.append(1) or closure(), forward_only=forward_only)
+    assert calls == [1]
+    plain, _ = closures(twin, batch())
+    assert float(loss) == float(plain().detach())
+    drawn = {p for p, o in zip(trained(model), slsam.active[slsam.runner.owner].tolist(), strict=True) if o}
+    assert (len(drawn) == len(trained(model))) == (share == 1.0)
+    by = 0.7 * 0.75 * RATE
+    for f, g in zip(factors_of(model), factors_of(twin), strict=True):
+        a, b = (x.grad.norm() if name == "bar" else -x.detach().norm() for x in (g.down, g.up))
+        sign = (1 if a >= b else -1) * (f.down in drawn)
+        torch.testing.assert_close(f.down.detach(), g.down.detach() * (1 + sign * by), rtol=ORACLE, atol=0)
+        torch.testing.assert_close(f.up.detach(), g.up.detach() * (1 - sign * by), rtol=ORACLE, atol=0)
+    for p, q in zip(trained(model), trained(twin), strict=True):
+        assert torch.equal(p.grad, q.grad), "the gradient is the plain one, at w"
+
+
+def factorization(name, steps=300, rate=0.01):
+    """Fit B A to a noisy matrix from an unbalanced start, by plain SGD; return the imbalance along the way."""
+    torch.manual_seed(0)
+    target = torch.randn(8, 6, dtype=torch.float64)
+    down, up = (torch.nn.Linear(*shape, bias=False).double() for shape in ((6, 3), (3, 8)))
+    with torch.no_grad():
+        down.weight.mul_(4.0)
+        up.weight.div_(4.0)
+    model = torch.nn.ModuleDict({"down": down, "up": up})
+    factors = [Factors("f", Pair(down, up))]
+    config = SLSAMConfig(method="bar", ascent=name, rho=0.5 if name else 0.0, granularity="tensor")
+    slsam = SLSAM(arms_of(model, "tensor"), config, factors=factors)
+    slsam.learning_rate = lambda p: rate
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    seen = []
+    for _ in range(steps):
+        noise = torch.randn(8, 6, dtype=torch.float64)
+
+        def closure(noise=noise):
+            loss = (up.weight @ down.weight - target - noise).square().mean() * 4
+            loss.backward()
+            return loss
+
+        slsam.update(closure)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(abs(float(balance(factors)[0])))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["bar", "obar"])
+def test_the_imbalance_shrinks_as_it_does_not_under_plain_descent(name):
+    """Plain descent preserves it in the limit of small steps (theorem 1), SAM and so BAR shrink it (corollary 1)."""
+    plain, balanced = factorization(None), factorization(name)
+    assert plain[-1] > 0.95 * plain[0]
+    assert balanced[-1] < 0.1 * balanced[0]
+
+
+def test_a_void_step_balances_nothing():
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="bar")
+    closure, _ = closures(model, batch())
+    before = copied(trained(model))
+    slsam.update(lambda: closure() * math.nan)
+    assert slsam.skipped == 1
+    assert all(torch.equal(p, w) for p, w in zip(trained(model), before, strict=True))
+
+
+# Bi-LoRA
+
+
+def merged_twin(model, factors, extra):
+    """Add matrices to the frozen weights of a twin, in place, and let them have gradients."""
+    with torch.no_grad():
+        for f, matrix in zip(factors, extra, strict=True):
+            f.base.weight.add_(matrix)
+    for f in factors:
+        f.base.weight.requires_grad_(True)
+
+
+def twin_step(inputs, extra):
+    """Return gradients of the factors and of the merged weights at W + B A + extra, on a model of its own."""
+
+    def run(state):
+        twin = decoder(dropout=0.0)
+        twin.load_state_dict(state)
+        parameters, factors = trained(twin), factors_of(twin)
+        merged_twin(twin, factors, extra)
+        plain, _ = closures(twin, inputs)
+        loss = float(plain())
+        return loss, [p.grad for p in parameters], [f.base.weight.grad for f in factors]
+
+    return run
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4], ids=["all", "drawn"])
+def test_the_second_adapter_follows_the_slow_reference(share):
+    """Merged into the weights of a twin: primary gradients, plain ascent from the weights' own, the global clip."""
+    model, rho = decoder(dropout=0.0), 0.02
+    slsam = algorithm(model, method="bi_lora", ascent=Adversary(rho, adam=False), active_fraction=share)
+    slsam.learning_rate = lambda p: 30.0  # so that the clip is reached
+    inputs, factors = batch(), factors_of(model)
+    aux = [copied(pair) for pair in slsam.ascent.auxiliary]
+    assert all(not b.any() and a.any() for a, b in aux)
+    clipped = 0
+    for _ in range(4):
+        state = copied_state(model)
+        closure, _ = closures(model, inputs)
+        loss = slsam.update(closure)
+        drawn = {p for p, o in zip(trained(model), slsam.active[slsam.runner.owner].tolist(), strict=True) if o}
+        on = [f.down in drawn for f in factors]
+        assert all(on) == (share == 1.0)
+        extra = [f.scale * (b @ a) * o for f, (a, b), o in zip(factors, aux, on, strict=True)]
+        expected, gradients, of_weights = twin_step(inputs, extra)(state)
+        assert float(loss) == pytest.approx(expected, rel=ORACLE)
+        assert_same([p.grad for p in slsam.runner.parameters], gradients)
+        for (a, b), f, o, g in zip(aux, factors, on, of_weights, strict=True):
+            if o:
+                down, up = f.scale * b.t() @ g, f.scale * g @ a.t()
+                a.add_(30.0 * down)
+                b.add_(30.0 * up)
+        norm = sum(float((f.scale * b @ a).square().sum()) for f, (a, b) in zip(factors, aux, strict=True)) ** 0.5
+        if norm > rho:
+            clipped += 1
+            for pair in aux:
+                for x in pair:
+                    x.mul_((rho * (1 - 1e-6) / norm) ** 0.5)
+        for got, wanted in zip(slsam.ascent.auxiliary, aux, strict=True):
+            assert_same(got, wanted)
+        norm = sum(float((f.scale * b @ a).square().sum()) for f, (a, b) in zip(factors, aux, strict=True)) ** 0.5
+        assert norm <= rho
+    assert clipped
+
+
+def copied_state(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_it_ascends_and_nothing_of_it_is_in_the_model():
+    """The loss at the perturbed weights rises above that at w; parameters, modules and names are as before."""
+    model = decoder(dropout=0.0)
+    names, before = list(model.state_dict()), copied(trained(model))
+    slsam = algorithm(model, method="bi_lora", rho=0.5)
+    closure, forward = closures(model, batch())
+    rises = []
+    for _ in range(8):
+        rises.append(float(slsam.update(closure)) - float(forward()))
+    assert rises[0] == pytest.approx(0.0, abs=EXACT_FLOAT64), "B2 starts at 0"
+    assert rises[-1] > rises[1] > 0
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(p, w) for p, w in zip(trained(model), before, strict=True))
+    assert all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+    assert 0 < slsam.metrics["rho"] <= 0.5
+
+
+def test_its_state_goes_on_bit_for_bit():
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="bi_lora", rho=0.1, active_fraction=0.4)
+    closure, _ = closures(model, batch())
+    for _ in range(3):
+        slsam.update(closure)
+    saved = {k: v.clone() if torch.is_tensor(v) else v for k, v in slsam.state_dict().items()}
+    other = algorithm(model, method="bi_lora", rho=0.1, active_fraction=0.4)
+    other.load_state_dict(saved)
+    gradients = []
+    for each in (slsam, other):
+        for _ in range(2):
+            each.update(closure)
+        gradients.append([None if p.grad is None else p.grad.clone() for p in trained(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for a, b in zip(slsam.ascent.auxiliary, other.ascent.auxiliary, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    del saved["ascent.0.1"]
+    with pytest.raises(ValueError, match=r"no second adapter that fits this one \('0.1'"):
+        other.load_state_dict(saved)
+
+
+# Flat-LoRA
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("share", [1.0, 0.4], ids=["all", "drawn"])
+def test_noise_on_the_weights_is_that_of_the_slow_reference(share, checkpointing):
+    """The noise of the same seed added to a twin's weights: gradients of every factor, whatever is recomputed."""
+    model = decoder(checkpointing=checkpointing, dropout=0.0)
+    slsam = algorithm(model, method="flat_lora", rho=0.3, active_fraction=share, seed=5)
+    slsam.progress = lambda: 0.75
+    inputs, factors = batch(), factors_of(model)
+    before = copied_state(model)
+    for step in range(2):
+        closure, _ = closures(model, inputs)
+        loss = slsam.update(closure)
+        drawn = {p for p, o in zip(trained(model), slsam.active[slsam.runner.owner].tolist(), strict=True) if o}
+        sigma = 0.3 * (1 - math.cos(0.75 * math.pi)) / 2
+        extra = []
+        for i, f in enumerate(factors):
+            merged = f.base.weight + f.scale * f.up @ f.down
+            (normal,) = seeded_normal([merged], 5, step, i)
+            rows = torch.stack(
+                [sigma / math.sqrt(merged.shape[1]) * row.norm() * n for row, n in zip(merged, normal, strict=True)]
+            )
+            extra.append((rows * (f.down in drawn)).detach())
+        expected, gradients, _ = twin_step(inputs, extra)(before)
+        assert float(loss) == pytest.approx(expected, rel=ORACLE)
+        assert_same([p.grad for p in slsam.runner.parameters], gradients)
+        assert slsam.metrics["rho"] == pytest.approx(sigma, rel=1e-6)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "no weight is written"
+    assert not any(key.startswith("ascent.") for key in slsam.state_dict())
+    assert not slsam.ascent._noisy, "nothing is kept but a seed"
+    assert not any("forward" in vars(f.base) for f in factors)
+
+
+def one_layer(base, out=24, features=40):
+    torch.manual_seed(0)
+    down, up = (torch.nn.Linear(*shape, bias=False) for shape in ((features, 3), (3, out)))
+    weight, computes_in = _weight_of(base)
+    return Factors("layer", Pair(down, up), 2.0, base, weight, computes_in)
+
+
+def test_the_noise_has_mean_0_and_the_deviation_of_its_row():
+    base = torch.nn.Linear(40, 24, bias=False)
+    with torch.no_grad():
+        base.weight[3] *= 20
+    factors = one_layer(base)
+    drawn = torch.stack([_NoisyLinear(factors, 0.3, (0, k, 0)).weight(torch.float32) for k in range(400)])
+    noise = (drawn - base.weight.detach()).double()
+    merged = (base.weight + 2.0 * factors.up @ factors.down).detach().double()
+    rows = 0.3 / math.sqrt(40) * merged.norm(dim=1)
+    assert float((noise.mean(0) / rows[:, None]).abs().max()) < 5 / math.sqrt(400)
+    torch.testing.assert_close(noise.flatten(2).std((0, 2)) / rows, torch.ones_like(rows), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["plain", "nested"])
+def test_on_four_bits_the_noise_is_on_the_dequantized_weight(compress):
+    """Within the module's own product, forward and backward; the packed weight and its state stay as they are."""
+    base = Linear4bit(
+        64, 64, bias=True, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=compress
+    ).to("cpu")
+    base.requires_grad_(False)
+    packed = base.weight.data.clone()
+    factors = one_layer(base, 64, 64)
+    dense = factors.weight().clone()
+    x = torch.randn(5, 64, requires_grad=True)
+    torch.testing.assert_close(_NoisyLinear(factors, 0.0, (0, 0, 0))(x), base(x), rtol=1e-5, atol=1e-5)
+    noisy = _NoisyLinear(factors, 0.2, (0, 1, 2))
+    moved = noisy.weight(torch.float32)
+    assert float((moved - dense).abs().max()) > 0.01
+    y = noisy(x)
+    torch.testing.assert_close(y, x @ moved.t() + base.bias)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(5, 64) @ moved)
+    assert torch.equal(base.weight.data, packed)
+
+
+def test_modules_whose_weight_cannot_be_had_are_refused_by_name():
+    model = decoder("gpt2", dropout=0.0)
+    with pytest.raises(ValueError, match=r"ascent='flat_lora' adds noise.*h\.0\.attn\.c_attn is a Conv1D"):
+        algorithm(model, method="flat_lora")
+
+
+# What all of them owe
+
+
+@pytest.mark.parametrize("name", ["bar", "obar", "bi_lora", "flat_lora"])
+def test_what_is_no_pair_is_refused_by_name(name):
+    model = decoder(dropout=0.0, use_dora=True)
+    with pytest.raises(ValueError, match=rf"ascent='{name}' works on the product.*is no factor of a plain pair"):
+        algorithm(model, method="sam", ascent=name)
+
+
+COMBINATIONS = {
+    "a radius": ({"method": "bar", "radius": "asam"}, "radius='asam' and ascent='bar'"),
+    "a loss rise": ({"method": "bi_lora", "loss_rise": 0.3}, "radius='loss_rise' and ascent='bi_lora'"),
+    "a part": ({"method": "flat_lora", "ascent_sequences": 1}, "ascent_sequences=1 and ascent='flat_lora'"),
+    "sampa that trains some": (
+        {"ascent": "sampa", "active_fraction": 0.5},
+        "ascent='sampa' trains every arm in every step, and descent='active'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), COMBINATIONS.values(), ids=COMBINATIONS)
+def test_combinations_without_a_meaning_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SLSAMConfig(**settings)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("method", ["auto", "sam", "depth", None])
+def test_names_are_kept_where_settings_are_kept(name, method):
+    """In checkpoints and records, on cards and in comparisons; without a radius it is plain LoRA."""
+    descent = {"descent": "all"} if name == "sampa" else {}
+    config = SLSAMConfig(method=method, ascent=name, **descent)
+    assert config.resolved.ascent == name
+    assert SLSAMConfig.from_dict(config.to_dict()).resolved == config.resolved
+    assert f"ascent={name}" in settings_of(config)
+    assert slsam_config({"method": method, "ascent": name, "rho": 0.1, **descent}).ascent == name
+    assert SLSAMConfig(method=method, ascent=name, rho=0, **descent).is_perturbed is False
+
+
+@pytest.mark.parametrize("name", ["bar", "bi_lora", "flat_lora"])
+def test_a_comparison_takes_them_by_method(name):
+    how = MethodSettings(learning_rates=[1e-3], slsam={"method": name}, rhos=[0.05, 0.5])
+    assert [slsam_config(how.slsam_with(tried)).rho for tried in how.candidates] == [0.05, 0.5]
+
+
+def test_each_rule_says_what_it_costs():
+    """On eight sequences, checkpointed; a plain pass of ours is a bit cheaper than TRL's, which goes below block 0."""
+    model = decoder("llama", dropout=0.0, r=1)
+    cost = CostModel.from_model(model, checkpointing=True)
+    shapes, every = [(8, 64)], [True] * len(cost)
+
+    def ratio(**settings):
+        return cost.ratio(every, shapes, rule_of(SLSAMConfig(active_fraction=1.0, **settings)))
+
+    plain = ratio(rho=0.0)
+    assert plain == pytest.approx(1.0, abs=0.02)
+    assert ratio(method="bar") == ratio(method="auto", ascent="obar") == plain
+    assert 1.0 < ratio(method="bi_lora") / plain < 1.15
+    assert 1.0 < ratio(method="flat_lora") / plain < 1.05
+    assert ratio(method="auto", ascent="sampa") == ratio(method="auto", ascent="ahead")
+    whole, part = (ratio(method="auto", ascent=name) for name in ("partial", "zeroth_order"))
+    assert plain < part < whole
+    eight = ratio(method="auto", ascent="zeroth_order", ascent_sequences=8)
+    assert eight - plain == pytest.approx(8 * (part - plain))
+
+
+def test_objects_take_their_own_strength():
+    model = decoder(dropout=0.0)
+    for ascent in (Balancing(0.3), Adversary(0.2), WeightNoise(0.1)):
+        assert algorithm(model, method="auto", ascent=ascent).config.ascent is ascent
+        bare = type(ascent)()
+        with pytest.raises(ValueError, match="needs rho, and loss_rise is set"):
+            algorithm(model, method="auto", ascent=bare)
