@@ -144,8 +144,8 @@ def load_with_tokenizer(source: str, dtype: torch.dtype, *, nf4: bool = False) -
 def _refused_by_name(source: str, what: str = "could not be loaded") -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        # These are raised for names, files, and architectures that transformers does not know.
+    except (OSError, ValueError, KeyError, TypeError, ImportError, NotImplementedError, SafetensorError) as error:
+        # These are raised for names, files, architectures and quantisations that transformers does not know.
         hint = "" if "/" in source or Path(source).exists() else hint_at(source, (SMOLLM2,))
         raise UserError(
             f"model {source} {what}: {' '.join(str(error).split())[:400]}{hint}\nName a folder with a causal language "

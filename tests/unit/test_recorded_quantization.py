@@ -1,20 +1,25 @@
 """A recorded quantisation is repeated as the kind it was, or refused by name."""
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.cli.main import main
 from slsam_peft.errors import UserError
 from slsam_peft.saving.record import sample_base
+from tests.decoders import batch, closures
+from tests.reference import assert_gradients_are, reference_step
 from tests.tiny import build, llama, lora, tokenizer
+from tests.tolerances import FLOAT32_NORMS
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_dict()
 INT8_TORCHAO = {
@@ -111,6 +116,26 @@ def test_packed_weights_are_no_samples_of_the_base() -> None:
     assert "model.layers.1.self_attn.q_proj.weight" in names
 
 
+def assert_steps_are_exact(model: Any) -> None:
+    """Check steps against the slow reference, cut and reused ones too."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    arms = arms_of(model)
+    closure, forward_only = closures(model, batch())
+    for descent in ("active", "all"):
+        mask = torch.tensor([False, False, True, False, True])
+        config = SLSAMConfig(rho=0.3, active_fraction=0.5, design=lambda p, g, m=mask: m, descent=descent)
+        trained = None if descent == "active" else torch.ones_like(mask)
+        _, expected = reference_step(arms, mask, 0.3, closure, trained)
+        slsam = SLSAM(arms, config)
+        slsam.update(closure, forward_only=forward_only)
+        assert slsam.horizon is not None
+        assert slsam.horizon.reuse
+        assert_gradients_are(expected, [p for arm in arms for p in arm.parameters], FLOAT32_NORMS)
+
+
 @pytest.mark.parametrize("library", ["optimum.quanto", "torchao"])
 def test_int8_bases_have_their_record_and_are_loaded_as_they_were(
     library: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -130,6 +155,7 @@ def test_int8_bases_have_their_record_and_are_loaded_as_they_were(
     options = {"quantization_config": settings, "dtype": torch.float32, "device_map": "cpu"}
     model = AutoModelForCausalLM.from_pretrained("base", **options)
     adapter = lora(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    assert_steps_are_exact(get_peft_model(copy.deepcopy(model), adapter))
     trainer = build(SLSAMTrainer, "out", SLSAMConfig(active_fraction=1.0), model=model, peft_config=adapter)
     trainer.train()
     trainer.save_model()
