@@ -9,9 +9,12 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +26,7 @@ from trl import SFTTrainer
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.trainer.distributed import average_over_ranks
+from tests import sharded
 from tests.tiny import build, llama, lora
 
 STEPS = 20
@@ -35,6 +39,15 @@ AGAINST_ONE = {
     "accumulation": ({"design": "depth"}, {"gradient_accumulation_steps": 3, **NON_REENTRANT}),
     "reentrant": ({"design": "window", "ascent": "remembered"}, REENTRANT),
     "no checkpointing": ({"descent": "all", "granularity": "module"}, {"activation_checkpointing": False}),
+}
+
+# Likewise, the two ranks sharded by accelerate.
+UNDER_FSDP2 = {
+    "fsdp2": ({}, {"max_steps": 3, "gradient_accumulation_steps": 2, **REENTRANT}),
+    "fsdp2, a part": (
+        {"ascent": "partial", "ascent_sequences": 1, "descent": "all"},
+        {"max_steps": 3, **NON_REENTRANT},
+    ),
 }
 
 
@@ -271,6 +284,48 @@ def rides(folder):
     return {"radii": radii, "pairs": len(trainer.slsam.runner.pairs)}, adapters(trainer)
 
 
+def sharded_steps(name):
+    return lambda folder: sharded.train(name, dist.get_rank())
+
+
+class OnCPU(Watched):
+    """Has accelerate shard the model by FSDP2, which it does on accelerators alone, on CPUs."""
+
+    plugin: Any = None
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = self.plugin
+        self.is_fsdp_enabled = True
+
+
+def fsdp2(settings, arguments):
+    """Two ranks that accelerate gives pieces of each parameter; what is saved; what is refused."""
+
+    def scenario(folder):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="FULL_STATE_DICT",
+        )
+        try:
+            cls = type("OnCPU", (OnCPU,), {"plugin": plugin})
+            trainer = train_small(cls, folder / "out", config_of(settings), double=True, **PLAIN_SGD, **arguments)
+            assert trainer.slsam.runner.shards is not None
+            trainer.save_model(str(folder / "saved"))
+        finally:
+            state = AcceleratorState()  # one for all trainers
+            state.distributed_type = DistributedType.MULTI_CPU
+            del state.fsdp_plugin
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        weights = {n: p.full_tensor() for n, p in adapters(trainer).items()}
+        return {**trainer.seen.report(), "losses": losses}, weights
+
+    return scenario
+
+
 def refused(folder):
     """FSDP2, asked for through the trainer's arguments and done to the model beforehand."""
     from torch.distributed.fsdp import fully_shard
@@ -320,6 +375,8 @@ SCENARIOS = {
     "own loop": lambda folder: own_loop(dist.get_rank()),
     "loss rise": lambda folder: loss_rise(dist.get_rank()),
     "rides": rides,
+    **{f"sharded, {name}": sharded_steps(name) for name in sharded.SHARDED},
+    **{name: fsdp2(*chosen) for name, chosen in UNDER_FSDP2.items()},
     "refused": refused,
     "dying": dying,
 }

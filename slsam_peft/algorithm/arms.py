@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from slsam_peft.algorithm.places import Place, places_of
+from slsam_peft.algorithm.shards import gathering_modules
 from slsam_peft.algorithm.swap import Site, Sites, sites_of
 from slsam_peft.config import GRANULARITIES, check_name
 
@@ -51,6 +53,9 @@ class Arms(Sequence[Arm]):
         unsure (`Mapping[str, Sequence[nn.Module]]`, *optional*): The modules of arms, by name, whose depth, below or
             above the blocks, is a guess until a forward pass has shown it.
         all_blocks (`Sequence[nn.Module]`, *optional*): The blocks of all stacks; `blocks` where it is missing.
+        gathering (`Sequence[nn.Module]`, *optional*, defaults to `()`): The modules that gather sharded parameters
+            while they run (FSDP2).
+        devices (`Sequence[torch.device]`, *optional*, defaults to `()`): The devices the model lies on.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class Arms(Sequence[Arm]):
         buffered: Mapping[str, nn.Module] | None = None,
         unsure: Mapping[str, Sequence[nn.Module]] | None = None,
         all_blocks: Sequence[nn.Module] | None = None,
+        gathering: Sequence[nn.Module] = (),
+        devices: Sequence[torch.device] = (),
     ) -> None:
         self._arms = tuple(arms)
         self.blocks = tuple(blocks)
@@ -68,6 +75,8 @@ class Arms(Sequence[Arm]):
         self.buffered = dict(buffered or {})
         self.unsure = dict(unsure or {})
         self.all_blocks = self.blocks if all_blocks is None else tuple(all_blocks)
+        self.gathering = tuple(gathering)
+        self.devices = tuple(devices)
 
     def confirm(self, behind: Mapping[nn.Module, bool]) -> bool:
         """Settle what is unsure by what a forward pass has shown; return whether any depth has changed.
@@ -149,10 +158,11 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     buffered = {name: module for name, module in model.named_modules() if module._buffers}
     guessed = {n: [m.owner for m in members] for n, members in groups.items() if all(m.unsure for m in members)}
     blocks = [block for stack in stacks for block in stack]
+    about = (buffered, guessed, blocks, gathering_modules(model), list({p.device: 1 for p in model.parameters()}))
     if len(stacks) != 1:
-        return Arms(arms, (), (), buffered, guessed, blocks)
+        return Arms(arms, (), (), *about)
     above = list(dict.fromkeys(p.owner for p in places if p.depth == len(blocks)))
-    return Arms(arms, blocks, above, buffered, guessed)
+    return Arms(arms, blocks, above, *about)
 
 
 def _arm_name(place: Place, granularity: Granularity) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,8 @@ from slsam_peft.algorithm.checks import Checks
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError
 from slsam_peft.algorithm.perturbation import Perturbation
+from slsam_peft.algorithm.radius import scaled
+from slsam_peft.algorithm.shards import Shards, local
 from slsam_peft.algorithm.stack import NotSeparableError, Pair, Stack
 from slsam_peft.algorithm.step import Closure, Passes, Pending, Riding, Step, added, loss_of, quotient
 from slsam_peft.algorithm.swap import Sites
@@ -48,6 +50,10 @@ class PassRunner:
             sequences of the next step may ride along.
         buffered (`Mapping[str, nn.Module]`, *optional*): Modules, by name, whose buffers a second pass must find as
             the first one did.
+        shards (`Shards`, *optional*): The sharded ones among the parameters; then all are moved in place, and none is
+            switched off.
+        devices (`Iterable[torch.device]`, *optional*, defaults to `()`): Where the model lies, beside these
+            parameters.
 
     Attributes:
         in_place (`set[nn.Parameter]`): Parameters that are moved in place, since a pass read them past their modules.
@@ -61,6 +67,8 @@ class PassRunner:
         horizon: Horizon | None,
         pairs: Sequence[Pair] = (),
         buffered: Mapping[str, nn.Module] | None = None,
+        shards: Shards | None = None,
+        devices: Iterable[torch.device] = (),
     ) -> None:
         self.parameters = parameters
         self.owner = owner
@@ -68,8 +76,9 @@ class PassRunner:
         self.sites = sites
         self.horizon = horizon
         self.pairs = tuple(pairs)
-        self.in_place = {p for p in parameters if not sites.get(p)}
-        self.accelerators = rng.sources_of(parameters, buffered)
+        self.shards = shards
+        self.in_place = {p for p in parameters if shards is not None or not sites.get(p)}
+        self.accelerators = rng.sources_of(parameters, buffered, devices)
         self._read: set[nn.Parameter] = set()  # seen to be read by their modules
         self._checks = Checks(parameters, self.accelerators)
         self._ridden = False
@@ -90,12 +99,18 @@ class PassRunner:
 
     def switched(self, trained: torch.Tensor) -> AbstractContextManager[None]:
         """Switch the arms that are not trained off inside the context, and what was off already stays off."""
+        if self.shards is not None:  # gathered copies would have to follow; their gradients are dropped
+            return nullcontext()
         return switched_off((self.parameters[i] for i in self.members(~trained)), self.parameters)
 
     def clear(self, arms: torch.Tensor | None = None) -> None:
         """Drop the gradients of the given arms, or of all."""
         for i in range(len(self.parameters)) if arms is None else self.members(arms):
             self.parameters[i].grad = None
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Return the gradient of each parameter, of a sharded one this rank's piece; `None` where there is none."""
+        return [local(p.grad) for p in self.parameters]
 
     def void(self) -> None:
         """Make one gradient NaN, for whoever must see for itself that a step is void."""
@@ -107,7 +122,8 @@ class PassRunner:
 
     def perturbation(self, members: Sequence[int], offsets: Sequence[torch.Tensor]) -> Perturbation:
         """Return the perturbation of the parameters at the given positions."""
-        return Perturbation([self.parameters[i] for i in members], offsets, self.sites, self.in_place)
+        changed = None if self.shards is None else self.shards.release
+        return Perturbation([self.parameters[i] for i in members], offsets, self.sites, self.in_place, changed)
 
     def ascend(self, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
         """Add the ascent gradient of one micro-batch to `.grad`; return its loss."""
@@ -324,7 +340,7 @@ class PassRunner:
         # What the trainer divides by is this step's; the ascent wants the mean loss of the sequences themselves.
         divisor = step.count if pending.passes.divisor is None else pending.passes.divisor
         factor = quotient(divisor, riding.items, next(iter(found.values()))) if found else loss
-        step.riding = dict(zip(found, torch._foreach_mul(list(found.values()), factor), strict=True)) if found else {}
+        step.riding = dict(zip(found, scaled(list(found.values()), factor), strict=True)) if found else {}
         return loss
 
     def _uncut(self, step: Step) -> AbstractContextManager[Any]:

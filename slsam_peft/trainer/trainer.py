@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.riding import lora_pairs, why_not
+from slsam_peft.trainer.sharded import check_sharding, is_fsdp2
 from slsam_peft.trainer.support import check_optimizer, check_sequences, check_trainer, held, outside, refuse_thawed
 from slsam_peft.trainer.token_losses import TokenLosses
 
@@ -73,7 +75,7 @@ class SLSAMMixin(_Base):
         slsam (`SLSAM`): The algorithm; set when training starts.
 
     Raises:
-        ValueError: a set-up that is not supported (DeepSpeed, FSDP, torch.compile, GRPO); no trainable parameter; an
+        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO); no trainable parameter; an
             optimizer that lacks some arms. All before the first step.
     """
 
@@ -86,6 +88,7 @@ class SLSAMMixin(_Base):
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
+        check_sharding(self, self.slsam_config)
         check_sequences(self, self.slsam_config)
         if self.slsam_config.ascent == "ahead" and self.slsam_config.is_perturbed and (reason := why_not(self)):
             raise ValueError(f"ascent='ahead' cannot be used here: {reason}. Use ascent='auto', or 'partial'.")
@@ -128,13 +131,15 @@ class SLSAMMixin(_Base):
             self._slsam_outside = outside(self.model, self.slsam_arms)
             pairs = lora_pairs(self.model) if self._may_ride else []
             model = cost_model_of(self, self.slsam_arms, config)
+        if is_fsdp2(self):  # every pass runs whole, which the model does not know
+            model = None
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, config)
         fraction = None
         if model is not None and (budget := config.cost_budget) is not None:
             shapes = shapes or [(self.args.per_device_train_batch_size, ASSUMED_LENGTH)]
             fraction = ExpectedCost(model, self.slsam_arms, config, shapes).solve(budget)
         slsam = SLSAM(self.slsam_arms, config, fraction=fraction, cost=self._slsam_cost, pairs=pairs)
-        if has_ranks():
+        if has_ranks() and slsam.reduce is None:  # gradients of sharded parameters come averaged
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
         return slsam
@@ -220,7 +225,7 @@ class SLSAMMixin(_Base):
             if self._slsam_cost is not None:
                 joined = self._slsam_passes.joined
                 self._slsam_cost.joined = None if joined is None else batch_shape(joined.inputs)
-            with self.accelerator.no_sync(model):  # gradients are averaged once, over active arms only
+            with self._own_exchange(model):
                 loss = self.slsam.accumulate(passes, index, count)
         except BaseException:
             self._slsam_index = 0
@@ -230,6 +235,13 @@ class SLSAMMixin(_Base):
             if self._slsam_trace is not None:
                 self._slsam_trace.see(self.state.global_step + 1, self.slsam)
         return loss
+
+    def _own_exchange(self, model: Any) -> AbstractContextManager[None]:
+        """Return the context in which gradients are averaged once, over active arms only; by FSDP2 in every pass."""
+        if not is_fsdp2(self):
+            return self.accelerator.no_sync(model)
+        model.set_requires_gradient_sync(True)  # the trainer has it wait for the last micro-batch
+        return nullcontext()
 
     def _see_shape(self, inputs: dict[str, Any], index: int, count: int) -> None:
         if self._slsam_cost is None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import sharded
 from tests.rank_worker import AGAINST_ONE, STEPS, adapters, loss_rise, own_loop, train_against_one
 from tests.tolerances import EXACT_FLOAT64, FUSED_HEAD, TRAJECTORY
 
@@ -51,6 +52,7 @@ def seen(tmp_path_factory):
         "own loop",
         "loss rise",
         "rides",
+        *(f"sharded, {name}" for name in sharded.SHARDED),
         "refused",
     ]
     done = launch(folder, *names)
@@ -184,6 +186,35 @@ def test_ranks_go_on_bit_for_bit(seen):
         assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(report["recorded"])
         for name in [n.removeprefix("whole.") for n in weights if n.startswith("whole.")]:
             assert torch.equal(weights[f"whole.{name}"], weights[f"parted.{name}"]), name
+
+
+@pytest.mark.parametrize("name", [name for name in sharded.SHARDED if name != "a part"])
+def test_sharded_parameters_train_as_in_one_process(name, seen):
+    """FSDP2: draws, norms, losses, gradients and weights of three steps; float64."""
+    (report, tensors), (other_report, other) = seen(f"sharded, {name}")
+    one, expected = sharded.train(name)
+    assert report == other_report
+    assert report["masks"] == one["masks"]
+    for key in ("probabilities", "norms", "losses", "rho"):
+        torch.testing.assert_close(torch.tensor(report[key]), torch.tensor(one[key]), rtol=TRAJECTORY, atol=TRAJECTORY)
+    assert tensors.keys() == expected.keys() == other.keys()
+    largest = max(float(t.abs().max()) for n, t in expected.items() if n.startswith("0.gradient"))
+    for n, tensor in tensors.items():
+        assert torch.equal(tensor, other[n]), n
+        tolerance = EXACT_FLOAT64 * largest if n.startswith("0.gradient") else TRAJECTORY
+        torch.testing.assert_close(tensor, expected[n], rtol=0, atol=tolerance, msg=n)
+
+
+def test_ranks_with_sharded_parameters_give_as_many_sequences_each(seen):
+    """Their first micro-batches have two and one; both run as many passes, and the ascent is the mean over all."""
+    (report, tensors), (other_report, _) = seen("sharded, a part")
+    assert report == other_report
+    names, gradients = sharded.expected_parts(report["masks"])
+    for step, found in enumerate(gradients):
+        largest = max(float(g.abs().max()) for g in found)
+        for name, gradient in zip(names, found, strict=True):
+            got = tensors[f"{step}.gradient.{name}"]
+            torch.testing.assert_close(got, gradient, rtol=0, atol=EXACT_FLOAT64 * largest, msg=name)
 
 
 def test_sharded_parameters_are_refused(seen):
