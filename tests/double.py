@@ -1,4 +1,4 @@
-"""Lets models compute in float64 throughout: many have norms, softmaxes and losses in float32 whatever their weights."""
+"""Lets models compute in float64 throughout: many have norms and losses in float32 whatever their weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -258,8 +258,12 @@ def batch_of(family, rows=3):
     if model.startswith("AST"):
         return {"input_values": noise(16, 8), "labels": torch.arange(rows) % 3}
     if model.endswith("ForImageClassification"):
-        return {"pixel_values": noise(3, 32, 32) if "image_size" not in settings else noise(
-            3, settings["image_size"], settings["image_size"]), "labels": torch.arange(rows) % 3}
+        return {
+            "pixel_values": noise(3, 32, 32)
+            if "image_size" not in settings
+            else noise(3, settings["image_size"], settings["image_size"]),
+            "labels": torch.arange(rows) % 3,
+        }
     if "vision_config" in settings:
         return _with_images(model, ids, noise)
     if "num_labels" in settings:

@@ -17,6 +17,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,11 +42,11 @@ AGAINST_ONE = {
     "no checkpointing": ({"descent": "all", "granularity": "module"}, {"activation_checkpointing": False}),
 }
 
-# Likewise, the two ranks sharded by accelerate.
+# Likewise, the two ranks sharded by accelerate, and under DDP.
 UNDER_FSDP2 = {
     "fsdp2": ({}, {"max_steps": 3, "gradient_accumulation_steps": 2, **REENTRANT}),
     "fsdp2, a part": (
-        {"ascent": "partial", "ascent_sequences": 1, "descent": "all"},
+        {"ascent": "partial", "ascent_sequences": 1, "descent": "all", "rho": None, "loss_rise": 0.02},
         {"max_steps": 3, **NON_REENTRANT},
     ),
 }
@@ -301,29 +302,53 @@ class OnCPU(Watched):
 
 
 def fsdp2(settings, arguments):
-    """Two ranks that accelerate gives pieces of each parameter; what is saved; what is refused."""
+    """Two ranks that accelerate gives pieces of each parameter, and the same two under DDP; what is saved."""
 
     def scenario(folder):
+        ddp = train_small(Watched, folder / "ddp", config_of(settings), double=True, **PLAIN_SGD, **arguments)
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             state_dict_type="FULL_STATE_DICT",
         )
+        cls = type("OnCPU", (OnCPU,), {"plugin": plugin})
         try:
-            cls = type("OnCPU", (OnCPU,), {"plugin": plugin})
             trainer = train_small(cls, folder / "out", config_of(settings), double=True, **PLAIN_SGD, **arguments)
             assert trainer.slsam.runner.shards is not None
-            trainer.save_model(str(folder / "saved"))
+            trainer.accelerator.get_state_dict = _arrived(trainer.accelerator.get_state_dict)
+            try:
+                trainer.save_model(str(folder / "saved"))
+            except Exception:
+                import traceback
+
+                traceback.print_exc()
         finally:
             state = AcceleratorState()  # one for all trainers
             state.distributed_type = DistributedType.MULTI_CPU
             del state.fsdp_plugin
-        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        weights = {n: p.full_tensor() for n, p in adapters(trainer).items()}
-        return {**trainer.seen.report(), "losses": losses}, weights
+        report = {name: _told(run) for name, run in {"ddp": ddp, "fsdp2": trainer}.items()}
+        weights = {f"fsdp2.{n}": p.full_tensor() for n, p in adapters(trainer).items()}
+        return report, weights | {f"ddp.{n}": p for n, p in adapters(ddp).items()}
 
     return scenario
+
+
+def _told(trainer):
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {**trainer.seen.report(), "losses": losses}
+
+
+def _arrived(get_state_dict):
+    """Wait for gathered tensors, which their way to the CPU does on accelerators."""
+
+    def waiting(*args, **kwargs):
+        found = get_state_dict(*args, **kwargs)
+        print("KINDS", {type(t).__name__ for t in found.values()}, args[0].__class__.__name__, flush=True)
+        found = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items()}
+        return {n: t.wait() if isinstance(t, AsyncCollectiveTensor) else t for n, t in found.items()}
+
+    return waiting
 
 
 def refused(folder):

@@ -3,6 +3,8 @@
 from itertools import zip_longest
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -33,20 +35,36 @@ SHARDED = {
     "remembered": ({"ascent": "remembered"}, EVEN, (2,)),
     "no radius": ({"rho": 0.0}, EVEN, (2,)),
     "replicated": ({"ascent": "two_pass", "design": "bernoulli"}, EVEN, (2, 1)),
+    "nf4": ({"ascent": "two_pass", "quantised": True}, EVEN, (2,)),
     "tensors, checkpointed": ({"ascent": "two_pass", "granularity": "tensor", "reentrant": True}, EVEN, (2,)),
 }
 
 
 def settings_of(name):
-    """Return the config, the granularity and how the model is checkpointed."""
+    """Return the config, the granularity and what the model is like."""
     settings = dict(SHARDED[name][0])
-    granularity, reentrant = settings.pop("granularity", "block"), settings.pop("reentrant", None)
-    return SLSAMConfig(**{"rho": 0.1, "active_fraction": 0.5, **settings}), granularity, reentrant
+    granularity = settings.pop("granularity", "block")
+    how = {name: settings.pop(name) for name in ("reentrant", "quantised") if name in settings}
+    return SLSAMConfig(**{"rho": 0.1, "active_fraction": 0.5, **settings}), granularity, how
 
 
-def model_of(reentrant=None):
+def model_of(reentrant=None, quantised=False):
     """Return the model; its lower factors have an odd number of rows, and their pieces differ in size."""
-    return exact_norms(decoder("llama", checkpointing=reentrant, dropout=0.0))
+    if not quantised:
+        return exact_norms(decoder("llama", checkpointing=reentrant, dropout=0.0))
+    model = decoder("llama", dropout=0.0, dtype=torch.float32)
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        layer.base_layer = in_nf4(layer.base_layer)
+    return model
+
+
+def in_nf4(linear):
+    """Return a linear layer as bitsandbytes packs it."""
+    packed = Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    packed.load_state_dict(linear.state_dict())
+    return packed.requires_grad_(False).to("cpu")
 
 
 def rows_loss(model, rows, divisor):
@@ -71,8 +89,8 @@ def whole(tensor):
 def train(name, rank=None):
     """Train a model for three steps; return what was decided, and each step's gradients, weights and norms."""
     _, rows, mesh = SHARDED[name]
-    config, granularity, reentrant = settings_of(name)
-    model = model_of(reentrant)
+    config, granularity, how = settings_of(name)
+    model = model_of(**how)
     if rank is not None:
         model = shard(model, init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[2 - len(mesh) :]))
     slsam = SLSAM(arms_of(model, granularity), config)

@@ -16,9 +16,7 @@ class ArmNorms:
             pieces that this rank has; `None` where it has all.
     """
 
-    def __init__(
-        self, arms: Sequence[Arm], summed: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, arms: Sequence[Arm], summed: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self._summed = summed
         self._parameters = [p for arm in arms for p in arm.parameters]
         self._arm_index = torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters])

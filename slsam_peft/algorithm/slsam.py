@@ -125,7 +125,8 @@ class SLSAM:
         if config.ascent == "ahead" and config.is_perturbed and not rideable:
             raise ValueError(
                 "ascent='ahead' runs sequences at w and at w + e in one pass, which only pairs of LoRA factors can "
-                "that hold everything that is trained and are not sharded; use ascent='auto' or 'partial', or train LoRA factors only."
+                "that hold everything that is trained and are not sharded; use ascent='auto' or 'partial', or train "
+                "LoRA factors only."
             )
         # What rides along is seen by every arm that the next step perturbs only where all of them are trained.
         rideable = rideable and (config.descent == "all" or config.active_fraction == 1)
@@ -148,8 +149,8 @@ class SLSAM:
         )
         if shards is not None:
             logger.warning(
-                "passes are not cut: parameters are sharded over %d ranks (FSDP2), which all run the same passes. Every "
-                "pass runs whole, and costs what that costs.",
+                "passes are not cut: parameters are sharded over %d ranks (FSDP2), which all run the same passes. "
+                "Every pass runs whole, and costs what that costs.",
                 shards.mesh.size(),
             )
         self._rides = bool(self.runner.pairs)  # on every rank alike, also where one of them stops riding

@@ -80,7 +80,9 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
             "training": {"steps": trainer.state.global_step} | {n: _plain(trainer.args, n) for n in _TRAINING},
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "base": describe_base(model),
-            "probe": None if any(is_sharded(p) for p in model.parameters()) else probe(model),  # one rank alone is here
+            "probe": None
+            if any(is_sharded(p) for p in model.parameters())
+            else probe(model),  # one rank alone is here
         }
     except Exception:  # any kind of model: whatever it refuses, its adapter must not be lost
         logger.warning("%s was not written: the adapter's record could not be made.", RECORD_NAME, exc_info=True)

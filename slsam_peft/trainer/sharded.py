@@ -7,6 +7,7 @@ What is allowed is what was seen to give the gradients of one process, on a mesh
 from collections.abc import Iterator
 from typing import Any
 
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from slsam_peft.config import SLSAMConfig
@@ -49,7 +50,7 @@ def check_sharding(trainer: Any, config: SLSAMConfig) -> None:
 def _reasons(trainer: Any, config: SLSAMConfig) -> Iterator[str]:
     """Yield what a trainer asks for that cannot be had under FSDP2."""
     plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.cpu_offload:
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         yield "offloading parameters to the CPU (fsdp_offload_params)"
     if plugin.activation_checkpointing:
         yield (

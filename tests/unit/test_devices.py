@@ -92,7 +92,8 @@ def steps(ascent, targets=r".*linear", **settings):
     for _ in range(3):
         cut = lambda wanted: Cut(over(x[:wanted]), items)  # noqa: E731
         passes = Passes(over(x), over(x), sequences=3, cut=cut, items=items, divisor=items, riding=riding)
-        slsam.accumulate(passes)
+        with Brought():
+            slsam.accumulate(passes)
         gradients = [(p, p.grad) for p in slsam.runner.parameters if p.grad is not None]
         assert gradients
         assert all(g.device == p.device and g.shape == p.shape for p, g in gradients)
@@ -110,8 +111,7 @@ def steps(ascent, targets=r".*linear", **settings):
     ],
 )
 def test_every_operation_has_its_tensors_on_one_device(ascent, settings):
-    with Brought():
-        slsam = steps(ascent, **settings)
+    slsam = steps(ascent, **settings)
     assert {p.device for p in slsam.runner.parameters} == {CPU, OTHER}
     assert slsam.skipped == 0
     assert ascent != "ahead" or slsam.runner.pairs
