@@ -6,7 +6,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-WORDS = 64
+from tests.architectures import ARCHITECTURES, IMAGE, WORDS
 
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _BASE = {
@@ -204,6 +204,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
         r".*decoder.*\.(q|v)",
     ),
     "wav2vec2": ("Wav2Vec2ForCTC", "Wav2Vec2Config", _SPEECH, ["q_proj", "v_proj"]),
+    **ARCHITECTURES,
 }
 
 
@@ -222,7 +223,9 @@ def model_of(family, checkpointing=None, lora=None, adapter=None, **settings):
     eager = {"experts_implementation": "eager"} if "num_experts" in base else {}
     settings = {**base, **settings}
     model = getattr(transformers, name)._from_config(getattr(transformers, config)(**settings), **eager).double()
-    task = {"task_type": "SEQ_CLS"} if "num_labels" in base else {}
+    task = {"task_type": "SEQ_CLS"} if name.endswith("ForSequenceClassification") else {}
+    if "num_labels" in base and not task:
+        task = {"modules_to_save": ["classifier"]}
     adapter = adapter or LoraConfig(**{"r": 2, "target_modules": targets, **task, **(lora or {})})
     model = get_peft_model(model, adapter, autocast_adapter_dtype=False).double()
     torch.manual_seed(1)
@@ -236,15 +239,68 @@ def model_of(family, checkpointing=None, lora=None, adapter=None, **settings):
     return model.train()
 
 
-def batch_of(family):
-    """Return a batch of three sequences for a family."""
-    generator = torch.Generator().manual_seed(1)
-    _, _, settings, _ = FAMILIES[family]
-    ids = torch.randint(3, WORDS, (3, 8), generator=generator)
-    if family == "wav2vec2":
-        return {"input_values": torch.randn(3, 800, generator=generator).double(), "labels": ids[:, :4] % 29 + 3}
-    if family == "whisper":
-        return {"input_features": torch.randn(3, 8, 40, generator=generator).double(), "labels": ids}
+def batch_of(family, rows=3):
+    """Return a batch of so many sequences for a family."""
+    generator = torch.Generator().manual_seed(rows)
+    model, _, settings, _ = FAMILIES[family]
+    ids = torch.randint(3, IMAGE, (rows, 8), generator=generator)
+    attention = torch.ones_like(ids)
+
+    def noise(*shape):
+        return torch.randn(rows, *shape, generator=generator).double()
+
+    if model.endswith("ForCTC"):
+        return {"input_values": noise(800), "labels": ids[:, :4] % 29 + 3}
+    if model.startswith(("Whisper", "Speech2Text")):
+        features = noise(8, 40)
+        return {"input_features": features if model[0] == "W" else features.transpose(1, 2), "labels": ids}
+    if model.startswith("Moonshine"):
+        return {"input_values": noise(4000), "labels": ids}
+    if model.startswith("AST"):
+        return {"input_values": noise(16, 8), "labels": torch.arange(rows) % 3}
+    if model.endswith("ForImageClassification"):
+        return {
+            "pixel_values": noise(3, 32, 32)
+            if "image_size" not in settings
+            else noise(3, settings["image_size"], settings["image_size"]),
+            "labels": torch.arange(rows) % 3,
+        }
+    if "vision_config" in settings:
+        return _with_images(model, ids, noise)
     if "num_labels" in settings:
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+        return {"input_ids": ids, "attention_mask": attention, "labels": torch.arange(rows) % 3}
+    if model.endswith("ForMaskedLM"):
+        return {"input_ids": ids, "attention_mask": attention, "labels": ids}
+    return {"input_ids": ids, "attention_mask": attention, "labels": ids, "use_cache": False}
+
+
+def _with_images(model, ids, noise):
+    """Return texts with an image in each."""
+    rows = len(ids)
+    attention = torch.ones_like(ids)
+    images = {"input_ids": ids, "attention_mask": attention, "pixel_values": noise(3, 16, 16)}
+    if model in ("CLIPModel", "SiglipModel"):
+        return {**images, "return_loss": True}
+    patches = torch.full((rows, 4), IMAGE)
+    if model.startswith("Qwen"):  # which count patches, and merge four of them
+        ids = torch.cat([patches[:, :1] + 2, patches, patches[:, :1] + 3, ids], dim=1)
+        images |= {
+            "pixel_values": noise(16, 3 * 2 * 8 * 8).flatten(0, 1),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * rows),
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        }
+    elif model.startswith("Mllama"):
+        images |= {
+            "pixel_values": noise(1, 1, 3, 16, 16),
+            "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long),
+            "aspect_ratio_mask": torch.ones(rows, 1, 1, dtype=torch.long),
+            "cross_attention_mask": torch.ones(rows, 8, 1, 1, dtype=torch.long),
+        }
+    else:
+        ids = torch.cat([patches, ids], dim=1)
+        images["token_type_ids"] = (ids == IMAGE).int()
+        if model.startswith("Idefics3"):
+            images["pixel_values"] = images["pixel_values"][:, None]
+        if not model.startswith(("Gemma3", "PaliGemma")):
+            del images["token_type_ids"]
+    return {**images, "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}

@@ -9,11 +9,15 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +27,7 @@ from trl import SFTTrainer
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.trainer.distributed import average_over_ranks
+from tests import sharded
 from tests.tiny import build, llama, lora
 
 STEPS = 20
@@ -38,6 +43,15 @@ AGAINST_ONE = {
     "bar": ({"ascent": "bar", "descent": "all"}, {}),
     "bi_lora": ({"ascent": "bi_lora", "descent": "all"}, NON_REENTRANT),
     "flat_lora": ({"ascent": "flat_lora", "descent": "all"}, REENTRANT),
+}
+
+# Likewise, the two ranks sharded by accelerate, and under DDP.
+UNDER_FSDP2 = {
+    "fsdp2": ({}, {"max_steps": 3, "gradient_accumulation_steps": 2, **REENTRANT}),
+    "fsdp2, a part": (
+        {"ascent": "partial", "ascent_sequences": 1, "descent": "all", "rho": None, "loss_rise": 0.02},
+        {"max_steps": 3, **NON_REENTRANT},
+    ),
 }
 
 
@@ -274,6 +288,72 @@ def rides(folder):
     return {"radii": radii, "pairs": len(trainer.slsam.runner.pairs)}, adapters(trainer)
 
 
+def sharded_steps(name):
+    return lambda folder: sharded.train(name, dist.get_rank())
+
+
+class OnCPU(Watched):
+    """Has accelerate shard the model by FSDP2, which it does on accelerators alone, on CPUs."""
+
+    plugin: Any = None
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = self.plugin
+        self.is_fsdp_enabled = True
+
+
+def fsdp2(settings, arguments):
+    """Two ranks that accelerate gives pieces of each parameter, and the same two under DDP; what is saved."""
+
+    def scenario(folder):
+        ddp = train_small(Watched, folder / "ddp", config_of(settings), double=True, **PLAIN_SGD, **arguments)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="FULL_STATE_DICT",
+        )
+        cls = type("OnCPU", (OnCPU,), {"plugin": plugin})
+        try:
+            trainer = train_small(cls, folder / "out", config_of(settings), double=True, **PLAIN_SGD, **arguments)
+            assert trainer.slsam.runner.shards is not None
+            trainer.accelerator.get_state_dict = _arrived(trainer.accelerator.get_state_dict)
+            try:
+                trainer.save_model(str(folder / "saved"))
+            except Exception:
+                import traceback
+
+                traceback.print_exc()
+        finally:
+            state = AcceleratorState()  # one for all trainers
+            state.distributed_type = DistributedType.MULTI_CPU
+            del state.fsdp_plugin
+        report = {name: _told(run) for name, run in {"ddp": ddp, "fsdp2": trainer}.items()}
+        weights = {f"fsdp2.{n}": p.full_tensor() for n, p in adapters(trainer).items()}
+        return report, weights | {f"ddp.{n}": p for n, p in adapters(ddp).items()}
+
+    return scenario
+
+
+def _told(trainer):
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {**trainer.seen.report(), "losses": losses}
+
+
+def _arrived(get_state_dict):
+    """Wait for gathered tensors, which their way to the CPU does on accelerators."""
+
+    def waiting(*args, **kwargs):
+        found = get_state_dict(*args, **kwargs)
+        print("KINDS", {type(t).__name__ for t in found.values()}, args[0].__class__.__name__, flush=True)
+        found = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items()}
+        return {n: t.wait() if isinstance(t, AsyncCollectiveTensor) else t for n, t in found.items()}
+
+    return waiting
+
+
 def refused(folder):
     """FSDP2, asked for through the trainer's arguments and done to the model beforehand."""
     from torch.distributed.fsdp import fully_shard
@@ -323,6 +403,8 @@ SCENARIOS = {
     "own loop": lambda folder: own_loop(dist.get_rank()),
     "loss rise": lambda folder: loss_rise(dist.get_rank()),
     "rides": rides,
+    **{f"sharded, {name}": sharded_steps(name) for name in sharded.SHARDED},
+    **{name: fsdp2(*chosen) for name, chosen in UNDER_FSDP2.items()},
     "refused": refused,
     "dying": dying,
 }

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from slsam_peft.algorithm.absent import rank_allocators
 from slsam_peft.algorithm.layout import Layout
 from slsam_peft.algorithm.places import Place, places_of
+from slsam_peft.algorithm.shards import gathering_modules
 from slsam_peft.algorithm.swap import Site, Sites, sites_of
 from slsam_peft.config import GRANULARITIES, check_name
 
@@ -57,6 +59,9 @@ class Arms(Sequence[Arm]):
             that read it.
         buffered (`Mapping[str, nn.Module]`, *optional*): The model's modules that own buffers, by name.
         allocators (`Sequence`, *optional*, defaults to `()`): AdaLoRA's rank allocators, which read gradients.
+        gathering (`Sequence[nn.Module]`, *optional*, defaults to `()`): The modules that gather sharded parameters
+            while they run (FSDP2).
+        devices (`Sequence[torch.device]`, *optional*, defaults to `()`): The devices the model lies on.
     """
 
     def __init__(
@@ -66,12 +71,16 @@ class Arms(Sequence[Arm]):
         anchors: Mapping[str, Sequence[nn.Module]],
         buffered: Mapping[str, nn.Module] | None = None,
         allocators: Sequence[Any] = (),
+        gathering: Sequence[nn.Module] = (),
+        devices: Sequence[torch.device] = (),
     ) -> None:
         self._arms = tuple(arms)
         self._anchors = dict(anchors)
         self.layout = layout
         self.buffered = dict(buffered or {})
         self.allocators = tuple(allocators)
+        self.gathering = tuple(gathering)
+        self.devices = tuple(devices)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -133,7 +142,8 @@ def arms_of(model: nn.Module, granularity: Granularity = "block") -> Arms:
     if granularity in ("block", "module") and layout.stacks:
         arms.sort(key=lambda arm: -1 if arm.depth is None else arm.depth)  # stable
     buffered = {name: module for name, module in model.named_modules() if module._buffers}
-    return Arms(arms, layout, anchors, buffered, rank_allocators(model))
+    devices = list({p.device: 1 for p in model.parameters()})
+    return Arms(arms, layout, anchors, buffered, rank_allocators(model), gathering_modules(model), devices)
 
 
 def _tell_of_no_blocks(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from slsam_peft.algorithm.passes import PassRunner
+from slsam_peft.algorithm.shards import is_sharded
 from slsam_peft.algorithm.step import Step, quotient
 
 TINY = 1e-9  # in the place of a share of no rank
@@ -27,7 +28,7 @@ def average_ascent(reduce: Reduce | None, runner: PassRunner, step: Step, *, par
     Returns:
         `list[torch.Tensor | None]`: Each parameter's gradient; `None` where there is none.
     """
-    gradients = [p.grad for p in runner.parameters]
+    gradients = runner.gradients()
     if reduce is None:
         return gradients
     sent = []
@@ -50,7 +51,7 @@ def average_descent(reduce: Reduce | None, runner: PassRunner, step: Step, losse
     Returns:
         `list[torch.Tensor | None]`: As `average_ascent`.
     """
-    gradients = [p.grad for p in runner.parameters]
+    gradients = runner.gradients()
     if reduce is None:
         return gradients
     sent, share = [losses], None
@@ -72,6 +73,8 @@ def _filled(runner: PassRunner, arms: torch.Tensor, gradients: Gradients) -> lis
     sent = []
     for i in runner.members(arms):
         if not runner.parameters[i].requires_grad:  # frozen for now: a gradient of 0 would move it
+            continue
+        if is_sharded(runner.parameters[i]):  # it has come averaged
             continue
         gradient = gradients[i]
         gradient = torch.zeros_like(runner.parameters[i]) if gradient is None else gradient

@@ -1,6 +1,6 @@
 """Takes the norms of gradients, per arm and together, without leaving the device."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -12,9 +12,12 @@ class ArmNorms:
 
     Args:
         arms (`Sequence[Arm]`): The arms; norms come in their order.
+        summed (callable, *optional*): Returns the squared norms of whole gradients, shape `(P,)`, from those of the
+            pieces that this rank has; `None` where it has all.
     """
 
-    def __init__(self, arms: Sequence[Arm]) -> None:
+    def __init__(self, arms: Sequence[Arm], summed: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        self._summed = summed
         self._parameters = [p for arm in arms for p in arm.parameters]
         self._arm_index = torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters])
         self._count = len(arms)
@@ -31,10 +34,12 @@ class ArmNorms:
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         zero = torch.zeros((), dtype=dtype, device=device)
         found = iter(torch._foreach_norm(tensors, 2, dtype=dtype)) if tensors else iter(())
-        norms = torch.stack([zero if g is None else next(found).to(device) for g in gradients])
+        squares = torch.stack([zero if g is None else next(found).to(device) for g in gradients]).square()
+        if self._summed is not None:
+            squares = self._summed(squares)
         if device not in self._index_on:
             self._index_on[device] = self._arm_index.to(device)
-        return zero.new_zeros(self._count).index_add_(0, self._index_on[device], norms.square())
+        return zero.new_zeros(self._count).index_add_(0, self._index_on[device], squares)
 
 
 def joint_norm(gradients: Collection[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Runs a step's passes over its micro-batches: what is on, at which weights, where they are cut, what is replayed."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,8 @@ from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError
 from slsam_peft.algorithm.perturbation import Perturbation
+from slsam_peft.algorithm.radius import scaled
+from slsam_peft.algorithm.shards import Shards, local
 from slsam_peft.algorithm.stack import NotSeparableError, Pair, Stack
 from slsam_peft.algorithm.step import Closure, Passes, Pending, Riding, Step, added, loss_of, quotient
 from slsam_peft.algorithm.swap import Sites
@@ -51,6 +53,10 @@ class PassRunner:
             sequences of the next step may ride along.
         buffered (`Mapping[str, nn.Module]`, *optional*): Modules, by name, whose buffers a second pass must find as
             the first one did.
+        shards (`Shards`, *optional*): The sharded ones among the parameters; then all are moved in place, and none is
+            switched off.
+        devices (`Iterable[torch.device]`, *optional*, defaults to `()`): Where the model lies, beside these
+            parameters.
 
     Attributes:
         in_place (`set[nn.Parameter]`): Parameters that are moved in place, since a pass read them past their modules.
@@ -65,6 +71,8 @@ class PassRunner:
         fallbacks: Fallbacks,
         pairs: Sequence[Pair] = (),
         buffered: Mapping[str, nn.Module] | None = None,
+        shards: Shards | None = None,
+        devices: Iterable[torch.device] = (),
     ) -> None:
         self.parameters = parameters
         self.owner = owner
@@ -76,8 +84,9 @@ class PassRunner:
         self.horizon = horizon
         self.fallbacks = fallbacks
         self.pairs = tuple(pairs)
-        self.in_place = {p for p in parameters if not sites.get(p)}
-        self.accelerators = rng.sources_of(parameters, buffered)
+        self.shards = shards
+        self.in_place = {p for p in parameters if shards is not None or not sites.get(p)}
+        self.accelerators = rng.sources_of(parameters, buffered, devices)
         self._read: set[nn.Parameter] = set()  # seen to be read by their modules
         self._checks = Checks(parameters, self.accelerators)
         self._ridden = False
@@ -102,6 +111,8 @@ class PassRunner:
 
     def switched(self, trained: torch.Tensor) -> AbstractContextManager[None]:
         """Switch the arms that are not trained off inside the context, and what was off already stays off."""
+        if self.shards is not None:  # gathered copies would have to follow; their gradients are dropped
+            return nullcontext()
         return switched_off((self.parameters[i] for i in self.members(~trained)), self.parameters)
 
     def clear(self, arms: torch.Tensor | None = None) -> None:
@@ -111,6 +122,10 @@ class PassRunner:
 
     def _has_gradient(self, arms: torch.Tensor) -> bool:
         return any(self.parameters[i].grad is not None for i in self.members(arms))
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Return the gradient of each parameter, of a sharded one this rank's piece; `None` where there is none."""
+        return [local(p.grad) for p in self.parameters]
 
     def void(self) -> None:
         """Make one gradient NaN, for whoever must see for itself that a step is void."""
@@ -123,7 +138,8 @@ class PassRunner:
     def perturbation(self, members: Sequence[int], offsets: Sequence[torch.Tensor]) -> Perturbation:
         """Return the perturbation of the parameters at the given positions."""
         self._tell_in_place(sum(self.parameters[i] in self.in_place for i in members))
-        return Perturbation([self.parameters[i] for i in members], offsets, self.sites, self.in_place)
+        changed = None if self.shards is None else self.shards.release
+        return Perturbation([self.parameters[i] for i in members], offsets, self.sites, self.in_place, changed)
 
     def _tell_in_place(self, written: int) -> None:
         if written:
@@ -381,7 +397,7 @@ class PassRunner:
         # What the trainer divides by is this step's; the ascent wants the mean loss of the sequences themselves.
         divisor = step.count if pending.passes.divisor is None else pending.passes.divisor
         factor = quotient(divisor, riding.items, next(iter(found.values()))) if found else loss
-        step.riding = dict(zip(found, torch._foreach_mul(list(found.values()), factor), strict=True)) if found else {}
+        step.riding = dict(zip(found, scaled(list(found.values()), factor), strict=True)) if found else {}
         return loss
 
     def _uncut(self, step: Step) -> AbstractContextManager[Any]:

@@ -2,15 +2,16 @@
 
 Modules are handed w + e in the place of w, see `swap`, so no weight is written. Where a parameter is not read by its
 module (a fused kernel, a list of weights that the module keeps), it is moved in place, and put back bit for bit from a
-copy.
+copy. So are the pieces of sharded parameters.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from slsam_peft.algorithm.shards import local
 from slsam_peft.algorithm.swap import Sites, Swap
 
 
@@ -19,9 +20,11 @@ class Perturbation:
 
     Args:
         parameters (`Sequence[nn.Parameter]`): The parameters that move.
-        offsets (`Sequence[torch.Tensor]`): e, each of its parameter's shape, dtype and device.
+        offsets (`Sequence[torch.Tensor]`): e, each of its parameter's shape, dtype and device; of a sharded one, of
+            this rank's piece.
         sites (`Sites`): Where each of them is read.
         in_place (`Collection[nn.Parameter]`): Those of them that are to be moved in place.
+        changed (callable, *optional*): Called when weights have been moved in place or put back.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class Perturbation:
         offsets: Sequence[torch.Tensor],
         sites: Sites,
         in_place: Collection[nn.Parameter] = (),
+        changed: Callable[[], None] | None = None,
     ) -> None:
         self.offsets = dict(zip(parameters, offsets, strict=True))
         self.sites = sites
         self.in_place = in_place
+        self._changed = changed
         self._swap: Swap | None = None
 
     @property
@@ -52,23 +57,28 @@ class Perturbation:
         happens inside, modules have their parameters and the weights are w again, bit for bit, afterwards.
         """
         moved = [p for p in self.offsets if p in self.in_place]
-        with _moved(moved, [self.offsets[p] for p in moved]), self.swap.applied():
+        with self._moved(moved, [self.offsets[p] for p in moved]), self.swap.applied():
             yield
 
+    @contextmanager
+    def _moved(self, parameters: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor]) -> Iterator[None]:
+        if not parameters:
+            yield
+            return
+        pieces = [local(p) for p in parameters]
+        saved = [p.detach().clone() for p in pieces]
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(pieces, list(offsets))
+            self._forget_copies()
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(pieces, saved)
+            self._forget_copies()
 
-@contextmanager
-def _moved(parameters: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor]) -> Iterator[None]:
-    if not parameters:
-        yield
-        return
-    parameters = list(parameters)
-    saved = [p.detach().clone() for p in parameters]
-    try:
-        with torch.no_grad():
-            torch._foreach_add_(parameters, list(offsets))
-        torch.clear_autocast_cache()  # it may hold low-precision copies of what has just changed
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
+    def _forget_copies(self) -> None:
+        """Let nobody read a copy of what has just changed: those in low precision of autocast, those gathered."""
         torch.clear_autocast_cache()
+        if self._changed is not None:
+            self._changed()

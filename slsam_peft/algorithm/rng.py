@@ -18,6 +18,7 @@ from slsam_peft.algorithm.buffers import Buffers
 State = dict[Any, Any]
 
 CPU = torch.device("cpu")
+SILENT = ("cpu", "meta")  # types of devices that have no generator beside the CPU's
 _PYTHON, _NUMPY = "random", "numpy.random"
 
 
@@ -34,14 +35,28 @@ class Sources:
     buffers: Buffers
 
 
-def accelerators_of(parameters: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
-    """Return the devices, other than the CPU, that have a random generator of their own."""
-    return tuple({p.device for p in parameters if p.device.type not in ("cpu", "meta")})
+def accelerators_of(
+    parameters: Iterable[torch.Tensor], devices: Iterable[torch.device] = ()
+) -> tuple[torch.device, ...]:
+    """Return the devices, of tensors and others, that have a random generator of their own; the CPU left out."""
+    found = dict.fromkeys((*(p.device for p in parameters), *devices))
+    return tuple(device for device in found if device.type not in SILENT)
 
 
-def sources_of(parameters: Iterable[torch.Tensor], buffered: Mapping[str, nn.Module] | None = None) -> Sources:
-    """Return the sources of noise of a model with these parameters, and these modules with buffers, by name."""
-    return Sources(accelerators_of(parameters), Buffers(buffered or {}))
+def sources_of(
+    parameters: Iterable[torch.Tensor],
+    buffered: Mapping[str, nn.Module] | None = None,
+    devices: Iterable[torch.device] = (),
+) -> Sources:
+    """Return the sources of noise of a model.
+
+    Args:
+        parameters (`Iterable[torch.Tensor]`): What is trained.
+        buffered (`Mapping[str, nn.Module]`, *optional*): Modules with buffers, by name.
+        devices (`Iterable[torch.device]`, *optional*, defaults to `()`): Where the rest of the model lies: what is
+            frozen there may draw noise, too.
+    """
+    return Sources(accelerators_of(parameters, devices), Buffers(buffered or {}))
 
 
 def snapshot(sources: Sources | Iterable[torch.device]) -> State:

@@ -34,6 +34,7 @@ from slsam_peft.algorithm.radius import build_radius, scaled
 from slsam_peft.algorithm.rules import build_ascent
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
+from slsam_peft.algorithm.shards import check_rules, is_sharded, local, shards_of
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step, added, quotient
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
@@ -75,7 +76,8 @@ class SLSAM:
         steps (`int`): Steps completed.
         skipped, skipped_in_a_row (`int`): Steps skipped because a loss or gradient was NaN or infinite.
         reduce (callable or `None`): Averages a list of tensors over ranks, in place: the active arms' gradients, and
-            with the descent gradients the two losses, so that all ranks learn from, or skip, the same step.
+            with the descent gradients the two losses, so that all ranks learn from, or skip, the same step. Set
+            already where parameters are sharded (FSDP2); their gradients come averaged.
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
         learning_rate (callable or `None`): Returns the rate of a parameter in this step; some ascents need it.
         progress (callable or `None`): Returns the share of the training that is done, in [0, 1); `None`: not known.
@@ -133,19 +135,23 @@ class SLSAM:
         depths = [arm.depth for arm in arms]
         self._depths = _depths(arms)
         self.sampler = Sampler(depths, len(arms) * self._fraction(fraction), config)
+        shards = shards_of(parameters, getattr(arms, "gathering", ()))
         rideable = bool(pairs) and {w for pair in pairs for w in pair.weights} == set(parameters)
+        if shards is not None:
+            check_rules(config)
+            rideable = False
         if config.ascent in RIDING and config.is_perturbed and not rideable:
             raise ValueError(
                 f"ascent={config.ascent!r} runs sequences at w and at w + e in one pass, which only pairs of LoRA "
-                "factors can that hold everything that is trained; use ascent='auto' or 'partial', or train LoRA "
-                "factors only."
+                "factors can that hold everything that is trained and are not sharded; use ascent='auto' or "
+                "'partial', or train LoRA factors only."
             )
         # What rides along is seen by every arm that the next step perturbs only where all of them are trained.
         rideable = rideable and (config.descent == "all" or config.active_fraction == 1)
         name: Any = config.ascent if config.is_perturbed else None
         self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
         self.radius = build_radius(config, factors)
-        self.horizon = self._horizons()
+        self.horizon = None if shards is not None else self._horizons()
         self.runner = PassRunner(
             parameters,
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
@@ -154,13 +160,21 @@ class SLSAM:
             self.fallbacks,
             pairs if rideable and self.ascent.rides else (),
             getattr(arms, "buffered", None),
+            shards,
+            getattr(arms, "devices", ()),
         )
+        if shards is not None:
+            self.fallbacks.add(
+                "passes are not cut",
+                f"parameters are sharded over {shards.mesh.size()} ranks (FSDP2), which all run the same passes",
+                "Every pass runs whole, and costs what that costs.",
+            )
         self._rides = bool(self.runner.pairs)  # on every rank alike, also where one of them stops riding
         # What reads gradients that are not there: a parameter has none where it is not drawn, or a step is skipped.
         pass_over_absent_pairs()
         self._keep_importance(getattr(arms, "allocators", ()))
         # What callers set, and what they read.
-        self.reduce: Callable[[list[torch.Tensor]], None] | None = None
+        self.reduce: Callable[[list[torch.Tensor]], None] | None = None if shards is None else shards.average
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
         self.learning_rate: Callable[[nn.Parameter], float] | None = None
         self.progress: Callable[[], float] | None = None
@@ -173,8 +187,8 @@ class SLSAM:
         self.factors = factors
         self.ascent.begin(self)
         # What lasts from one step to the next, and what an aborted step goes back to.
-        self._norms = ArmNorms(arms)
-        self.memory = GradientMemory(self.runner.parameters)
+        self._norms = ArmNorms(arms, None if shards is None else shards.summed)
+        self.memory = GradientMemory([local(p) for p in parameters])
         self._watch = RadiusWatch()
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
@@ -405,7 +419,10 @@ class SLSAM:
         return loss if exact else torch.stack(losses).sum()
 
     def _take(self, step: Step, passes: Passes, index: int) -> int:
-        return self.ascent.take(index, step.count, passes.sequences, step.taken)
+        sequences, shards = passes.sequences, self.runner.shards
+        if shards is not None and self.ascent.cuts:  # all ranks run the same passes
+            sequences = shards.least(sequences)
+        return self.ascent.take(index, step.count, sequences, step.taken)
 
     def _ascent_pass(self, step: Step, pending: Pending, take: int) -> Closure:
         """Return the ascent pass over so many sequences of a micro-batch: a part of it, or all."""
@@ -490,7 +507,7 @@ class SLSAM:
         return quotient(step.divisor, step.items, like)
 
     def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
-        weights = [self.runner.parameters[i] for i in gradients]
+        weights = [local(self.runner.parameters[i]).detach() for i in gradients]
         with torch.no_grad():
             offsets, step.rho, slope = self.radius.offsets(list(gradients.values()), weights, norm, unit)
             step.slope = None if slope is None else slope * unit
@@ -562,7 +579,8 @@ class SLSAM:
         with torch.no_grad():
             self.ascent.complete(step, gradients)
         for parameter, gradient in zip(self.runner.parameters, gradients, strict=True):
-            if gradient is not None:  # a fused optimizer takes wrong steps on others, without an error
+            # A fused optimizer takes wrong steps on others, without an error.
+            if gradient is not None and not is_sharded(parameter):
                 parameter.grad = gradient.contiguous()
         squared = self._norms.squared(gradients, self._device(gradients))
         nothing = squared.new_full((), math.nan)
@@ -632,7 +650,7 @@ class SLSAM:
     def _remember(self, step: Step, finite: bool, scale: torch.Tensor | None) -> None:
         """Keep the gradients that the next step's ascent is made of."""
         trained = self.runner.members(step.trained) if finite else []
-        descent = {i: g for i in trained if (g := self.runner.parameters[i].grad) is not None}
+        descent = {i: local(g) for i in trained if (g := self.runner.parameters[i].grad) is not None}
         self.ascent.keep(self.memory, descent, step.riding if finite else {}, scale)
 
     def _abort(self) -> None:

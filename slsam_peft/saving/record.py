@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from slsam_peft.algorithm.shards import is_sharded
 from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
 from slsam_peft.saving.atomic import write_atomically
 
@@ -80,7 +81,9 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "fallbacks": [fallback._asdict() for fallback in trainer.slsam_fallbacks],
             "base": describe_base(model),
-            "probe": probe(model),
+            "probe": None
+            if any(is_sharded(p) for p in model.parameters())
+            else probe(model),  # one rank alone is here
         }
     except Exception:  # any kind of model: whatever it refuses, its adapter must not be lost
         logger.warning("%s was not written: the adapter's record could not be made.", RECORD_NAME, exc_info=True)

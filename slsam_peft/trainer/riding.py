@@ -10,6 +10,7 @@ from trl import SFTTrainer
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.trainer.factors import plain_pairs
+from slsam_peft.trainer.sharded import is_fsdp2
 
 
 def lora_pairs(model: nn.Module) -> list[Pair]:
@@ -57,6 +58,8 @@ def why_not(trainer: Any) -> str | None:
             f"it needs one micro-batch per step, and gradient_accumulation_steps={args.gradient_accumulation_steps}: "
             "sequences of the first micro-batch make the ascent"
         )
+    if is_fsdp2(trainer):
+        return "parameters are sharded (FSDP2), and pieces cannot stand side by side"
     if trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
         return "it needs TRL's own loss, normalised by num_items_in_batch, and here is another one"
     if trainer.label_smoother is not None:

@@ -6,7 +6,6 @@ from itertools import repeat
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.config import SLSAMConfig
@@ -17,24 +16,13 @@ def check_trainer(trainer: Any) -> None:
     """Refuse set-ups that SL-SAM does not support.
 
     Raises:
-        ValueError: DeepSpeed, FSDP, sharded parameters, DataParallel, torch.compile, or a trainer that generates
-            inside its training step. The message says why and what to use instead.
+        ValueError: DeepSpeed, DataParallel, torch.compile, or a trainer that generates inside its training step. The
+            message says why and what to use instead.
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and a step here "
             "needs two. Use DDP (torchrun or accelerate launch)."
-        )
-    if trainer.is_fsdp_enabled or getattr(trainer.args, "fsdp", None):  # on a CPU accelerate ignores what args ask for
-        raise ValueError(
-            "FSDP is not supported: its flat and sharded parameters cannot be switched on and off by arm. Use DDP, or "
-            "a quantised base on one device."
-        )
-    if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
-        raise ValueError(
-            "the model's parameters are sharded (DTensor, by FSDP2 or tensor parallelism), which is not supported: "
-            "their gradients are exchanged inside the backward pass, and a step here needs two. Use DDP, or a "
-            "quantised base on one device."
         )
     if trainer.args.n_gpu > 1:
         raise ValueError(

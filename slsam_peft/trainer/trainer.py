@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.rates import LearningRates
 from slsam_peft.trainer.riding import lora_pairs, not_pairs, why_not
+from slsam_peft.trainer.sharded import check_sharding, is_fsdp2
 from slsam_peft.trainer.support import (
     check_optimizer,
     check_sequences,
@@ -90,7 +92,7 @@ class SLSAMMixin(_Base):
         slsam_fallbacks (`Fallbacks`): What has run otherwise than meant so far; it stands in `slsam.json`, too.
 
     Raises:
-        ValueError: a set-up that is not supported (DeepSpeed, FSDP, torch.compile, GRPO); no trainable parameter; an
+        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO); no trainable parameter; an
             optimizer that lacks some arms. All before the first step.
     """
 
@@ -103,6 +105,7 @@ class SLSAMMixin(_Base):
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
+        check_sharding(self, self.slsam_config)
         check_sequences(self, self.slsam_config)
         named = self.slsam_config.ascent
         if named in RIDING and self.slsam_config.is_perturbed and (reason := why_not(self)):
@@ -148,6 +151,8 @@ class SLSAMMixin(_Base):
             self._slsam_outside = outside(self.model, self.slsam_arms)
             pairs, factors = lora_pairs(self.model) if self._may_ride else [], factors_of(self.model)
             model = cost_model_of(self, self.slsam_arms, config)
+        if is_fsdp2(self):  # every pass runs whole, which the model does not know
+            model = None
         self._slsam_cost = None if model is None else StepCost(model, self.slsam_arms, config)
         fraction = None
         if model is not None and (budget := config.cost_budget) is not None:
@@ -171,7 +176,7 @@ class SLSAMMixin(_Base):
             )
         if config.ascent == "auto" and config.is_perturbed and not slsam.runner.pairs:
             self.slsam_fallbacks.add(NOT_RIDING, why_not(self) or not_pairs(slsam.arms, pairs), SMALL_PASS)
-        if has_ranks():
+        if has_ranks() and slsam.reduce is None:  # gradients of sharded parameters come averaged
             slsam.reduce = average_over_ranks
         slsam.loss_scale = self._loss_scale
         slsam.learning_rate = LearningRates(self)
@@ -259,7 +264,7 @@ class SLSAMMixin(_Base):
             if self._slsam_cost is not None:
                 joined = self._slsam_passes.joined
                 self._slsam_cost.joined = None if joined is None else batch_shape(joined.inputs)
-            with self.accelerator.no_sync(model):  # gradients are averaged once, over active arms only
+            with self._own_exchange(model):
                 loss = self.slsam.accumulate(passes, index, count)
         except BaseException:
             self._slsam_index = 0
@@ -269,6 +274,13 @@ class SLSAMMixin(_Base):
             if self._slsam_trace is not None:
                 self._slsam_trace.see(self.state.global_step + 1, self.slsam)
         return loss
+
+    def _own_exchange(self, model: Any) -> AbstractContextManager[None]:
+        """Return the context in which gradients are averaged once, over active arms only; by FSDP2 in every pass."""
+        if not is_fsdp2(self):
+            return self.accelerator.no_sync(model)
+        model.set_requires_gradient_sync(True)  # the trainer has it wait for the last micro-batch
+        return nullcontext()
 
     def _see_shape(self, inputs: dict[str, Any], index: int, count: int) -> None:
         if self._slsam_cost is None:

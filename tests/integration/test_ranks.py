@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.rank_worker import AGAINST_ONE, STEPS, adapters, loss_rise, own_loop, train_against_one
-from tests.tolerances import EXACT_FLOAT64, FUSED_HEAD, TRAJECTORY
+from tests import sharded
+from tests.rank_worker import AGAINST_ONE, STEPS, UNDER_FSDP2, adapters, loss_rise, own_loop, train_against_one
+from tests.tolerances import EXACT_FLOAT64, FLOAT32_NORMS, FUSED_HEAD, TRAJECTORY
 
 pytestmark = pytest.mark.ranks
 
@@ -51,6 +52,8 @@ def seen(tmp_path_factory):
         "own loop",
         "loss rise",
         "rides",
+        *(f"sharded, {name}" for name in sharded.SHARDED),
+        *UNDER_FSDP2,
         "refused",
     ]
     done = launch(folder, *names)
@@ -62,6 +65,7 @@ def seen(tmp_path_factory):
             for r in range(2)
         ]
 
+    read.folder = folder
     return read
 
 
@@ -184,6 +188,65 @@ def test_ranks_go_on_bit_for_bit(seen):
         assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(report["recorded"])
         for name in [n.removeprefix("whole.") for n in weights if n.startswith("whole.")]:
             assert torch.equal(weights[f"whole.{name}"], weights[f"parted.{name}"]), name
+
+
+@pytest.mark.parametrize("name", [name for name in sharded.SHARDED if name != "a part"])
+def test_sharded_parameters_train_as_in_one_process(name, seen):
+    """FSDP2: draws, norms, losses, gradients and weights of three steps; float64, or float32 on an NF4 base."""
+    (report, tensors), (other_report, other) = seen(f"sharded, {name}")
+    one, expected = sharded.train(name)
+    assert report == other_report
+    assert report["masks"] == one["masks"]
+    later, first = (FLOAT32_NORMS, FLOAT32_NORMS) if name == "nf4" else (TRAJECTORY, EXACT_FLOAT64)
+    for key in ("probabilities", "norms", "losses", "rho"):
+        torch.testing.assert_close(torch.tensor(report[key]), torch.tensor(one[key]), rtol=later, atol=later)
+    assert tensors.keys() == expected.keys() == other.keys()
+    largest = max(float(t.abs().max()) for n, t in expected.items() if n.startswith("0.gradient"))
+    for n, tensor in tensors.items():
+        assert torch.equal(tensor, other[n]), n
+        tolerance = first * largest if n.startswith("0.gradient") else later
+        torch.testing.assert_close(tensor, expected[n], rtol=0, atol=tolerance, msg=n)
+
+
+def test_ranks_with_sharded_parameters_give_as_many_sequences_each(seen):
+    """Their first micro-batches have two and one; both run as many passes, and the ascent is the mean over all."""
+    (report, tensors), (other_report, _) = seen("sharded, a part")
+    assert report == other_report
+    names, gradients = sharded.expected_parts(report["masks"])
+    for step, found in enumerate(gradients):
+        largest = max(float(g.abs().max()) for g in found)
+        for name, gradient in zip(names, found, strict=True):
+            got = tensors[f"{step}.gradient.{name}"]
+            torch.testing.assert_close(got, gradient, rtol=0, atol=EXACT_FLOAT64 * largest, msg=name)
+
+
+@pytest.mark.parametrize("name", UNDER_FSDP2)
+def test_what_accelerate_shards_trains_as_under_ddp(name, seen):
+    """FSDP2 through the trainer, wrapped by accelerate; it is said to run on accelerators, and runs on CPUs here."""
+    (report, tensors), (other_report, other) = seen(name)
+    assert report == other_report
+    ours, ddp = report["fsdp2"], report["ddp"]
+    assert ours["masks"] == ddp["masks"]
+    for key in ("norms", "probabilities"):
+        for got, expected in zip(ours[key], ddp[key], strict=True):
+            assert got == pytest.approx(expected, rel=FUSED_HEAD), key
+    assert ours["losses"] == pytest.approx(ddp["losses"], rel=FUSED_HEAD)
+    names = [n.removeprefix("ddp.") for n in tensors if n.startswith("ddp.")]
+    assert names
+    for n in names:
+        assert torch.equal(tensors[f"fsdp2.{n}"], other[f"fsdp2.{n}"]), n
+        torch.testing.assert_close(tensors[f"fsdp2.{n}"], tensors[f"ddp.{n}"], rtol=FUSED_HEAD, atol=FUSED_HEAD, msg=n)
+
+
+def test_sharded_adapters_are_saved_whole(seen):
+    _, tensors = seen("fsdp2")[0]
+    saved = seen.folder / "fsdp2" / "saved"
+    written = load_file(saved / "adapter_model.safetensors")
+    assert len(written) == sum(n.startswith("fsdp2.") for n in tensors)
+    for n, tensor in written.items():
+        path, _, kind = n.rpartition(".")
+        assert torch.equal(tensor, tensors[f"fsdp2.{path}.default.{kind}"]), n
+    assert json.loads((saved / "slsam.json").read_text())["probe"] is None, "one rank alone cannot run the model"
 
 
 def test_sharded_parameters_are_refused(seen):

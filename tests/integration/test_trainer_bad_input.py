@@ -1,15 +1,18 @@
 """Set-ups that cannot work are refused before the first step, with the value and what to do."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin, SLSAMTrainer
+from slsam_peft.trainer.sharded import check_sharding
 from slsam_peft.trainer.support import check_optimizer, check_trainer
 from tests.tiny import build, llama, lora, sft_args, texts, tokenizer, train
 
@@ -128,13 +131,59 @@ def test_a_plain_set_up_passes():
     ("flag", "message"),
     [
         ("is_deepspeed_enabled", r"DeepSpeed is not supported: .*Use DDP"),
-        ("is_fsdp_enabled", r"FSDP is not supported: .*Use DDP"),
+        ("is_fsdp_enabled", r"FSDP is not supported but for FSDP2 .*Use DDP"),
     ],
 )
 def test_engines_that_own_the_gradients(flag, message):
     """Neither can be started on a CPU without its launcher, so the trainer is stood in for."""
+    trainer = _fake(**{flag: True}, accelerator=SimpleNamespace(is_fsdp2=False))
     with pytest.raises(ValueError, match=message):
-        check_trainer(_fake(**{flag: True}))
+        check_trainer(trainer)
+        check_sharding(trainer, SLSAMConfig().resolved)
+
+
+class Params4bit(nn.Parameter):
+    """Has the name of a weight that bitsandbytes has packed."""
+
+
+def _quantised():
+    model = nn.Linear(2, 2)
+    model.weight = Params4bit(torch.zeros(2, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"cpu_offload": CPUOffloadPolicy()}, {}, "fsdp_offload_params"),
+        ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing"),
+        ({"fp16": True}, {}, "fp16=True"),
+        ({"model": _quantised()}, {}, "a base that bitsandbytes has quantised"),
+        ({}, {"cost_budget": 1.0, "design": "depth"}, "cost_budget=1.0"),
+        ({}, {"ascent": "remembered", "descent": "active"}, "ascent='remembered'"),
+        ({}, {"method": "auto", "ascent": "ahead"}, "ascent='ahead'"),
+    ],
+)
+def test_what_is_not_shown_to_be_exact_under_fsdp2_is_refused_by_name(changes, settings, message):
+    """FSDP2 is started by accelerate on accelerators alone, so the trainer is stood in for."""
+    asked = {
+        "cpu_offload": OffloadPolicy(),
+        "activation_checkpointing": False,
+        "fp16": False,
+        "model": nn.Linear(2, 2),
+    }
+    asked |= changes
+    plugin = SimpleNamespace(
+        cpu_offload=asked["cpu_offload"], activation_checkpointing=asked["activation_checkpointing"]
+    )
+    trainer = _fake(
+        is_fsdp_enabled=True,
+        accelerator=SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin)),
+        args=SimpleNamespace(fp16=asked["fp16"]),
+        model=asked["model"],
+    )
+    with pytest.raises(ValueError, match=f"{re.escape(message)}.*is not supported under FSDP2.*Use DDP"):
+        check_sharding(trainer, SLSAMConfig(**settings).resolved)
 
 
 def test_one_process_for_several_gpus():
