@@ -507,7 +507,7 @@ class SLSAM:
         return quotient(step.divisor, step.items, like)
 
     def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
-        weights = [local(self.runner.parameters[i]).detach() for i in gradients]
+        weights = [local(self.runner.parameters[i]) for i in gradients]
         with torch.no_grad():
             offsets, step.rho, slope = self.radius.offsets(list(gradients.values()), weights, norm, unit)
             step.slope = None if slope is None else slope * unit
