@@ -318,7 +318,7 @@ class Horizon:
         if not run.keep or hidden.grad_fn is None:
             return hidden
         cut = self._from_below(hidden, list(leaves(hidden)), run)
-        if index not in self._added:  # it is known from the next pass on
+        if run.watched or index not in self._added:  # it is known from the next pass on
             self._added.add(index)
             run.spoilt = True
         elif cut is not hidden and run.cached_states:

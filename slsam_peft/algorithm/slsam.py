@@ -21,7 +21,7 @@ from torch import nn
 
 from slsam_peft.algorithm import rng, state
 from slsam_peft.algorithm.absent import keep_importance, pass_over_absent_pairs
-from slsam_peft.algorithm.arms import Arm
+from slsam_peft.algorithm.arms import Arm, Arms
 from slsam_peft.algorithm.exchange import average_ascent, average_descent
 from slsam_peft.algorithm.factors import Factors, check_factors
 from slsam_peft.algorithm.fallbacks import Fallbacks
@@ -193,7 +193,7 @@ class SLSAM:
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
         self._random_before: rng.State = {}
-        self._order = RunOrder(getattr(arms, "layout", None))
+        self._order = RunOrder(arms.layout if isinstance(arms, Arms) else None)
         if config.method is None:
             logger.info(
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
@@ -350,7 +350,8 @@ class SLSAM:
             rng.restore(self._random_before)
         if not self._order.settle(self.reduce, self.runner.parameters[0].device):
             return
-        self.arms.place_again()
+        if isinstance(self.arms, Arms):
+            self.arms.place_again()
         self._depths = _depths(self.arms)
         drawn_so_far = self.sampler.scheme.state_dict()
         self.sampler.scheme = build_scheme(self.config, [arm.depth for arm in self.arms])
@@ -359,7 +360,7 @@ class SLSAM:
 
     def _horizons(self) -> Horizons | None:
         """Return what cuts the passes; `None` where there is nothing to cut at."""
-        layout = getattr(self.arms, "layout", None)
+        layout = self.arms.layout if isinstance(self.arms, Arms) else None
         if layout is None or not layout.stacks:
             return None
         return Horizons(layout, self.config.hidden_state_cache_limit_mib * 2**20, self.fallbacks)
