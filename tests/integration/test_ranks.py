@@ -235,9 +235,7 @@ def test_what_accelerate_shards_trains_as_under_ddp(name, seen):
     assert names
     for n in names:
         assert torch.equal(tensors[f"fsdp2.{n}"], other[f"fsdp2.{n}"]), n
-        torch.testing.assert_close(
-            tensors[f"fsdp2.{n}"], tensors[f"ddp.{n}"], rtol=FUSED_HEAD, atol=FUSED_HEAD, msg=n
-        )
+        torch.testing.assert_close(tensors[f"fsdp2.{n}"], tensors[f"ddp.{n}"], rtol=FUSED_HEAD, atol=FUSED_HEAD, msg=n)
 
 
 def test_sharded_adapters_are_saved_whole(seen):

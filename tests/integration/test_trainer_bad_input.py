@@ -166,7 +166,12 @@ def _quantised():
 )
 def test_what_is_not_shown_to_be_exact_under_fsdp2_is_refused_by_name(changes, settings, message):
     """FSDP2 is started by accelerate on accelerators alone, so the trainer is stood in for."""
-    asked = {"cpu_offload": OffloadPolicy(), "activation_checkpointing": False, "fp16": False, "model": nn.Linear(2, 2)}
+    asked = {
+        "cpu_offload": OffloadPolicy(),
+        "activation_checkpointing": False,
+        "fp16": False,
+        "model": nn.Linear(2, 2),
+    }
     asked |= changes
     plugin = SimpleNamespace(
         cpu_offload=asked["cpu_offload"], activation_checkpointing=asked["activation_checkpointing"]
