@@ -17,7 +17,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -319,13 +319,8 @@ def fsdp2(settings, arguments):
         try:
             trainer = train_small(cls, folder / "out", config_of(settings), double=True, **PLAIN_SGD, **arguments)
             assert trainer.slsam.runner.shards is not None
-            trainer.accelerator.get_state_dict = _arrived(trainer.accelerator.get_state_dict)
-            try:
-                trainer.save_model(str(folder / "saved"))
-            except Exception:
-                import traceback
-
-                traceback.print_exc()
+            trainer.accelerator.get_state_dict = _gathered(trainer.accelerator.get_state_dict)
+            trainer.save_model(str(folder / "saved"))
         finally:
             state = AcceleratorState()  # one for all trainers
             state.distributed_type = DistributedType.MULTI_CPU
@@ -342,22 +337,19 @@ def _told(trainer):
     return {**trainer.seen.report(), "losses": losses}
 
 
-def _arrived(get_state_dict):
-    """Wait for gathered tensors, which their way to the CPU does on accelerators."""
+def _gathered(get_state_dict):
+    """Put pieces together, which accelerate hands over as they are on CPUs."""
 
-    def waiting(*args, **kwargs):
+    def gathering(*args, **kwargs):
         found = get_state_dict(*args, **kwargs)
-        print("KINDS", {type(t).__name__ for t in found.values()}, args[0].__class__.__name__, flush=True)
-        found = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items()}
-        return {n: t.wait() if isinstance(t, AsyncCollectiveTensor) else t for n, t in found.items()}
+        return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
 
-    return waiting
+    return gathering
 
 
 def refused(folder):
     """FSDP2, asked for through the trainer's arguments and done to the model beforehand."""
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
 
     messages = {}
     model = llama()

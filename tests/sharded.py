@@ -127,7 +127,7 @@ def expected_parts(masks):
     over = lambda rows, divisor: closures_of(lambda: rows_loss(model, rows, divisor))[0]  # noqa: E731
     gradients = []
     for mask in map(torch.tensor, masks):
-        _, ascent = gradients_of(arms, mask, over([0, 4, 2, 5], 4))
+        _, ascent = gradients_of(arms, mask, over([0, 4, 2, 5], 8))
         _, found = descent_of(arms, ascent, 0.1, over(list(range(8)), 8), torch.ones_like(mask))
         gradients.append(found)
         with torch.no_grad():
