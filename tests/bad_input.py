@@ -215,7 +215,7 @@ COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
     "too few rows": ("rows: 4", "rows: 40000", "tasks.docs: source='stdlib_docs': n_train=40000 is not allowed"),
 }
 COMPARE: list[tuple[list[str], str]] = [
-    (["compare"], "required: --config"),
+    (["compare"], "there is nothing to compare; name your data, --data FILE, or the YAML file of a comparison"),
     (["compare", "--config", "gone.yaml"], "config file gone.yaml cannot be read: No such file"),
     (["compare", "--config", "model"], "config file model cannot be read: Is a directory"),
     (["compare", "--config", "good.yaml", "--limit", "-1"], "--limit=-1 is not allowed; it must be an integer >= 0."),
