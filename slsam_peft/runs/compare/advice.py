@@ -88,7 +88,7 @@ def _compared(difference: Difference, settings: CompareSettings) -> tuple[str, s
         how = f"an interval needs {LEAST_FOR_STATISTICS}" if seeds < LEAST_FOR_STATISTICS else "the same on each"
         return (
             "plain",
-            f"it is cheaper, and SL-SAM's held-out loss is {difference.mean:+.4f} nats from plain LoRA's ({on}; {how})",
+            f"it is cheaper, and SL-SAM's loss is {difference.mean:+.4f} nats from plain LoRA's ({on}; {how})",
         )
     low, high = t_interval(list(difference.values.values()))
     how = f"{CONFIDENCE:.0%} t interval {low:+.4f} to {high:+.4f}, p = {difference.p:.2g}; {on}"

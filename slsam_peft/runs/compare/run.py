@@ -166,7 +166,7 @@ def training_rows(tokenizer: Any, data: TaskData, training: TrainingSettings) ->
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keep back what the trainer advises those who train once; a run's data set has each row as often as it is seen."""
+    """Keep back what the trainer advises those who see rows once: in a run's data set repeated rows are several."""
     logger = logging.getLogger(advice.__name__)
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from slsam_peft.config import check_name
 from slsam_peft.runs.compare.grid import spend
 from slsam_peft.runs.compare.numbers import at_least_one, positive
+from slsam_peft.runs.compare.settings import DTYPES
 
 PLAIN, AUTO = "plain", "auto"  # the methods' names
 
@@ -69,6 +71,8 @@ class Wishes:
         for name in ("epochs", "learning_rate", "slsam_learning_rate"):
             if (value := getattr(self, name)) is not None:
                 positive(name, value)
+        if self.dtype is not None:
+            check_name("dtype", self.dtype, DTYPES)
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"epochs={self.epochs} and steps={self.steps} are both set; leave one of them out.")
         spend(self.runs)
