@@ -130,7 +130,7 @@ def _train(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namespa
 
     try:
         probes = compare_own.time_it(plan, store, console) if args.data is not None else []
-        work(plan, store, console, args.limit, Pace(plan, probes))
+        work(plan, store, console, args.limit, Pace(plan, store.read(), probes))
     except KeyboardInterrupt as stop:
         _report(plan, store, console, args)
         raise stopped(stop, plan, store.read()) from None

@@ -1,6 +1,7 @@
 """The runs of a comparison are done, and the screen tells how many are and how long the others will take."""
 
 import signal
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from slsam_peft.runs.compare.jobs import Job, Plan
     from slsam_peft.runs.compare.store import RowStore
     from slsam_peft.runs.compare.timing import Pace
+
+SHOWN_SECONDS = 0.3  # at least, from one state that is shown to the next: steps may be short
 
 
 def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None, pace: "Pace | None" = None) -> None:
@@ -27,31 +30,32 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
     from slsam_peft.runs.compare.timing import Pace
     from slsam_peft.runs.compare.worker import next_row
 
-    pace, done = pace or Pace(plan), 0
-    with console.status("") as status:
-        while limit is None or done < limit:
-            rows = store.read()
-            status.update(Text(state(plan, rows, pace)))
+    pace, count, shown = pace or Pace(plan, store.read()), 0, 0.0
+    with console.status(Text(state(pace))) as status:
 
-            def progress(job: "Job", step: int, steps: int, rows: Mapping[str, Any] = rows) -> None:
-                pace.step(job, step)
+        def progress(job: "Job", step: int, steps: int) -> None:
+            nonlocal shown
+            pace.step(job, step)
+            if step == 1 or time.monotonic() - shown > SHOWN_SECONDS:
+                shown = time.monotonic()
                 name = run_name(plan, job.task, job.method, job.settings)
-                status.update(Text(f"{state(plan, rows, pace)}\n{name}: step {step} of {steps}"))
+                status.update(Text(f"{state(pace)}\n{name}: step {step} of {steps}"))
 
-            pace.begin()
+        while limit is None or count < limit:
+            pace.begin(store.read())
+            status.update(Text(state(pace)))
             row = next_row(plan, store, progress)
             if row is None:
                 return
-            pace.end(row)
-            done += 1
-            _say(plan, row, console, pace, store.read())
+            count += 1
+            pace.end(row, store.read())
+            _say(plan, row, console, pace)
 
 
-def state(plan: "Plan", rows: Mapping[str, Any], pace: "Pace") -> str:
+def state(pace: "Pace") -> str:
     """Return how many runs are done, and how long the others will take this process alone, where that is known."""
-    done, total = plan.counts(rows)
-    left = pace.left(rows) if done < total else None
-    return f"{done} of {total} runs done" + ("" if left is None else f", about {duration(left)} left")
+    left = pace.left() if pace.done < pace.total else None
+    return f"{pace.done} of {pace.total} runs done" + ("" if left is None else f", about {duration(left)} left")
 
 
 def duration(seconds: float) -> str:
@@ -99,9 +103,9 @@ def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) 
     return f"{task}, {method}, learning rate {tried}, seed {settings['seed']}"
 
 
-def _say(plan: "Plan", row: dict[str, Any], console: Any, pace: "Pace", rows: Mapping[str, Any]) -> None:
+def _say(plan: "Plan", row: dict[str, Any], console: Any, pace: "Pace") -> None:
     result = row.get("error") or f"loss {row['loss']:.4f}, exact {row['exact']:.1%}, {row['seconds']:.0f} s"
     name = run_name(plan, row["task"], row["method"], row["settings"])
     # A terminal has the line below; a log has none.
-    more = "" if console.is_terminal else f" ({state(plan, rows, pace)})"
+    more = "" if console.is_terminal else f" ({state(pace)})"
     console.print(f"{name}: {result}{more}", markup=False, highlight=False, soft_wrap=not console.is_terminal)

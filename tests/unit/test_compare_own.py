@@ -241,10 +241,10 @@ def test_time_is_left_for_every_run_without_a_row(tmp_path: Path) -> None:
         done, total = plan.counts(rows)
         assert (done, len(missing), total) == (count, 14 - count, 14)
         expected = sum(30.0 * COSTS[method] for _, method, _ in missing)
-        assert Pace(plan, clock=lambda: 0.0).left(rows) == pytest.approx(expected)
-        said = state(plan, rows, Pace(plan))
+        assert Pace(plan, rows).left() == pytest.approx(expected)
+        said = state(Pace(plan, rows))
         assert said == f"{done} of 14 runs done" + (f", about {duration(expected)} left" if missing else "")
-    assert state(plan, {}, Pace(plan)) == "0 of 14 runs done"  # nothing says how long they take
+    assert state(Pace(plan, {})) == "0 of 14 runs done"  # nothing says how long they take
 
 
 def test_the_last_runs_tell_how_busy_a_machine_is(tmp_path: Path) -> None:
@@ -260,18 +260,17 @@ def test_a_run_in_progress_and_what_runs_take_besides_count(tmp_path: Path) -> N
     now = 0.0
     plan, _ = finished(tmp_path, [0.0] * 4, 0)
     job = next(iter(plan.pending({})))
-    pace = Pace(plan, clock=lambda: now)
-    pace.begin()
+    pace = Pace(plan, {}, clock=lambda: now)
+    pace.begin({})
     for step in range(1, 12):  # 5 s until the first step has ended, 2 s for each other one
         now = 5.0 + 2.0 * (step - 1)
         pace.step(job, step)
     whole = 7 * 30 * 2.0 + 7 * 30 * 2.5
-    assert pace.left({}) == pytest.approx(whole - 11 * 2.0)
+    assert pace.left() == pytest.approx(whole - 11 * 2.0)
     now = 75.0
-    row = {"seconds": 60.0}
-    pace.end(row)
-    rows = {job.key: {**row, "loss": 1.0}}
-    assert pace.left(rows) == pytest.approx(6 * 60.0 + 7 * 75.0 + 13 * 15.0)
+    row = {"seconds": 60.0, "loss": 1.0}
+    pace.end(row, {job.key: row})
+    assert pace.left() == pytest.approx(6 * 60.0 + 7 * 75.0 + 13 * 15.0)
 
 
 def test_the_estimate_is_a_range_of_what_was_timed() -> None:

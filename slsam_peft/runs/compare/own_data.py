@@ -154,7 +154,7 @@ def _said(wishes: Wishes, split: OwnSplit, lengths: Sequence[Lengths], training:
             f"{cut} of {len(lengths)} rows are cut at {limit} tokens, {lost} of them before their answer begins; the "
             f"longest has {longest} (--max_length)."
         )
-    if steps * wishes.batch_size <= len(split.train):
+    if (steps - 1) * wishes.batch_size < len(split.train):
         said.append(
             "Each row is seen once at most; in our measurements SL-SAM was ahead only where few rows were repeated."
         )

@@ -4,6 +4,7 @@ This module imports no torch.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from slsam_peft.runs.compare.jobs import Job, Plan, Rows
 LAST = 4  # runs of a method on a task that count: how busy a machine is changes
 PROBED_STEPS = 5  # of which the first is not timed: it sets things up
 
+Work = Counter[tuple[str, str, int]]  # runs, by task, method and steps
 Run = Callable[[Mapping[str, Any], Callable[[int, int], None]], dict[str, Any]]
 
 
@@ -66,21 +68,21 @@ def _likest(task: str, method: str) -> Iterator[Callable[[Sample], bool]]:
     yield lambda sample: True
 
 
-def seconds_left(plan: Plan, rows: Rows, samples: Sequence[Sample], beside: float = 0.0) -> float | None:
-    """Return what the runs without a row are expected to take, one after the other; `None` where nothing says so.
+def seconds_left(plan: Plan, remaining: Work, samples: Sequence[Sample], beside: float = 0.0) -> float | None:
+    """Return what runs are expected to take, one after the other; `None` where nothing says so.
 
     Args:
         plan (`Plan`): The comparison.
-        rows (`dict[str, Row]`): Its rows.
-        samples (`Sequence[Sample]`): What is known of its steps.
+        remaining (`Counter`): How many runs there are of each task, method and number of steps.
+        samples (`Sequence[Sample]`): What is known of their steps.
         beside (`float`, *optional*): Seconds that a run takes beside its steps.
     """
     left = 0.0
-    for task, method, steps in plan.remaining(rows):
+    for (task, method, steps), count in remaining.items():
         each = seconds_per_step(plan, samples, task, method)
         if each is None:
             return None
-        left += each * steps + beside
+        left += count * (each * steps + beside)
     return left
 
 
@@ -95,47 +97,54 @@ class Pace:
 
     Args:
         plan (`Plan`): The comparison.
+        rows (`dict[str, Row]`): Its rows.
         probes (`Sequence[Probe]`, *optional*): What was measured before the first run.
         clock (callable, *optional*): Returns seconds.
+
+    Attributes:
+        done (`int`): Runs that have a row.
+        total (`int`): All runs.
     """
 
     def __init__(
-        self, plan: Plan, probes: "Sequence[Probe]" = (), clock: Callable[[], float] = time.monotonic
+        self, plan: Plan, rows: Rows, probes: "Sequence[Probe]" = (), clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.plan = plan
-        self._clock = clock
+        self._plan, self._clock = plan, clock
         self._probed = [Sample(p.task, p.method, len(p.steps), sum(p.steps)) for p in probes if p.steps]
         self._beside = [p.beside for p in probes if p.steps]
-        self._began = self._first_step = self._clock()
-        self._running: Sample | None = None
+        self._began = self._first_step = clock()
+        self.begin(rows)
 
-    def begin(self) -> None:
-        """Note that a run begins."""
+    def begin(self, rows: Rows) -> None:
+        """Note that a run begins, and which rows there are."""
         self._began, self._running = self._clock(), None
+        self.done, self.total = self._plan.counts(rows)
+        self._remaining, self._samples = Counter(self._plan.remaining(rows)), samples_of(self._plan, rows)
 
     def step(self, job: Job, done: int) -> None:
         """Note that a run has made a step; the first one sets things up and is not timed."""
         now = self._clock()
-        if done <= 1 or self._running is None:
+        if self._running is None:
             self._first_step = now
-        self._running = Sample(job.task, job.method, done, now - self._first_step)
+        self._running: Sample | None = Sample(job.task, job.method, done, now - self._first_step)
 
-    def end(self, row: Mapping[str, Any]) -> None:
-        """Note that the run has written its row."""
-        if isinstance(row.get("seconds"), int | float):
-            self._beside = [*self._beside[-LAST:], max(0.0, self._clock() - self._began - row["seconds"])]
-        self._running = None
+    def end(self, row: Mapping[str, Any], rows: Rows) -> None:
+        """Note that a run has written its row, and which rows there are now."""
+        whole, trained = self._clock() - self._began, row.get("seconds")
+        if isinstance(trained, int | float):
+            self._beside = [*self._beside[-LAST:], max(0.0, whole - trained)]
+        self.begin(rows)
 
-    def left(self, rows: Rows) -> float | None:
+    def left(self) -> float | None:
         """Return the seconds that are left for this process alone; `None` where nothing says so yet."""
         running = self._running
         timed = [running._replace(steps=running.steps - 1)] if running is not None and running.steps > 1 else []
-        samples = _completed(_completed(samples_of(self.plan, rows), timed), self._probed)
+        samples = _completed(_completed(self._samples, timed), self._probed)
         beside = sum(self._beside) / len(self._beside) if self._beside else 0.0
-        left = seconds_left(self.plan, rows, samples, beside)
+        left = seconds_left(self._plan, self._remaining, samples, beside)
         if left is None or running is None:
             return left
-        each = seconds_per_step(self.plan, samples, running.task, running.method) or 0.0
+        each = seconds_per_step(self._plan, samples, running.task, running.method) or 0.0
         return max(0.0, left - each * running.steps)
 
 
@@ -184,7 +193,7 @@ def estimate(plan: Plan, rows: Rows, probes: Sequence[Probe]) -> tuple[float, fl
         rows (`dict[str, Row]`): The rows that it has; those of a method come before what was probed of it.
         probes (`Sequence[Probe]`): What was timed.
     """
-    ends = []
+    ends, remaining = [], Counter(plan.remaining(rows))
     for end in (min, max):
         by_cell: dict[tuple[str, str], list[Sample]] = {}
         for sample in samples_of(plan, rows):
@@ -192,6 +201,6 @@ def estimate(plan: Plan, rows: Rows, probes: Sequence[Probe]) -> tuple[float, fl
         done = [end(cell, key=lambda sample: sample.seconds / sample.steps) for cell in by_cell.values()]
         samples = _completed(done, [Sample(p.task, p.method, 1.0, end(p.steps)) for p in probes if p.steps])
         beside = end((p.beside for p in probes), default=0.0)
-        ends.append(seconds_left(plan, rows, samples, beside))
+        ends.append(seconds_left(plan, remaining, samples, beside))
     low, high = ends
     return None if low is None or high is None else (low, high)
