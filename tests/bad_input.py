@@ -215,7 +215,7 @@ COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
     "too few rows": ("rows: 4", "rows: 40000", "tasks.docs: source='stdlib_docs': n_train=40000 is not allowed"),
 }
 COMPARE: list[tuple[list[str], str]] = [
-    (["compare"], "there is nothing to compare; name your data, --data FILE, or the YAML file of a comparison"),
+    (["compare"], "there is nothing to compare; name your data, --data FILE, or a comparison's YAML file"),
     (["compare", "--config", "good.yaml", "--data", "train.jsonl"], "--config and --data are both given"),
     (
         ["compare", "--config", "good.yaml", "--runs", "12"],

@@ -112,7 +112,8 @@ class Pace:
         self._plan, self._clock = plan, clock
         self._probed = [Sample(p.task, p.method, len(p.steps), sum(p.steps)) for p in probes if p.steps]
         self._beside = [p.beside for p in probes if p.steps]
-        self._began = self._first_step = clock()
+        self._first_step = clock()
+        self._running: Sample | None = None
         self.begin(rows)
 
     def begin(self, rows: Rows) -> None:
@@ -126,7 +127,7 @@ class Pace:
         now = self._clock()
         if self._running is None:
             self._first_step = now
-        self._running: Sample | None = Sample(job.task, job.method, done, now - self._first_step)
+        self._running = Sample(job.task, job.method, done, now - self._first_step)
 
     def end(self, row: Mapping[str, Any], rows: Rows) -> None:
         """Note that a run has written its row, and which rows there are now."""
