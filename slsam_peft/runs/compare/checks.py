@@ -51,7 +51,7 @@ def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
 
 
 def _check_rows(data: TaskData, tokenizer: Any, training: TrainingSettings) -> None:
-    for split, pairs in vars(data).items():
+    for split, pairs in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         try:
             rows = answered(tokenizer, pairs, training.max_length, training.prompt_format)
         except (ValueError, TypeError, TemplateError) as error:

