@@ -178,8 +178,17 @@ class Plan:
         """Return how many runs are done and how many there are; those whose learning rate is open count as well."""
         known = {job.key for job in self._ordered(rows)}
         done = sum(key in rows for key in known)
-        open_runs = {(task, method, self.steps(task, method, match)) for task, method, match in self._open(rows)}
-        return done, len(known) + len(open_runs) * len(self.settings.seeds)
+        return done, len(known) + len(self._open_runs(rows)) * len(self.settings.seeds)
+
+    def remaining(self, rows: Rows) -> list[tuple[str, str, int]]:
+        """Return task, method and steps of each run that has no row, those whose learning rate is open among them."""
+        pending = [(job.task, job.method, job.settings["steps"]) for job in self.pending(rows)]
+        return pending + sorted(self._open_runs(rows), key=str) * len(self.settings.seeds)
+
+    def done(self, rows: Rows) -> list[tuple[Job, Row]]:
+        """Return the runs that have a row, each once, in the order in which the rows were written."""
+        known = {job.key: job for job in self._ordered(rows)}
+        return [(known[key], row) for key, row in rows.items() if key in known]
 
     def tasks_to_do(self, rows: Rows) -> list[str]:
         """Return the tasks that runs are still to be done on, those whose learning rate is open among them."""
@@ -194,6 +203,10 @@ class Plan:
     def _open(self, rows: Rows) -> list[tuple[str, str, str]]:
         """Return the cells whose learning rate cannot be chosen yet."""
         return [cell for cell in self.cells() if any(job.key not in rows for job in self.tuning(*cell))]
+
+    def _open_runs(self, rows: Rows) -> set[tuple[str, str, Any]]:
+        """Return task, method and steps of the runs, each of every seed, whose learning rate cannot be chosen yet."""
+        return {(task, method, self.steps(task, method, match)) for task, method, match in self._open(rows)}
 
     def _ordered(self, rows: Rows) -> Iterator[Job]:
         for task in self.settings.tasks:
