@@ -215,7 +215,20 @@ COMPARISONS_LATE: dict[str, tuple[str, str, str]] = {
     "too few rows": ("rows: 4", "rows: 40000", "tasks.docs: source='stdlib_docs': n_train=40000 is not allowed"),
 }
 COMPARE: list[tuple[list[str], str]] = [
-    (["compare"], "required: --config"),
+    (["compare"], "there is nothing to compare; name your data, --data FILE, or a comparison's YAML file"),
+    (["compare", "--config", "good.yaml", "--data", "train.jsonl"], "--config and --data are both given"),
+    (
+        ["compare", "--config", "good.yaml", "--runs", "12"],
+        "--runs belongs to --data; with --config the YAML",
+    ),
+    (["compare", "--config", "good.yaml", "--output", "a"], "--output belongs to --data"),
+    (["compare", "--data", "train.jsonl"], "train.jsonl: 2 rows are too few. A comparison needs 48 with different"),
+    (["compare", "--data", "gone.jsonl"], "data file gone.jsonl does not exist"),
+    (["compare", "--data", "data/cut/a.jsonl"], "data/cut/a.jsonl, line 2: not valid JSON"),
+    (["compare", "--data", "train.jsonl", "--run", "12"], "does not know '--run'. Did you mean '--runs'?"),
+    (["compare", "--data", "train.jsonl", "--learning_rate", "0"], "--learning_rate: 0.0 is not allowed"),
+    (["compare", "--data", "train.jsonl", "--dtype", "float16"], "--dtype='float16' is not known"),
+    (["compare", "--data", "train.jsonl", "--output", "/proc/a"], "/proc/a cannot be written: "),
     (["compare", "--config", "gone.yaml"], "config file gone.yaml cannot be read: No such file"),
     (["compare", "--config", "model"], "config file model cannot be read: Is a directory"),
     (["compare", "--config", "good.yaml", "--limit", "-1"], "--limit=-1 is not allowed; it must be an integer >= 0."),

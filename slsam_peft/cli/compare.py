@@ -1,27 +1,29 @@
 """`slsam-peft compare` trains methods on tasks and seeds, and shows paired differences with intervals."""
 
 import argparse
-from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slsam_peft.cli import compare_own
 from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_output
 from slsam_peft.cli.quiet import silence_libraries, silence_progress_bars
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.metrics import METRICS
 
 if TYPE_CHECKING:
-    from slsam_peft.runs.compare.jobs import Job, Plan
+    from slsam_peft.runs.compare.jobs import Plan
+    from slsam_peft.runs.compare.settings import CompareSettings
     from slsam_peft.runs.compare.store import RowStore
 
 NAME = "compare"
-HELP = "Compare ways to train on tasks and seeds: plain LoRA, SL-SAM's modes, controls"
+HELP = "Compare ways to train: plain LoRA and SL-SAM on your own data, or methods, tasks and seeds of a YAML file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="FILE", help="YAML file, see recipes/compare/")
+    add("--config", type=Path, metavar="FILE", help="YAML file of a comparison, see recipes/compare/")
     add(
         "--results",
         type=Path,
@@ -43,25 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot = f"write a forest plot, the best methods on top ({' or '.join(PLOT_SUFFIXES)})"
     add("--plot", type=Path, metavar="FILE", help=plot)
     add("--force", action="store_true", help="overwrite --table and --plot if they exist")
+    compare_own.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing, then show the table.
+    """Run what is missing, then show the table; on one's own data also what to use.
 
     Any number of processes may run the same comparison at the same time, each takes the next free run.
 
     Raises:
         UserError: a setting or a file that is not allowed, before anything is trained.
+        Interrupted: a signal has come; what there is has been shown.
     """
     from slsam_peft.extras import require
-    from slsam_peft.runs.compare.reading import read_settings
 
     # Mistakes in what was typed come before anything is loaded.
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
-    settings = read_settings(args.config)
+    wishes, trains = compare_own.wishes_of(args), not (args.list or args.report)
+    if wishes is not None:
+        args.config = compare_own.folder_of(args) / compare_own.CONFIG
+    settings = None if wishes is not None and trains else _read(args, wishes is not None)
     check_outputs([args.table], args.force, args.plot)
-    trains = not (args.list or args.report)
+    if wishes is not None and trains:
+        compare_own.check_files(wishes, args.config.parent)
     results = _results_file(args, trains)
     if not args.list:
         require("the statistics of compare", "compare", "scipy")
@@ -72,94 +79,76 @@ def run(args: argparse.Namespace) -> int:
     from slsam_peft.runs.compare.store import RowStore
 
     console, store = Console(), RowStore(results)
-    if args.report and not args.list:  # no model and none of the libraries that train: an answer at once
+    if settings is not None and args.report and not args.list:  # none of the libraries that train: an answer at once
         from slsam_peft.runs.compare.recorded import RecordedPlan
 
         _report(RecordedPlan(settings, store.read()), store, console, args)
         return 0
-    # Expected costs need the model's config, and what a run would trip over is tried before the first one.
     with console.status("Loading libraries"):
-        from slsam_peft.runs.compare.recorded import RecordedPlan
-        from slsam_peft.runs.compare.run import expected_costs
-
+        import_module("slsam_peft.runs.compare.run")
         if not args.debug:
             silence_progress_bars()
+    if wishes is not None and settings is None:
+        settings = compare_own.begin(wishes, args.config.parent, console)
+    assert settings is not None  # read above, or begun here
+    plan = _plan(settings, store, console, trains)
+    if args.list:
+        return _list(plan, store, console)
+    _train(plan, store, console, args)
+    return 0
+
+
+def _read(args: argparse.Namespace, own: bool) -> "CompareSettings":
+    from slsam_peft.runs.compare.reading import read_settings
+
+    if own and not args.config.exists():
+        raise UserError(
+            f"{args.config} does not exist: no comparison on {args.data} has been begun there. Leave out --report and "
+            "--list to begin it, or name its folder: --output FOLDER."
+        )
+    return read_settings(args.config)
+
+
+def _plan(settings: "CompareSettings", store: "RowStore", console: Any, trains: bool) -> "Plan":
+    """Return the plan of a comparison; what a run would trip over is tried before the first one."""
+    from slsam_peft.runs.compare.recorded import RecordedPlan
+    from slsam_peft.runs.compare.run import expected_costs
+
+    with console.status("Looking at the model and the data"):  # expected costs need the model's config
         plan = RecordedPlan(settings, store.read(), expected_costs(settings))
         if trains and (tasks := plan.tasks_to_do(store.read())):
             from slsam_peft.runs.compare.checks import check_plan
 
             check_plan(plan, tasks)
-    if args.list:
-        return _list(plan, store, console)
-    work(plan, store, console, args.limit)
+    return plan
+
+
+def _train(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namespace) -> None:
+    """Do the runs and report, also where a signal ends them."""
+    from slsam_peft.cli.compare_work import stopped, work
+    from slsam_peft.runs.compare.timing import Pace
+
+    try:
+        probes = compare_own.time_it(plan, store, console) if args.data is not None else []
+        work(plan, store, console, args.limit, Pace(plan, store.read(), probes))
+    except KeyboardInterrupt as stop:
+        _report(plan, store, console, args)
+        raise stopped(stop, plan, store.read()) from None
     _report(plan, store, console, args)
-    return 0
 
 
 def _results_file(args: argparse.Namespace, trains: bool) -> Path:
     """Return where the rows are; what will be trained for hours must be writable there."""
     folder = args.config.parent / "rows"  # made with the first row
     file = args.results or folder / f"{args.config.stem}.jsonl"
-    if trains:
+    if trains and (args.results or folder.parent.exists()):  # a folder that is still to be made has been checked
         check_appendable(file if args.results or folder.exists() else folder)
     return file
 
 
-def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None) -> None:
-    """Do the jobs that nobody else does, until none is left, showing progress.
-
-    Args:
-        plan (`Plan`): The comparison.
-        store (`RowStore`): Where its rows are.
-        console (`rich.console.Console`): Where progress is shown.
-        limit (`int`, *optional*): Most runs to do.
-    """
-    from rich.text import Text
-
-    from slsam_peft.runs.compare.worker import next_row
-
-    done = 0
-    with console.status("") as status:
-
-        def progress(job: "Job", step: int, steps: int) -> None:
-            name = run_name(plan, job.task, job.method, job.settings)
-            status.update(Text(f"{name}: step {step} of {steps}"))
-
-        while limit is None or done < limit:
-            finished, total = plan.counts(store.read())
-            status.update(f"{finished} of {total} runs are done")
-            row = next_row(plan, store, progress)
-            if row is None:
-                return
-            done += 1
-            _say(plan, row, console)
-
-
-def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) -> str:
-    """Return what a run is called where it is shown.
-
-    Args:
-        plan (`Plan`): The comparison.
-        task (`str`): Its name in the comparison.
-        method (`str`): Its name in the comparison.
-        settings (`dict`): `Job.settings`.
-    """
-    from slsam_peft.runs.compare.methods import Candidate
-
-    how, radii = plan.settings.methods[method], {"rho": settings["random_rho"], **(settings["slsam"] or {})}
-    rho, rise = radii["rho"] if how.rhos else None, radii["loss_rise"] if how.loss_rises else None
-    baseline = next((b for b in how.baselines or () if b.is_of(settings)), None)
-    tried = Candidate(settings["learning_rate"], rho, rise, baseline).shown
-    return f"{task}, {method}, learning rate {tried}, seed {settings['seed']}"
-
-
-def _say(plan: "Plan", row: dict[str, Any], console: Any) -> None:
-    result = row.get("error") or f"loss {row['loss']:.4f}, exact {row['exact']:.1%}, {row['seconds']:.0f} s"
-    name = run_name(plan, row["task"], row["method"], row["settings"])
-    console.print(f"{name}: {result}", markup=False, highlight=False)
-
-
 def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
+    from slsam_peft.cli.compare_work import run_name
+
     rows = store.read()
     for job in plan.pending(rows):
         name = run_name(plan, job.task, job.method, job.settings)
@@ -171,9 +160,11 @@ def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
 
 def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namespace) -> None:
     from slsam_peft.cli import compare_report
+    from slsam_peft.runs.compare.advice import is_own
     from slsam_peft.runs.compare.report import build_report
 
-    lines = build_report(plan, store.read())
+    rows = store.read()
+    lines = build_report(plan, rows)
     for table in compare_report.tables(lines, args.metric, plan.settings):
         console.print(table, width=max(compare_report.WIDTH, console.width), crop=False)
     console.print(f"Rows: {store.path}", markup=False, highlight=False)
@@ -185,3 +176,5 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
 
         write_output(args.plot, draw(lines, args.metric, plan.settings, args.plot.suffix))
         console.print(f"Plot: {args.plot}", markup=False, highlight=False)
+    if is_own(plan.settings):
+        compare_own.finish(plan, rows, lines, args.config.parent, console, trained=not args.report)

@@ -19,8 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from rich.console import Console
 
-from slsam_peft.cli.compare import run_name
 from slsam_peft.cli.compare_report import markdown, tables
+from slsam_peft.cli.compare_work import run_name
 from slsam_peft.cli.forest_plot import build as forest_plot
 from slsam_peft.cli.forest_plot import by_effect, draw
 from slsam_peft.config import SLSAMConfig

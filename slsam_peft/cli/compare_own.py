@@ -1,0 +1,271 @@
+"""`slsam-peft compare --data` compares plain LoRA with SL-SAM on one's own data, without a YAML file."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slsam_peft.cli.outputs import check_appendable, write_output
+from slsam_peft.data.files import check_file
+from slsam_peft.data.load import is_file_name
+from slsam_peft.errors import UserError
+from slsam_peft.runs.compare.wishes import Wishes, name_of
+
+if TYPE_CHECKING:
+    from slsam_peft.runs.compare.jobs import Plan, Rows
+    from slsam_peft.runs.compare.own_data import OwnComparison
+    from slsam_peft.runs.compare.report import Line
+    from slsam_peft.runs.compare.settings import CompareSettings
+    from slsam_peft.runs.compare.store import RowStore
+    from slsam_peft.runs.compare.timing import Probe
+
+CONFIG, RECIPE, ADAPTER = "compare.yaml", "sft.yaml", "adapter"  # in the output folder
+
+# Name, type or `None` for a switch, what a value is, help; those of `Wishes`.
+FLAGS = (
+    ("eval_data", str, "FILE", "held-out data: a file, or a split of --data (default: a part of --data, by a hash)"),
+    ("model", str, "NAME", "base model: folder, Hub name or smollm2 (default: smollm2)"),
+    ("runs", int, "N", "most trainings: learning rates, as many for either method, then seeds (default: 12)"),
+    ("epochs", float, "X", "how often each row is seen (default: 3; up to 8 where rows are few, 1 from 2,000 on)"),
+    ("steps", int, "N", "steps of a training, in place of --epochs"),
+    ("batch_size", int, "N", "sequences per step (default: 4)"),
+    ("max_length", int, "N", "tokens per sequence (default: those of the longest row, at most 1,024)"),
+    ("lora_r", int, "N", "rank of the adapters (default: 8; 16 from 1,000 rows on)"),
+    ("learning_rate", float, "X", "middle one of plain LoRA's learning rates (default: 3e-4)"),
+    ("slsam_learning_rate", float, "X", "middle one of SL-SAM's (default: three times plain LoRA's)"),
+    ("dtype", str, "NAME", "what to compute in: float32 or bfloat16 (default: bfloat16 on a GPU that has it)"),
+    ("load_in_4bit", None, "", "base weights in NF4"),
+    ("gradient_checkpointing", None, "", "compute activations again: less memory, more time"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that say what is compared on one's own data."""
+    group = parser.add_argument_group("your own data, without a YAML file")
+    group.add_argument("--data", metavar="FILE", help="training data: file, folder, Hub name or stdlib_docs")
+    for name, kind, metavar, text in FLAGS:
+        if kind is None:
+            group.add_argument(f"--{name}", action="store_true", default=None, help=text)
+        else:
+            group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--output", type=Path, metavar="FOLDER", help=f"where rows, {CONFIG} and {RECIPE} go (default: compare-NAME)"
+    )
+
+
+def wishes_of(args: argparse.Namespace) -> Wishes | None:
+    """Return what was asked for on one's own data, `None` where a YAML file says it all.
+
+    Raises:
+        UserError: both or neither were named, flags that belong to the other one, or a value is not allowed.
+    """
+    given = {name: value for name, *_ in FLAGS if (value := getattr(args, name)) is not None}
+    if args.config is not None and args.data is not None:
+        raise UserError("--config and --data are both given: a YAML file names its own data. Leave one of them out.")
+    if args.config is None and args.data is None:
+        raise UserError(
+            "there is nothing to compare; name your data, --data FILE, or a comparison's YAML file, --config FILE."
+        )
+    if args.data is None:
+        if given or args.output is not None:
+            raise UserError(f"--{next(iter(given), 'output')} belongs to --data; with --config the YAML file says it.")
+        return None
+    if (args.report or args.list) and given:
+        raise UserError(
+            f"--{next(iter(given))} does not go with --{'report' if args.report else 'list'}: what was begun is shown "
+            "as it was asked for then."
+        )
+    try:
+        return Wishes(data=args.data, **given)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Return where a comparison on one's own data is."""
+    return args.output if args.output is not None else Path(f"compare-{name_of(args.data)}")
+
+
+def check_files(wishes: Wishes, folder: Path) -> None:
+    """Check the data's files row by row, and that the output folder can be made; no library is needed.
+
+    Raises:
+        UserError: a file cannot be read or holds something else; the message names file and line. Or the folder cannot
+            be written.
+    """
+    for name in (wishes.data, wishes.eval_data):
+        if name is not None and is_file_name(name) and not Path(name).expanduser().is_dir():
+            check_file(Path(name).expanduser())
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output={folder} is a file; name a folder.")
+    check_appendable(folder / CONFIG if folder.exists() else folder)
+
+
+def begin(wishes: Wishes, folder: Path, console: Any) -> "CompareSettings":
+    """Make the comparison, write it into its folder and show it.
+
+    Args:
+        wishes (`Wishes`): What was asked for.
+        folder (`Path`): Its folder, which is made.
+        console (`rich.console.Console`): Where to show it.
+
+    Raises:
+        UserError: the data, or the model, cannot be used; the folder holds a comparison on other data.
+    """
+    with console.status("Reading the data"):
+        from slsam_peft.runs.compare.own_data import own_comparison
+
+        made = own_comparison(wishes)
+    config = folder / CONFIG
+    _check_earlier(config, made, console)
+    folder.mkdir(exist_ok=True)
+    write_output(config, _as_yaml(made.values, config))
+    _show(made, wishes, console)
+    return made.settings
+
+
+def _check_earlier(config: Path, made: "OwnComparison", console: Any) -> None:
+    """Refuse to mix comparisons on different data, and say where settings are not those of the runs that are there."""
+    from slsam_peft.runs.compare.reading import read_settings
+
+    if not config.exists():
+        return
+    earlier = read_settings(config)
+    before, now = (next(iter(settings.tasks.values())) for settings in (earlier, made.settings))
+    if before.file != now.file:
+        raise UserError(
+            f"{config.parent} holds a comparison on {before.file}. Name another folder for this one: --output FOLDER."
+        )
+    if earlier != made.settings:
+        what = "rows" if before.digest != now.digest else "settings"
+        console.print(
+            f"The {what} are not those that {config} was begun with. Runs of then stay where they are, and count "
+            "only where all is as it is now.",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _as_yaml(values: dict[str, Any], config: Path) -> str:
+    import yaml
+
+    head = f"# slsam-peft compare --config {config}\n#\n# Written by slsam-peft compare --data.\n\n"
+    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _show(made: "OwnComparison", wishes: Wishes, console: Any) -> None:
+    settings, split = made.settings, made.split
+    training, rows = settings.training, len(split.train)
+    where = f"of {wishes.eval_data}" if wishes.eval_data else "chosen by a hash of the question"
+    bits = ", linear layers in 4-bit NF4" if training.quantize == "nf4" else ""
+    tuned = max(len(how.candidates) for how in settings.methods.values())
+    tuning = 2 * tuned if tuned > 1 else 0
+    first = f"{tuning} to choose learning rates, then " if tuning else ""
+    epochs = training.steps * training.batch_size / rows
+    lines = [
+        ("Data", f"{rows} rows of {wishes.data} to train on"),
+        (
+            "Held out",
+            f"{len(split.validation)} rows to choose learning rates by and {len(split.test)} to test on, {where}",
+        ),
+        (
+            "Model",
+            f"{settings.model}{bits}, computing in {training.dtype}; LoRA r={training.lora_r} on all linear layers",
+        ),
+        (
+            "Training",
+            f"{training.steps} steps of {training.batch_size} sequences of at most {training.max_length} tokens: "
+            f"{'one epoch' if epochs == 1 else f'{epochs:.3g} epochs'}, counting "
+            f"{'every token of a row' if split.whole else 'the tokens of answers'}",
+        ),
+        *((name, f"learning rate {_listed(how.learning_rates)}") for name, how in settings.methods.items()),
+        ("Runs", f"{tuning + 2 * len(settings.seeds)}: {first}{len(settings.seeds)} seeds of both methods"),
+    ]
+    _grid(lines, console)
+    for sentence in made.said:
+        console.print(sentence, markup=False, highlight=False)
+
+
+def _listed(rates: Sequence[float]) -> str:
+    *others, last = [f"{rate:g}" for rate in rates]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _grid(lines: Sequence[tuple[str, str]], console: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True, min_width=8)  # several such tables follow one another
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+
+
+def time_it(plan: "Plan", store: "RowStore", console: Any) -> "list[Probe]":
+    """Time a few steps of each method that has no run yet, say how long all will take, and return what was timed.
+
+    Args:
+        plan (`Plan`): The comparison.
+        store (`RowStore`): Where its rows are.
+        console (`rich.console.Console`): Where to say it.
+    """
+    from slsam_peft.cli.compare_work import span
+    from slsam_peft.runs.compare.run import run
+    from slsam_peft.runs.compare.timing import estimate, probe, samples_of
+
+    rows = store.read()
+    left = plan.remaining(rows)
+    if not left:
+        return []
+    known = {sample.method for sample in samples_of(plan, rows)}
+    missing = sorted({(task, method) for task, method, _ in left if method not in known})
+    probes = []
+    for task, method in missing:
+        with console.status(f"Timing a few steps of {method}"):
+            probes.append(probe(plan, task, method, run))
+    found = estimate(plan, rows, probes)
+    said = f"{len(left)} runs left; how long they take is known after the first one"
+    if found is not None:
+        by = "the fastest and the slowest step timed" if probes else "the fastest and the slowest run so far"
+        said = f"{span(*found)} for {len(left)} runs, by {by}; longer if this machine gets busier"
+    _grid([("Time", said), ("", "Ctrl-C stops at any time; the same command goes on from there")], console)
+    return probes
+
+
+def finish(plan: "Plan", rows: "Rows", lines: "Sequence[Line]", folder: Path, console: Any, trained: bool) -> None:
+    """Say which method to use, and write the YAML file that trains it.
+
+    Args:
+        plan (`Plan`): The comparison.
+        rows (`dict[str, Row]`): Its rows.
+        lines (`Sequence[Line]`): Its report.
+        folder (`Path`): Where the file goes.
+        console (`rich.console.Console`): Where to say it.
+        trained (`bool`): Whether the file is written; a report writes nothing.
+    """
+    from rich.text import Text
+
+    from slsam_peft.runs.compare.advice import advise
+
+    advice = advise(plan, rows, lines)
+    console.print()
+    console.print(Text(advice.sentence, "bold"))
+    for note in advice.notes:
+        console.print(Text(note))
+    recipe = folder / RECIPE
+    if trained and advice.method is not None:
+        import torch
+
+        from slsam_peft.runs.compare.sft_recipe import sft_recipe
+
+        adapter, gpu = str(folder / ADAPTER), torch.cuda.is_available()
+        write_output(recipe, sft_recipe(advice, plan.settings, str(recipe), adapter, gpu=gpu))
+    if advice.method is not None and recipe.exists():
+        console.print("Train it, on the held-out part of the data as well:" if _is_part(plan) else "Train it:")
+        console.print(Text(f"    slsam-peft sft --config {recipe}", "cyan"), soft_wrap=True)
+
+
+def _is_part(plan: "Plan") -> bool:
+    return all(task.test_file is None for task in plan.settings.tasks.values())

@@ -1,0 +1,161 @@
+"""Makes a comparison of plain LoRA and SL-SAM's default out of somebody's own data and a few wishes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+
+from slsam_peft.data.load import is_file_name
+from slsam_peft.data.own_rows import OwnSplit, split_own
+from slsam_peft.data.scoring import tokenize
+from slsam_peft.errors import UserError
+from slsam_peft.models.load import compute_dtype, find_model, load_config, load_tokenizer
+from slsam_peft.runs.compare.grid import rates_around, spend
+from slsam_peft.runs.compare.reading import parse_settings
+from slsam_peft.runs.compare.settings import CompareSettings
+from slsam_peft.runs.compare.wishes import (
+    AUTO,
+    LARGER_RANK_FROM,
+    LONGEST,
+    PLAIN,
+    RATE_FACTOR,
+    TUNING_SEED,
+    Wishes,
+    epochs_of,
+    name_of,
+)
+
+_WHOLE = 1 << 30  # tokens: nothing is cut
+
+
+class Lengths(NamedTuple):
+    """Tokens of a row: of all of it, and of what stands before its answer."""
+
+    whole: int
+    before: int
+
+
+@dataclass(frozen=True)
+class OwnComparison:
+    """A comparison on one's own data.
+
+    Args:
+        values (`dict`): It as plain values, as YAML files of comparisons hold them.
+        settings (`CompareSettings`): It.
+        split (`OwnSplit`): Its rows.
+        said (`list[str]`): What there is to say of the rows, as sentences.
+    """
+
+    values: dict[str, Any]
+    settings: CompareSettings
+    split: OwnSplit
+    said: list[str]
+
+
+def own_comparison(wishes: Wishes) -> OwnComparison:
+    """Read data and tokenizer and return the comparison; the same wishes and rows give the same one.
+
+    Raises:
+        UserError: the rows or the model's tokenizer cannot be read, or the rows are too few, see
+            `slsam_peft.data.own_rows`.
+    """
+    split = split_own(wishes.data, wishes.eval_data)
+    if wishes.batch_size > len(split.train):
+        raise UserError(
+            f"batch_size={wishes.batch_size} is more than the {len(split.train)} training rows; use a smaller one."
+        )
+    lengths = _lengths(wishes.model, split)
+    limit = wishes.max_length or _max_length(lengths, _most_positions(wishes.model))
+    values = _values(wishes, split, limit)
+    return OwnComparison(values, parse_settings(values), split, _said(wishes, split, lengths, values["training"]))
+
+
+def _lengths(model: str, split: OwnSplit) -> list[Lengths]:
+    tokenizer = load_tokenizer(find_model(model))
+    pairs = (*split.train, *split.validation, *split.test)
+    try:
+        return [Lengths(len(row.ids), row.prompt) for row in (tokenize(tokenizer, pair, _WHOLE) for pair in pairs)]
+    except (ValueError, TypeError, TemplateError) as error:
+        raise UserError(
+            f"the tokenizer of {model} takes no conversation: {' '.join(str(error).split())[:300]}\nName an instruct "
+            "or chat model, or give each row a text as its prompt and its completion."
+        ) from error
+
+
+def _most_positions(model: str) -> int:
+    config = load_config(find_model(model)).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or LONGEST
+
+
+def _max_length(lengths: Sequence[Lengths], most: int) -> int:
+    """Return the longest row's tokens, rounded up to a multiple of 8."""
+    return min(LONGEST, most, -(-max(row.whole for row in lengths) // 8) * 8)
+
+
+def _values(wishes: Wishes, split: OwnSplit, max_length: int) -> dict[str, Any]:
+    rates, seeds = spend(wishes.runs)
+    rows = len(split.train)
+    steps = wishes.steps or math.ceil((wishes.epochs or epochs_of(rows)) * rows / wishes.batch_size)
+    task = {"source": "own_data", "file": _place(wishes.data)}
+    if wishes.eval_data is not None:
+        task["test_file"] = _place(wishes.eval_data)
+    counts = {"rows": rows, "validation_rows": len(split.validation), "test_rows": len(split.test)}
+    training = {
+        "steps": steps,
+        "batch_size": wishes.batch_size,
+        "max_length": max_length,
+        "lora_r": wishes.lora_r or (16 if rows >= LARGER_RANK_FROM else 8),
+        "dtype": wishes.dtype or _dtype(),
+        "quantize": "nf4" if wishes.load_in_4bit else "none",
+        "gradient_checkpointing": wishes.gradient_checkpointing,
+    }
+    second = wishes.slsam_learning_rate or RATE_FACTOR * wishes.learning_rate
+    folder = Path(wishes.model).expanduser()
+    return {
+        "model": str(folder.absolute()) if folder.is_dir() else wishes.model,
+        "training": training,
+        "tasks": {name_of(wishes.data): {**task, **counts, "digest": split.digest}},
+        "methods": {
+            PLAIN: {"learning_rates": rates_around(wishes.learning_rate, rates)},
+            AUTO: {"learning_rates": rates_around(second, rates), "slsam": {"method": "auto"}},
+        },
+        "seeds": list(range(seeds)),
+        "tuning_seed": TUNING_SEED,
+        "match": ["epochs"],
+    }
+
+
+def _dtype() -> str:
+    gpu = torch.cuda.is_available()
+    return str(compute_dtype("auto")).removeprefix("torch.") if gpu else "float32"
+
+
+def _place(name: str) -> str:
+    """Return a name of data that is good from any folder."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if is_file_name(name) or path.is_dir() else name
+
+
+def _said(wishes: Wishes, split: OwnSplit, lengths: Sequence[Lengths], training: Mapping[str, Any]) -> list[str]:
+    said, limit, steps = [], training["max_length"], training["steps"]
+    if split.shared:
+        said.append(
+            f"{split.shared} rows of {wishes.eval_data} are not scored: their questions are in {wishes.data} too."
+        )
+    cut = sum(row.whole > limit for row in lengths)
+    lost = sum(row.before >= limit for row in lengths)
+    if cut:
+        longest = max(row.whole for row in lengths)
+        said.append(
+            f"{cut} of {len(lengths)} rows are cut at {limit} tokens, {lost} of them before their answer begins; the "
+            f"longest has {longest} (--max_length)."
+        )
+    if (steps - 1) * wishes.batch_size < len(split.train):
+        said.append(
+            "Each row is seen once at most; in our measurements SL-SAM was ahead only where few rows were repeated."
+        )
+    return said

@@ -1,0 +1,269 @@
+"""`slsam-peft compare --data` on a tiny model: from a file of rows to a file for `sft`, stopped and taken up again."""
+
+import io
+import json
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from slsam_peft.cli import compare_own
+from slsam_peft.cli.main import main
+from slsam_peft.data.load import load_split
+from slsam_peft.data.own_rows import read_own
+from slsam_peft.errors import UserError
+from slsam_peft.runs.compare.own_data import own_comparison
+from slsam_peft.runs.compare.reading import read_settings
+from slsam_peft.runs.compare.run import training_rows
+from slsam_peft.runs.compare.settings import TrainingSettings
+from slsam_peft.runs.compare.tasks import TaskData, load_task
+from slsam_peft.runs.compare.wishes import Wishes
+
+RUN = "slsam_peft.runs.compare.run.run"
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": f"{i} + {i}?"}, {"role": "assistant", "content": f"{2 * i}"}]}
+        for i in range(count)
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the test, with 48 conversations in it."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "my.jsonl", conversations(48))
+    return tmp_path
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rows" / "compare.jsonl").read_text().splitlines()]
+
+
+def test_from_rows_to_an_adapter(here: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six trainings of two steps, the advice, and `sft` with the file that came out."""
+    small = ["--runs", "6", "--steps", "2", "--batch_size", "2", "--lora_r", "2"]
+    assert main(["compare", "--data", "my.jsonl", "--model", str(tiny_model), *small]) == 0
+    said = capsys.readouterr().out
+    rows = rows_of(here / "compare-my")
+    assert len(rows) == 6
+    assert {row["settings"]["seed"] for row in rows} == {0, 1, 2}
+    assert {row["method"]: row["settings"]["slsam"] for row in rows} == {"plain": None, "auto": {"method": "auto"}}
+    assert {row["method"]: row["settings"]["learning_rate"] for row in rows} == {"plain": 3e-4, "auto": 9e-4}
+    assert "24 rows of my.jsonl to train on" in said
+    assert "(1 of 6 runs done, about" in said
+    assert "(6 of 6 runs done)" in said
+    assert " for 6 runs, by the fastest and the slowest step timed" in " ".join(said.split())
+    # What is advised is in the file, and the file trains.
+    recipe = yaml.safe_load((here / "compare-my" / "sft.yaml").read_text())
+    advised = {0.0: ("plain LoRA", 3e-4), None: ("SL-SAM (method: auto)", 9e-4)}[recipe.get("rho")]
+    assert f"Use {advised[0]} with learning rate {advised[1]:g}: " in said
+    assert recipe["learning_rate"] == advised[1]
+    assert main(["sft", "--config", "compare-my/sft.yaml", "--max_steps", "2"]) == 0
+    adapter = json.loads((here / "compare-my" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (2, 4)
+    assert (here / "compare-my" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+Runner = Callable[[Mapping[str, Any], Callable[[int, int], None]], dict[str, Any]]
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """Runs are made up: `auto` is ahead on every seed. The list holds the settings of those that were asked for."""
+    asked: list[Mapping[str, Any]] = []
+
+    def run(job: Mapping[str, Any], report: Callable[[int, int], None]) -> dict[str, Any]:
+        asked.append(job)
+        for step in range(job["steps"]):
+            report(step + 1, job["steps"])
+        data = load_task_data(job)
+        loss = 1.0 - (0.1 + 0.01 * job["seed"] if job["slsam"] else 0.0) - job["learning_rate"]
+        cost = 1.25 if job["slsam"] else 1.0
+        return {"loss": loss, "accuracy": 0.5, "exact": 0.5, "cost": cost, "seconds": 30.0, "data": data}
+
+    monkeypatch.setattr(RUN, run)
+    return asked
+
+
+def load_task_data(job: Mapping[str, Any]) -> str:
+    from slsam_peft.runs.compare.settings import TaskSettings
+
+    return load_task(TaskSettings(**job["task"]), job["seed"]).fingerprint()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_with_what_there_is_and_the_same_command_goes_on(
+    number: signal.Signals,
+    code: int,
+    here: Path,
+    tiny_model: Path,
+    runner: list[Mapping[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from slsam_peft.runs.compare import run as module
+
+    whole = module.run
+
+    def stopped(job: Mapping[str, Any], report: Any) -> dict[str, Any]:
+        if len(runner) == 2 + 7:  # two are timed, seven are done
+            signal.raise_signal(number)
+        return whole(job, report)
+
+    command = ["compare", "--data", "my.jsonl", "--model", str(tiny_model)]
+    monkeypatch.setattr(RUN, stopped)
+    assert main(command) == code
+    out, err = capsys.readouterr()
+    assert f"{number.name}: stopped after 7 of 12 runs. The same command goes on from there." in err
+    assert "So far, after 7 of 12 runs, use plain LoRA with learning rate 0.00052" in out
+    assert len(rows_of(here / "compare-my")) == 7
+    assert "# So far, after 7 of 12 runs" in (here / "compare-my" / "sft.yaml").read_text()
+    # The rows alone give the same, and what is done is not done again.
+    monkeypatch.setattr(RUN, whole)
+    runner.clear()
+    assert main(["compare", "--data", "my.jsonl", "--report"]) == 0
+    assert "So far, after 7 of 12 runs, use plain LoRA" in capsys.readouterr().out
+    assert main(["compare", "--data", "my.jsonl", "--list"]) == 0
+    assert "7 of 12 runs are done" in capsys.readouterr().out
+    assert not runner
+    assert main(command) == 0
+    assert "5 runs, by the fastest and the slowest run so far" in " ".join(capsys.readouterr().out.split())
+    assert len(runner) == 5
+    assert len({row["key"] for row in rows_of(here / "compare-my")}) == 12
+    text = (here / "compare-my" / "sft.yaml").read_text()
+    assert "# Use SL-SAM (method: auto) with learning rate 0.0016" in text
+    assert yaml.safe_load(text)["method"] == "auto"
+    assert main(command) == 0
+    assert len(runner) == 5
+    assert main(["compare", "--config", "compare-my/compare.yaml"]) == 0
+    assert len(runner) == 5
+
+
+def test_rows_that_change_are_not_mixed_with_those_before(
+    here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", "my.jsonl", "--model", str(tiny_model), "--runs", "6"]
+    assert main(command) == 0
+    write(here / "my.jsonl", conversations(49))
+    assert main(["compare", "--config", "compare-my/compare.yaml", "--limit", "0"]) == 0  # there is nothing to do
+    with pytest.raises(UserError, match="the rows are not those that this comparison began with"):
+        load_task(read_settings(Path("compare-my/compare.yaml")).tasks["my"], 0)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "The rows are not those that compare-my/compare.yaml was begun with" in capsys.readouterr().out
+    assert len(rows_of(here / "compare-my")) == 12
+    assert main([*command[:-1], "8"]) == 0
+    assert "The settings are not those that compare-my/compare.yaml" in capsys.readouterr().out
+    assert len(rows_of(here / "compare-my")) == 14
+    (here / "sub").mkdir()
+    write(here / "sub" / "my.jsonl", conversations(48))
+    assert main(["compare", "--data", "sub/my.jsonl", "--model", str(tiny_model)]) == 2
+    assert "Name another folder for this one: --output FOLDER" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--report"], "compare-my/compare.yaml does not exist: no comparison on my.jsonl has been begun there"),
+        (["--report", "--runs", "8"], "--runs does not go with --report"),
+        (["--runs", "5"], "--runs=5 is not allowed; it must be an integer >= 6"),
+        (["--epochs", "2", "--steps", "9"], "--epochs=2.0 and steps=9 are both set"),
+        (["--output", "my.jsonl"], "--output=my.jsonl is a file; name a folder"),
+        (["--output", "gone/folder"], "the folder of gone/folder does not exist"),
+        (["--eval_data", "gone.jsonl"], "data file gone.jsonl does not exist"),
+        (["--eval_data", "few.jsonl", "--model", "."], "few.jsonl: 9 rows are too few"),
+        (["--batch_size", "25"], "batch_size=25 is more than the 24 training rows"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(
+    words: list[str], message: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is looked for: there is none."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a model was looked for")
+
+    monkeypatch.setattr("slsam_peft.runs.compare.own_data.find_model", fail)
+    write(here / "few.jsonl", conversations(57)[48:])
+    before = sorted(here.iterdir())
+    assert main(["compare", "--data", "my.jsonl", *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        conversations(8)[7],
+        {"prompt": "seven and seven?", "completion": " 14"},
+        {"instruction": "seven", "input": "and seven?", "output": "14"},
+        {"text": "seven and seven is fourteen"},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_rows_are_trained_on_as_sft_trains_on_them(row: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
+    """The same tokens, and the same ones of them count, as TRL's trainer has them."""
+    data = write(tmp_path / "rows.jsonl", [row])
+    trl = SFTTrainer(
+        str(tiny_model),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=64),
+        train_dataset=load_split(data),
+    )
+    expected = trl.data_collator([trl.train_dataset[0]])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    read = read_own(data)
+    made = training_rows(
+        tokenizer, TaskData(read.pairs, [], [], read.whole), TrainingSettings(steps=1, max_length=64)
+    )[0]
+    labels = [token if i >= made.prompt else -100 for i, token in enumerate(made.ids)]
+    assert made.ids == expected["input_ids"][0].tolist()
+    assert labels == expected["labels"][0].tolist()
+
+
+def test_lengths_give_the_default_and_what_is_cut_is_said(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"prompt": f"{i:02}" + "x" * 18, "completion": "y" * 9} for i in range(59)]
+    rows.append({"prompt": "z" * 300, "completion": "y" * 9})
+    data = write(tmp_path / "rows.jsonl", rows)
+    made = own_comparison(Wishes(data=data, model=str(tiny_model)))
+    assert made.settings.training.max_length == 256  # the model takes no more
+    assert made.said == [
+        "1 of 60 rows are cut at 256 tokens, 1 of them before their answer begins; the longest has 310 (--max_length)."
+    ]
+    data = write(tmp_path / "rows.jsonl", rows[:59])
+    made = own_comparison(Wishes(data=data, model=str(tiny_model)))
+    assert (made.settings.training.max_length, made.said) == (32, [])
+    assert made.settings.training.steps == 8 * 35 / 4
+    asked = Wishes(data=data, model=str(tiny_model), max_length=24, epochs=1, load_in_4bit=True, dtype="bfloat16")
+    made = own_comparison(asked)
+    assert made.said[0].startswith("59 of 59 rows are cut at 24 tokens, 0 of them")
+    assert made.said[1].startswith("Each row is seen once at most")
+    training = made.settings.training
+    assert (training.steps, training.quantize, training.dtype) == (9, "nf4", "bfloat16")
+
+
+def test_the_screen_fits_into_80_columns(here: Path, tiny_model: Path) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    compare_own.begin(Wishes(data="my.jsonl", model=str(tiny_model)), here / "out", console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for words in (
+        "24 rows of my.jsonl to train on",
+        "8 rows to choose learning rates by and 16 to test on, chosen by a hash of the question",
+        "48 steps of 4 sequences of at most 32 tokens: 8 epochs, counting every token of a row",
+        "learning rate 0.00052 or 0.0016",
+        "12: 4 to choose learning rates, then 4 seeds of both methods",
+    ):
+        assert words in " ".join(text.split())
