@@ -93,6 +93,7 @@ class CutPass:
     sides: dict[int, tuple[torch.Tensor, list]] = field(default_factory=dict)  # by id: itself, and leaves it needs
     side_channels: SideChannels = field(default_factory=SideChannels)
     forwards: int = 0
+    entries: int = 0  # of blocks
     last: int = -1  # the block that ran last
     entangled: bool = False  # blocks above the cut take in what those above and those below have both made
 
@@ -120,6 +121,7 @@ class CutPass:
             self.forwards += 1
             self.states = []
         self.last = index
+        self.entries += 1
         return begins
 
 

@@ -52,6 +52,7 @@ class Horizon:
             or the model kept what a block returned (a long skip, a loss on hidden states), or reads of a stack more
             than what leaves its top (features of several blocks). What goes that way may reach some blocks and not
             others.
+        skipping (`bool`): Whether the last pass that was cut left blocks out.
         whole (`set[int]`): Blocks at which no second pass may start, since they get more than a hidden state.
     """
 
@@ -65,6 +66,7 @@ class Horizon:
         self.fallbacks = fallbacks
         self.accelerators = rng.accelerators_of(p for block in self.blocks for p in block.parameters())
         self.shares = not self.is_last
+        self.skipping = False
         self.whole: set[int] = set()
         self._added: set[int] = set()  # blocks that are given more than what the block below returns
         self._watched: dict[tuple[int, bool, bool], int] = {}  # forwards, by where the pass was cut
@@ -113,6 +115,7 @@ class Horizon:
     def _judge(self, run: CutPass) -> None:
         """Learn from a pass that has run, forward and backward, what later ones may do."""
         run.side_channels.close()
+        self.skipping = run.entries != run.forwards * len(self.blocks)
         for cut in run.cuts:
             cut.grad = None
         if run.forwards != len(run.cached_states):

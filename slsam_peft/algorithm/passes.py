@@ -260,13 +260,13 @@ class PassRunner:
         context = self._truncated(horizon, step.lowest_active, lowest_trained, keep=keep)
         with context as cached_states, self.switched(on):
             loss = _loss_with_gradient(closure, step.mask)
+        # Where the graph of the blocks below has been run through, no second pass can go on from it.
         if horizon is not None and cached_states and self._has_gradient(step.below):
-            # The graph of the blocks below has been run through: a second pass cannot go on from it.
-            horizon.stop_reuse(
-                step.lowest_active - horizon.offset,
-                f"what runs above block {step.lowest_active} takes in more of those below it than the hidden state",
-            )
             cached_states.clear()
+            if not horizon.skipping:  # at random, which says nothing of other passes
+                lowest = step.lowest_active
+                why = f"what runs above block {lowest} takes in more of those below it than the hidden state"
+                horizon.stop_reuse(lowest - horizon.offset, why)
         if loss is None:
             cached_states.clear()
             pending.idle = torch.equal(step.mask, step.trained) and pending.whole
