@@ -25,13 +25,10 @@ class Offsets(NamedTuple):
     Args:
         offsets (`list[torch.Tensor]`): e, one tensor per gradient, of its shape, dtype and device.
         rho (`torch.Tensor`): The length that was asked for, in the radius's own metric, shape `()`; logged.
-        slope (`torch.Tensor`, *optional*): The product of e and the gradients, shape `()`: to first order what the
-            loss rises by. `None`: rho times their norm, as where e lies along them and rho is its length.
     """
 
     offsets: list[torch.Tensor]
     rho: torch.Tensor
-    slope: torch.Tensor | None = None
 
 
 class Radius(Protocol):
@@ -144,7 +141,7 @@ class Scaled(ABC):
         size = joint_norm(once, norm.device)
         twice = [t * g for t, g in zip(metric, once, strict=True)]
         rho = torch.full_like(norm, self.rho)
-        return Offsets(scaled(twice, rho / (size + EPSILON)), rho, rho * size)
+        return Offsets(scaled(twice, rho / (size + EPSILON)), rho)
 
 
 class Adaptive(Scaled):
@@ -211,7 +208,7 @@ class WeightSpace:
             found.setdefault(pair, [None, None])[side] = direction
         sums = torch.stack([self._gram(i, *sides).to(norm.device, norm.dtype) for i, sides in found.items()]).sum(0)
         length = _smallest_root(sums.unbind(), self.rho)
-        return Offsets(scaled(directions, length), torch.full_like(norm, self.rho), length * norm)
+        return Offsets(scaled(directions, length), torch.full_like(norm, self.rho))
 
     def _gram(self, pair: int, down: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
         """Return |X|^2, the product of X and Y, and |Y|^2 of a pair's change t X + t^2 Y, shape `(3,)`."""
@@ -244,6 +241,24 @@ def _smallest_root(sums: Sequence[torch.Tensor], rho: float) -> torch.Tensor:
         below = slope + (slope.square() + 4 * bend * missing).sqrt()
         t = t + torch.where(below > 0, 2 * missing / below, 0.0)  # nothing moves where g is 0
     return t
+
+
+def slope_of(
+    radius: Radius, offsets: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], device: torch.device
+) -> torch.Tensor | None:
+    """Return the product of e and the gradients, to first order what e raises the loss by, shape `()`.
+
+    `None` where it is rho times their norm: where e lies along them and rho is its length.
+
+    Args:
+        radius (`Radius`): What has made e.
+        offsets (`Sequence[torch.Tensor]`): e.
+        gradients (`Sequence[torch.Tensor]`): What it was made of.
+        device (`torch.device`): Where the result lies.
+    """
+    if isinstance(radius, AlongGradient):
+        return None
+    return torch.stack([(e * g).sum().to(device) for e, g in zip(offsets, gradients, strict=True)]).sum()
 
 
 def scaled(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
 from slsam_peft.algorithm.passes import PassRunner
-from slsam_peft.algorithm.radius import build_radius, scaled
+from slsam_peft.algorithm.radius import build_radius, scaled, slope_of
 from slsam_peft.algorithm.rules import build_ascent
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
@@ -510,7 +510,8 @@ class SLSAM:
     def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
         weights = [local(self.runner.parameters[i]) for i in gradients]
         with torch.no_grad():
-            offsets, step.rho, slope = self.radius.offsets(list(gradients.values()), weights, norm, unit)
+            offsets, step.rho = self.radius.offsets(list(gradients.values()), weights, norm, unit)
+            slope = slope_of(self.radius, offsets, list(gradients.values()), norm.device)
             step.slope = None if slope is None else slope * unit
             step.extrapolated = self.ascent.extrapolation(gradients, unit)
         step.perturbation = self.runner.perturbation(list(gradients), offsets)

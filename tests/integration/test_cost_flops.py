@@ -157,6 +157,11 @@ MODES = {
     "without_ascent": {"design": "depth", "active_fraction": 0.5, "rho": 0.0},
     "modules": {"granularity": "module", "active_fraction": 0.2},
     "tensors": {"granularity": "tensor", "active_fraction": 0.1},
+    "zeroth_order": {"method": "auto", "ascent": "zeroth_order", "ascent_sequences": 2},
+    "sampa": {"method": "auto", "ascent": "sampa"},
+    "bar": {"method": "bar"},
+    "bi_lora": {"method": "auto", "ascent": "bi_lora", "active_fraction": 0.5},
+    "flat_lora": {"method": "auto", "ascent": "flat_lora", "active_fraction": 0.5},
 }
 
 
