@@ -1,4 +1,7 @@
-"""Models that lie on two devices (`device_map`): the CPU and one without values, where torch checks devices alike."""
+"""Models that lie on two devices (`device_map`): the CPU and one without values, where torch checks devices alike.
+
+What comes of it are no numbers; every operation on tensors of both devices that torch does not allow is an error.
+"""
 
 import pytest
 import torch
@@ -68,6 +71,10 @@ class Unread(SLSAM):
         super().__init__(*args, **kwargs)
         self.runner._read |= set(self.runner.parameters)
         self.runner._ridden = self.runner._checks._separate = True
+
+    def _read(self, values):  # lists of tensors of which one has no values give none
+        assert values.device == CPU
+        return torch.ones(values.shape, dtype=torch.float64)
 
 
 def steps(ascent, targets=r".*linear", **settings):

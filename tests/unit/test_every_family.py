@@ -5,7 +5,7 @@ import pytest
 from tests.families import FAMILIES
 from tests.sweep import sweep
 
-QUICK = "llama"
+QUICK = "bloom"
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
