@@ -118,6 +118,15 @@ def test_the_loss_of_the_ascents_sequences_is_theirs_behind_virtual_tokens(name,
     assert trainer.slsam.metrics["ascent_gain"] == pytest.approx(1.0, abs=FIRST_ORDER)
 
 
+@pytest.mark.parametrize("name", TRAINED_BY_TRL)
+def test_as_many_tokens_count_as_the_loss_is_over(name, tmp_path):
+    """Behind virtual tokens the batch's first one has a loss."""
+    trainer = build(SLSAMTrainer, tmp_path, peft_config=PROMPTS[name], activation_checkpointing=False)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    scored = trainer.model(**inputs, fused_lm_head=True).label_mask.sum()
+    assert trainer._make_passes()._items(inputs) == scored
+
+
 def test_without_a_radius_prompts_train_as_trl_does(tmp_path):
     options = {"peft_config": PROMPTS["prompt"], "activation_checkpointing": False}
 

@@ -1,6 +1,5 @@
 """A recorded quantisation is repeated as the kind it was, or refused by name."""
 
-import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +25,11 @@ INT8_TORCHAO = {
     "quant_method": "torchao",
     "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}},
 }
-HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}
+HQQ = {
+    "quant_method": "hqq",
+    "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}},
+    "skip_modules": ["lm_head"],
+}
 PLAIN = LlamaConfig()
 
 
@@ -153,9 +156,9 @@ def test_int8_bases_have_their_record_and_are_loaded_as_they_were(
     else:
         settings = transformers.QuantoConfig(weights="int8")
     options = {"quantization_config": settings, "dtype": torch.float32, "device_map": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained("base", **options)
+    model, other = (AutoModelForCausalLM.from_pretrained("base", **options) for _ in range(2))
     adapter = lora(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-    assert_steps_are_exact(get_peft_model(copy.deepcopy(model), adapter))
+    assert_steps_are_exact(get_peft_model(other, adapter))
     trainer = build(SLSAMTrainer, "out", SLSAMConfig(active_fraction=1.0), model=model, peft_config=adapter)
     trainer.train()
     trainer.save_model()
