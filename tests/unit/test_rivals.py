@@ -315,7 +315,7 @@ def twin_step(inputs, extra):
         parameters, factors = trained(twin), factors_of(twin)
         merged_twin(twin, factors, extra)
         plain, _ = closures(twin, inputs)
-        loss = float(plain())
+        loss = float(plain().detach())
         return loss, [p.grad for p in parameters], [f.base.weight.grad for f in factors]
 
     return run
