@@ -351,9 +351,11 @@ def _flat_trainer(folder, config):
     )
 
 
-def test_model_without_blocks_at_granularity_block(tmp_path):
-    with pytest.raises(ValueError, match=r"needs a stack of transformer blocks.*Flat has none.*'module' or 'tensor'"):
-        _flat_trainer(tmp_path, SLSAMConfig())
+def test_model_without_blocks_at_granularity_block_has_an_arm_per_module(tmp_path, caplog):
+    trainer = _flat_trainer(tmp_path, SLSAMConfig(active_fraction=0.5))
+    trainer.train()
+    assert [arm.name for arm in trainer.slsam.arms] == ["body", "head"]
+    assert sum("Flat trains nothing in a stack of transformer blocks" in r.message for r in caplog.records) == 1
 
 
 def test_model_without_blocks_at_granularity_module_trains(tmp_path):
