@@ -37,6 +37,11 @@ class Brought(TorchFunctionMode):
             places = [x.device if isinstance(x, torch.Tensor) else x for x in (*args[1:], *kwargs.values())]
             if any(place in (CPU, "cpu") for place in places):
                 args = (torch.ones(args[0].shape, dtype=args[0].dtype), *args[1:])
+        if func.__name__.startswith(
+            "_foreach_"
+        ):  # on accelerators one tensor for all must lie where each of them does
+            others = [x for x in args[1:] if isinstance(x, torch.Tensor)]
+            assert all(tensor.device == other.device for tensor in args[0] for other in others)
         return func(*args, **kwargs)
 
 
