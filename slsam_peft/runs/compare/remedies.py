@@ -56,7 +56,7 @@ def apply(
 
 def scale_adapter(model: nn.Module, validation: Sequence[Tokens]) -> float:
     """Scale an adapter's product B A by the factor that is best on validation rows, and return it."""
-    layers = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     whole = [dict(layer.scaling) for layer in layers]
 
     def scale(factor: float) -> None:
@@ -75,9 +75,10 @@ def scale_adapter(model: nn.Module, validation: Sequence[Tokens]) -> float:
 def _loraplus(trainer: SFTTrainer, ratio: float) -> Any:
     from peft.optimizers import create_loraplus_optimizer
 
-    optimizer, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    model: Any = trainer.model
+    optimizer, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     return create_loraplus_optimizer(
-        model=trainer.model,
+        model=model,
         optimizer_cls=optimizer,
         loraplus_lr_ratio=float(ratio),
         loraplus_weight_decay=trainer.args.weight_decay,
