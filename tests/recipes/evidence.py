@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from slsam_peft.runs.compare.methods import slsam_config
+from slsam_peft.runs.compare.metrics import METRICS
 from slsam_peft.runs.compare.reading import read_settings
 from slsam_peft.runs.compare.recorded import RecordedPlan
-from slsam_peft.runs.compare.report import METRICS, Line, build_report
+from slsam_peft.runs.compare.report import Line, build_report
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.store import Row, RowStore
 
@@ -182,7 +184,7 @@ def _tried(source: Comparison, rate: float, rise: float | None) -> list[Row]:
         and (
             row["method"] == source.settings.reference
             if rise is None
-            else (run["slsam"] or {}).get("loss_rise") == rise
+            else run["slsam"] is not None and slsam_config(run["slsam"]).resolved.loss_rise == rise
         )
     ]
 
