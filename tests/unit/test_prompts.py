@@ -5,6 +5,7 @@ import logging
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from trl import SFTTrainer
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
@@ -112,7 +113,9 @@ def test_the_loss_of_the_ascents_sequences_is_theirs_behind_virtual_tokens(name,
     """
     torch.manual_seed(0)
     config = SLSAMConfig(method="auto", ascent="partial", rho=0.01)
+    rows = [{"text": " ".join(f"w{7 * i + j}" for j in range(8))} for i in range(6)]  # none is padded
     options = {"peft_config": PROMPTS[name], "max_steps": 1, "activation_checkpointing": False}
+    options["data"] = Dataset.from_list(rows)
     trainer = build(SLSAMTrainer, tmp_path, config, per_device_train_batch_size=3, **options)
     trainer.train()
     assert trainer.slsam.metrics["ascent_gain"] == pytest.approx(1.0, abs=FIRST_ORDER)
