@@ -135,7 +135,7 @@ def _unmoved(self, offsets, sites):
 
 
 def _both_at_w(stack):
-    return lambda self, perturbed, offsets: stack(self, perturbed, {})
+    return lambda self, perturbed, offsets, extrapolated: stack(self, perturbed, {}, extrapolated)
 
 
 def _nothing(self, gradients, weights, norm, unit):

@@ -22,6 +22,10 @@ LOSSES = 3 * 4  # bytes: what the ranks must agree on besides the gradients
 START_SECONDS = 900  # a start imports everything twice, on a machine that may be busy
 DEATH_SECONDS = 60  # from the death of a rank to the end of all
 
+# Scenarios that run with `-m slow` alone; the others show each way to shard and each engine once.
+SLOW = {"bar", "flat_lora", "fsdp2, a part", *(f"sharded, {name}" for name in sharded.SHARDED)}
+SLOW -= {"sharded, two passes", "sharded, a part", "sharded, a part, loss rise", "sharded, replicated"}
+
 
 def launch(folder, *scenarios, timeout=START_SECONDS):
     """Run scenarios on two ranks and return the finished process."""
@@ -38,7 +42,7 @@ def launch(folder, *scenarios, timeout=START_SECONDS):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(tmp_path_factory, request):
     """Return a function from a scenario to what each rank reported: `(report, tensors)` twice."""
     folder = tmp_path_factory.mktemp("ranks")
     names = [
@@ -56,7 +60,8 @@ def seen(tmp_path_factory):
         *UNDER_FSDP2,
         "refused",
     ]
-    done = launch(folder, *names)
+    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.module is request.module)
+    done = launch(folder, *(name for name in names if slow or name not in SLOW))
     assert done.returncode == 0, done.stderr[-4000:]
 
     def read(name):
@@ -95,7 +100,12 @@ def test_what_is_logged_is_the_mean_over_ranks(seen):
     assert one["sharpness"] == two["sharpness"]
 
 
-@pytest.mark.parametrize("name", AGAINST_ONE)
+def scenarios(names, prefix=""):
+    """Parameters of a test, those of slow scenarios marked."""
+    return [pytest.param(n, marks=pytest.mark.slow) if prefix + n in SLOW else n for n in names]
+
+
+@pytest.mark.parametrize("name", scenarios(AGAINST_ONE))
 def test_two_ranks_equal_one_process_with_twice_the_batch(name, seen, tmp_path):
     ranks = seen(name)
     assert_ranks_agree(ranks)
@@ -191,7 +201,7 @@ def test_ranks_go_on_bit_for_bit(seen):
             assert torch.equal(weights[f"whole.{name}"], weights[f"parted.{name}"]), name
 
 
-@pytest.mark.parametrize("name", [name for name in sharded.SHARDED if name != "a part"])
+@pytest.mark.parametrize("name", scenarios([n for n in sharded.SHARDED if n != "a part"], "sharded, "))
 def test_sharded_parameters_train_as_in_one_process(name, seen):
     """FSDP2: draws, norms, losses, gradients and weights of three steps; float64, or float32 on an NF4 base."""
     (report, tensors), (other_report, other) = seen(f"sharded, {name}")
@@ -221,7 +231,7 @@ def test_ranks_with_sharded_parameters_give_as_many_sequences_each(seen):
             torch.testing.assert_close(got, gradient, rtol=0, atol=EXACT_FLOAT64 * largest, msg=name)
 
 
-@pytest.mark.parametrize("name", UNDER_FSDP2)
+@pytest.mark.parametrize("name", scenarios(UNDER_FSDP2))
 def test_what_accelerate_shards_trains_as_under_ddp(name, seen):
     """FSDP2 through the trainer, wrapped by accelerate; it is said to run on accelerators, and runs on CPUs here."""
     (report, tensors), (other_report, other) = seen(name)

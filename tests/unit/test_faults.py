@@ -154,7 +154,7 @@ POINTS = {
     "entering the lowest active block": once(horizon, "split"),
     "ascent norms": once(lambda t: t.slsam._norms, "squared"),
     "between the passes": once(lambda t: t.slsam.radius, "offsets"),
-    "perturbing": once(perturbation, "_moved"),
+    "perturbing": once(perturbation.Perturbation, "_moved"),
     "cache cleared": once(torch, "clear_autocast_cache"),
     "swapping": once(swap, "_readable", after=3),
     "swapped": once(Swap, "applied"),
