@@ -344,8 +344,8 @@ class PassRunner:
         """Run a descent pass at the weights as they are, from the cache where there is one."""
         horizon = self._horizon(step)
         if horizon is not None and pending.cached_states:
-            lowest = (max(depth - horizon.offset, -1) for depth in (step.lowest_active, step.lowest_trained))
-            context = horizon.resumed(*lowest, pending.cached_states)
+            active, trained = (max(depth - horizon.offset, -1) for depth in (step.lowest_active, step.lowest_trained))
+            context = horizon.resumed(active, trained, pending.cached_states)
         else:
             context = self._uncut(step)
         with context:
