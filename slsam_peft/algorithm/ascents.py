@@ -319,6 +319,9 @@ def seeded_normal(like: Sequence[torch.Tensor], *seeds: int) -> list[torch.Tenso
     generators: dict[torch.device, torch.Generator] = {}
     made = []
     for x in like:
+        if x.is_meta:  # a model without values, whose costs are counted
+            made.append(torch.empty_like(x))
+            continue
         if x.device not in generators:
             generators[x.device] = torch.Generator(x.device).manual_seed(mixed)
         made.append(torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generators[x.device]))

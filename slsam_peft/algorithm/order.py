@@ -59,11 +59,13 @@ class RunOrder:
             device (`torch.device`): Where it wants them.
         """
         layout = self._layout
-        if layout is None or not self._ran:
+        if layout is None:
             return False
         sums = self._seen(layout).to(device)
-        if reduce is not None:
+        if reduce is not None:  # on every rank, also where no block ran
             reduce([sums])
+        if not bool(sums[1].any()):
+            return False
         found = (sums[0] / sums[1]).double().cpu()  # NaN where nobody has seen it
         count = len(layout.stacks)
         return layout.settle(found[: count * count].view(count, count), found[count * count :])

@@ -1,9 +1,13 @@
-"""Turns the names of ascents into the objects that they stand for."""
+"""Turns the names of ascents into the objects that they stand for, and refuses rules that cannot work on pieces."""
+
+from typing import Any
 
 from slsam_peft.algorithm.adversary import Adversary
 from slsam_peft.algorithm.ascents import Ahead, Ascent, Part, Remembered, Sampa, TwoPass, ZerothOrder
 from slsam_peft.algorithm.balancing import Balancing
 from slsam_peft.algorithm.noise import WeightNoise
+from slsam_peft.algorithm.radius import AlongGradient
+from slsam_peft.config import SLSAMConfig
 
 
 def build_ascent(
@@ -28,3 +32,24 @@ def build_ascent(
     if name in ("bar", "obar"):
         return Balancing(by_gradients=name == "bar")
     return {"two_pass": TwoPass, "remembered": Remembered, "bi_lora": Adversary, "flat_lora": WeightNoise}[name]()
+
+
+def check_rules(ascent: Any, radius: Any, config: SLSAMConfig) -> None:
+    """Refuse rules that may need whole weights or gradients, where a rank has pieces of them.
+
+    Args:
+        ascent (`Ascent`): The rule that makes the ascent gradient.
+        radius (`Radius`): The rule that makes e.
+        config (`SLSAMConfig`): Resolved settings, for the message.
+
+    Raises:
+        ValueError: one of them is not known to work on pieces.
+    """
+    known = type(ascent) in (TwoPass, Part, Remembered)
+    for name, fine in (("ascent", known), ("radius", isinstance(radius, AlongGradient))):
+        if not fine:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} may need whole weights, and parameters are sharded here (FSDP2): "
+                "each rank has pieces. Use ascent='auto', 'two_pass' or 'partial' with a length or a loss rise, "
+                "or DDP."
+            )

@@ -14,11 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from slsam_peft.config import ONE_PASS, SLSAMConfig
-
-# Rules that look at whole weights or run in their modules, where a rank has pieces.
-_OF_WHOLE_WEIGHTS = ("zeroth_order", *ONE_PASS, "asam", "neuron", "weight")
-
 _TENSOR, _FSDP = "torch.distributed.tensor", "torch.distributed.fsdp"  # heavy, and loaded by whoever shards
 UNKNOWN = -1
 
@@ -99,21 +94,3 @@ def gathering_modules(model: nn.Module) -> list[nn.Module]:
 def shards_of(parameters: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> Shards | None:
     """Return the shards among parameters; `None` where no parameter is sharded."""
     return Shards(parameters, modules) if any(is_sharded(p) for p in parameters) else None
-
-
-def check_rules(config: SLSAMConfig) -> None:
-    """Refuse rules of this package that need whole weights, where parameters are sharded.
-
-    Args:
-        config (`SLSAMConfig`): Resolved settings.
-
-    Raises:
-        ValueError: an ascent or a radius is one of them.
-    """
-    for name in ("ascent", "radius"):
-        value = getattr(config, name)
-        if isinstance(value, str) and value in _OF_WHOLE_WEIGHTS and config.is_perturbed:
-            raise ValueError(
-                f"{name}={value!r} works on whole weights, and parameters are sharded here (FSDP2): each rank has "
-                "pieces. Use ascent='auto', 'two_pass' or 'partial' with a length or a loss rise, or DDP."
-            )

@@ -31,10 +31,10 @@ from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
 from slsam_peft.algorithm.passes import PassRunner
 from slsam_peft.algorithm.radius import build_radius, scaled, slope_of
-from slsam_peft.algorithm.rules import build_ascent
+from slsam_peft.algorithm.rules import build_ascent, check_rules
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
-from slsam_peft.algorithm.shards import check_rules, is_sharded, local, shards_of
+from slsam_peft.algorithm.shards import is_sharded, local, shards_of
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step, added, quotient
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
@@ -137,9 +137,7 @@ class SLSAM:
         self.sampler = Sampler(depths, len(arms) * self._fraction(fraction), config)
         shards = shards_of(parameters, getattr(arms, "gathering", ()))
         rideable = bool(pairs) and {w for pair in pairs for w in pair.weights} == set(parameters)
-        if shards is not None:
-            check_rules(config)
-            rideable = False
+        rideable = rideable and shards is None
         if config.ascent in RIDING and config.is_perturbed and not rideable:
             raise ValueError(
                 f"ascent={config.ascent!r} runs sequences at w and at w + e in one pass, which only pairs of LoRA "
@@ -151,12 +149,15 @@ class SLSAM:
         name: Any = config.ascent if config.is_perturbed else None
         self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
         self.radius = build_radius(config, factors)
-        self.horizon = None if shards is not None else self._horizons()
+        if shards is not None and config.is_perturbed:
+            check_rules(self.ascent, self.radius, config)
+        self._shards = shards
+        horizon = self._horizons()
         self.runner = PassRunner(
             parameters,
             torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
             {p: sites for arm in arms for p, sites in zip(arm.parameters, arm.sites, strict=True)},
-            self.horizon,
+            horizon,
             self.fallbacks,
             pairs if rideable and self.ascent.rides else (),
             getattr(arms, "buffered", None),
@@ -356,12 +357,17 @@ class SLSAM:
         drawn_so_far = self.sampler.scheme.state_dict()
         self.sampler.scheme = build_scheme(self.config, [arm.depth for arm in self.arms])
         self.sampler.scheme.load_state_dict(drawn_so_far)
-        self.horizon = self.runner.horizon = self._horizons()
+        self.runner.horizon = self._horizons()
+
+    @property
+    def horizon(self) -> Horizons | None:
+        """What cuts the passes; `None` where they run whole."""
+        return self.runner.horizon
 
     def _horizons(self) -> Horizons | None:
         """Return what cuts the passes; `None` where there is nothing to cut at."""
         layout = self.arms.layout if isinstance(self.arms, Arms) else None
-        if layout is None or not layout.stacks:
+        if layout is None or not layout.stacks or self._shards is not None:
             return None
         return Horizons(layout, self.config.hidden_state_cache_limit_mib * 2**20, self.fallbacks)
 

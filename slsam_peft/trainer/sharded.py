@@ -10,7 +10,6 @@ from typing import Any
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from slsam_peft.algorithm.shards import check_rules
 from slsam_peft.config import SLSAMConfig
 
 ELSEWHERE = "Use DDP, or a quantised base on one device."
@@ -64,10 +63,6 @@ def _reasons(trainer: Any, config: SLSAMConfig) -> Iterator[str]:
         yield "a base that bitsandbytes has quantised"
     if not config.is_perturbed:
         return
-    try:
-        check_rules(config)
-    except ValueError as error:
-        yield str(error).partition(",")[0]
     if config.cost_budget is not None:
         yield f"cost_budget={config.cost_budget} (no pass is cut, so it cannot be met)"
     if config.ascent in ("remembered", "ahead") or getattr(config.ascent, "stale", False):

@@ -133,7 +133,8 @@ class _KeepBest(TrainerCallback):
 
     @torch.no_grad()
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        torch._foreach_copy_([w.detach() for w in _trained(model)], self.weights)
+        if self.weights:  # none where no loss was finite
+            torch._foreach_copy_([w.detach() for w in _trained(model)], self.weights)
 
 
 class _Trimmed(Dataset):

@@ -33,6 +33,7 @@ from slsam_peft.runs.compare.methods import slsam_config
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 from slsam_peft.trainer import advice
+from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.riding import lora_pairs
 from slsam_peft.trainer.trainer import SLSAMTrainer
@@ -68,7 +69,8 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
             arms = arms_of(model, slsam.granularity)
             cost = ExpectedCost(costs, arms, slsam, shapes)
             solved = None if slsam.cost_budget is None else cost.solve(slsam.cost_budget)
-            SLSAM(arms, slsam, fraction=solved, pairs=lora_pairs(model))  # refuses here what it would in a run
+            rules = {"pairs": lora_pairs(model), "factors": factors_of(model)}
+            SLSAM(arms, slsam, fraction=solved, **rules)  # refuses here what it would in a run
         except ValueError as error:
             raise UserError(f"methods.{name}: {error}") from error
         expected[name] = cost(slsam.fraction if solved is None else solved)
