@@ -221,7 +221,15 @@ def test_our_steps_for_the_lowest_blocks_drawn(build, mode):
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
-@pytest.mark.parametrize("mode", ["depth", "partial", "remembered", "dense_descent", "auto", "small_pass"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "depth",
+        "auto",
+        "small_pass",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("partial", "remembered", "dense_descent")),
+    ],
+)
 @pytest.mark.parametrize(("batch", "micro_batches"), [(2, 4), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_our_steps_under_accumulation(build, mode, batch, micro_batches):
     predicted, counted = _predicted_and_counted(build, MODES[mode], batch, micro_batches)

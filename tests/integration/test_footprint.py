@@ -118,7 +118,10 @@ def small_head(monkeypatch):
     monkeypatch.setattr(footprint, "HEAD_WORDS", WORDS)
 
 
-@pytest.mark.parametrize("case", CASES)
+ALWAYS = ("plain", "auto", "auto_accumulated", "sam", "remembered")  # the others in the slow run
+
+
+@pytest.mark.parametrize("case", [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_peak_of_a_run(case, tmp_path, small_head):
     settings, micro_batches, checkpointing = CASES[case]
     rule = Rule(ascent=Ascent()) if settings is None else rule_of(SLSAMConfig(**settings))

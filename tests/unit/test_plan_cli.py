@@ -224,6 +224,7 @@ def test_help_needs_no_torch():
     assert "--cost_budget" in done.stdout
 
 
+@pytest.mark.slow
 def test_70b_takes_less_than_a_minute_and_2_gib():
     argv = [
         "plan",
