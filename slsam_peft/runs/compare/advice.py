@@ -32,9 +32,13 @@ class Advice:
 
 
 def is_own(settings: CompareSettings) -> bool:
-    """Return whether a comparison is one of plain LoRA and SL-SAM on somebody's own data."""
+    """Return whether a comparison is the one of plain LoRA and the default on somebody's own data, unchanged."""
     sources = [task.source for task in settings.tasks.values()]
-    return sources == ["own_data"] and list(settings.methods) == list(NAMES)
+    changed = any(
+        how.rhos or how.loss_rises or how.baselines or how.random_rho or how.slsam not in (None, {"method": "auto"})
+        for how in settings.methods.values()
+    )
+    return sources == ["own_data"] and list(settings.methods) == list(NAMES) and not changed
 
 
 def advise(plan: Plan, rows: Rows, lines: Sequence[Line]) -> Advice:

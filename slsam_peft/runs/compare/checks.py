@@ -44,8 +44,9 @@ def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
     task = next(iter(settings.tasks))
     for name, method in settings.methods.items():
         try:
-            job = plan.job(task, name, settings.match[0], method.candidates[0], settings.tuning_seed)
-            _check_arguments(job.settings)
+            for tried in {candidate.baseline: candidate for candidate in method.candidates}.values():
+                job = plan.job(task, name, settings.match[0], tried, settings.tuning_seed)
+                _check_arguments(job.settings)
         except (ValueError, TypeError) as error:  # what transformers raises for arguments and schedules
             raise UserError(f"methods.{name} or training: {' '.join(str(error).split())[:400]}") from error
 
