@@ -66,7 +66,10 @@ def logs(trainer):
     return [{k: v for k, v in row.items() if not any(part in k for part in left_out)} for row in rows]
 
 
-@pytest.mark.parametrize("case", CASES)
+ALWAYS = ("bar", "bi_lora", "flat_lora, drawn")  # each keeps something else; the others in the slow run
+
+
+@pytest.mark.parametrize("case", [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_it_trains_resumes_bit_for_bit_and_is_recorded(case, base_folder, tmp_path):
     """On NF4 too. What is saved is the adapter alone, which computes what the trained model did."""
     settings, training, quantized = CASES[case]

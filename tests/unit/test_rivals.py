@@ -110,6 +110,7 @@ def test_the_direction_comes_from_a_seed_and_has_length_1():
     assert [x.dtype for x in first] == [torch.float64, torch.float32]
 
 
+@pytest.mark.slow
 def test_the_estimate_times_the_dimension_is_the_gradient_in_the_mean():
     """On a cubic the smoothed gradient has its own closed form: that of the mean over a ball."""
     torch.manual_seed(0)
@@ -162,8 +163,15 @@ def test_sampa_without_lambda_and_extrapolation_is_look_ahead():
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-@pytest.mark.parametrize("checkpointing", [None, True], ids=["plain", "reentrant"])
-@pytest.mark.parametrize("fraction", [1.0, 0.4])
+@pytest.mark.parametrize(
+    ("fraction", "checkpointing"),
+    [
+        pytest.param(1.0, None, id="1.0-plain", marks=pytest.mark.slow),
+        pytest.param(1.0, True, id="1.0-reentrant", marks=pytest.mark.slow),
+        pytest.param(0.4, None, id="0.4-plain", marks=pytest.mark.slow),
+        pytest.param(0.4, True, id="0.4-reentrant"),
+    ],
+)
 def test_sampa_follows_the_slow_reference(fraction, checkpointing):
     """The paper's three equations with passes of their own; drawn arms alone are extrapolated and mixed."""
     model, twin = (exact_norms(decoder(checkpointing=c, dropout=0.0)) for c in (checkpointing, None))
