@@ -23,8 +23,12 @@ def each_optimizer():
             yield pytest.param(name.value, marks=() if name.value in QUICK else pytest.mark.slow)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of packages that some of them come from
+@pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 @pytest.mark.parametrize("name", list(each_optimizer()))
 def test_optimizers_of_transformers_leave_arms_alone_that_are_not_drawn(name, tmp_path):
+    if name == "galore_adamw_8bit" and not torch.cuda.is_available():
+        pytest.skip("its step is written for CUDA")
     settings = PROJECTED if "galore" in name or "apollo" in name else {}
     trainer = build(SLSAMTrainer, tmp_path, PAPER, optim=name, **settings)
     watch = Watch()
