@@ -8,17 +8,17 @@ from typing import Any
 WORDS = 64
 IMAGE = 40  # the id that stands for a patch of an image
 
-_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_BASE = {
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BASE = {
     "vocab_size": WORDS,
     "hidden_size": 32,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "intermediate_size": 48,
     "max_position_embeddings": 64,
-    **_TOKENS,
+    **TOKENS,
 }
-_GROUPED = {**_BASE, "num_key_value_heads": 2, "head_dim": 8}
+_GROUPED = {**BASE, "num_key_value_heads": 2, "head_dim": 8}
 _EXPERTS = {
     "moe_intermediate_size": 16,
     "num_experts": 4,
@@ -31,7 +31,7 @@ _EXPERTS = {
 }
 _MOE = {**_GROUPED, **_EXPERTS}
 _LATENT = {  # multi-head latent attention
-    **_BASE,
+    **BASE,
     **_EXPERTS,
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
@@ -57,7 +57,7 @@ _GPT = {
     "n_inner": 48,
     "n_positions": 64,
     "n_ctx": 64,
-    **_TOKENS,
+    **TOKENS,
 }
 _HEAD = {"num_labels": 3}
 _SEQ2SEQ = {
@@ -71,7 +71,7 @@ _SEQ2SEQ = {
     "decoder_ffn_dim": 48,
     "max_position_embeddings": 64,
     "decoder_start_token_id": 2,
-    **_TOKENS,
+    **TOKENS,
 }
 _T5 = {
     "vocab_size": WORDS,
@@ -82,7 +82,7 @@ _T5 = {
     "num_decoder_layers": 4,
     "num_heads": 4,
     "decoder_start_token_id": 0,
-    **_TOKENS,
+    **TOKENS,
 }
 _SPEECH = {
     "vocab_size": 32,
@@ -134,7 +134,7 @@ def _causal(name: str, settings: dict[str, Any], targets: Any = _LINEAR, config:
 
 
 def _headed(name: str, targets: Any = _LINEAR, **more: Any) -> Row:
-    return f"{name}ForSequenceClassification", f"{name}Config", {**_BASE, **_HEAD, **more}, targets
+    return f"{name}ForSequenceClassification", f"{name}Config", {**BASE, **_HEAD, **more}, targets
 
 
 def _translating(name: str, targets: Any = _LINEAR, base: dict[str, Any] = _SEQ2SEQ, **more: Any) -> Row:
@@ -160,16 +160,16 @@ _DECODERS = {
     "gemma2": _causal("Gemma2", _GROUPED, sliding_window=4),
     "gemma3": _causal("Gemma3", _GROUPED, config="Gemma3Text", sliding_window=4),
     "vault-gemma": _causal("VaultGemma", _GROUPED),
-    "phi": _causal("Phi", _BASE),
+    "phi": _causal("Phi", BASE),
     "phi3": _causal("Phi3", _GROUPED),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT, _LINEAR),
     "gpt-bigcode": _causal("GPTBigCode", _GPT),
-    "gpt-neox": _causal("GPTNeoX", _BASE),
+    "gpt-neox": _causal("GPTNeoX", BASE),
     "gptj": _causal("GPTJ", _GPT, rotary_dim=4),
     "codegen": _causal("CodeGen", _GPT, rotary_dim=4),
-    "opt": _causal("OPT", _BASE, ffn_dim=48, word_embed_proj_dim=32),
-    "xglm": _causal("XGLM", {}, vocab_size=WORDS, d_model=32, ffn_dim=48, num_layers=4, attention_heads=4, **_TOKENS),
-    "biogpt": _causal("BioGpt", _BASE),
+    "opt": _causal("OPT", BASE, ffn_dim=48, word_embed_proj_dim=32),
+    "xglm": _causal("XGLM", {}, vocab_size=WORDS, d_model=32, ffn_dim=48, num_layers=4, attention_heads=4, **TOKENS),
+    "biogpt": _causal("BioGpt", BASE),
     "starcoder2": _causal("Starcoder2", _GROUPED),
     "cohere": _causal("Cohere", _GROUPED),
     "cohere2": _causal("Cohere2", _GROUPED, sliding_window=4),
@@ -182,7 +182,7 @@ _DECODERS = {
     "glm4": _causal("Glm4", _GROUPED),
     "smollm3": _causal("SmolLM3", _GROUPED),
     "nemotron": _causal("Nemotron", _GROUPED),
-    "persimmon": _causal("Persimmon", _BASE),
+    "persimmon": _causal("Persimmon", BASE),
     "helium": _causal("Helium", _GROUPED),
     "exaone4": _causal("Exaone4", _GROUPED),
     "ernie4.5": _causal("Ernie4_5", _GROUPED),
@@ -248,14 +248,14 @@ _MIXTURES = {
         attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.01},
         output_router_logits=True,
-        **_TOKENS,
+        **TOKENS,
     ),
 }
 
 _RECURRENT = {
-    "mamba": _causal("Mamba", _BASE, ["in_proj", "x_proj", "dt_proj"], state_size=8, time_step_rank=4),
-    "mamba2": _causal("Mamba2", _BASE, ["in_proj"], state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=4),
-    "falcon-mamba": _causal("FalconMamba", _BASE, ["in_proj", "x_proj", "dt_proj"], state_size=8, time_step_rank=4),
+    "mamba": _causal("Mamba", BASE, ["in_proj", "x_proj", "dt_proj"], state_size=8, time_step_rank=4),
+    "mamba2": _causal("Mamba2", BASE, ["in_proj"], state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=4),
+    "falcon-mamba": _causal("FalconMamba", BASE, ["in_proj", "x_proj", "dt_proj"], state_size=8, time_step_rank=4),
     "falcon-h1": _causal(
         "FalconH1",
         _GROUPED,
@@ -305,8 +305,8 @@ _RECURRENT = {
         layer_types=["linear_attention", "hybrid"] * 2,
     ),
     "recurrent-gemma": _causal("RecurrentGemma", _GROUPED, attention_window_size=8, lru_width=32),
-    "rwkv": _causal("Rwkv", _BASE, attention_hidden_size=32, context_length=64),
-    "xlstm": _causal("xLSTM", _BASE, num_heads=4, num_blocks=4, embedding_dim=32),
+    "rwkv": _causal("Rwkv", BASE, attention_hidden_size=32, context_length=64),
+    "xlstm": _causal("xLSTM", BASE, num_heads=4, num_blocks=4, embedding_dim=32),
     "lfm2": _causal("Lfm2", _GROUPED),
     "olmo-hybrid": _causal("OlmoHybrid", _GROUPED),
     "nemotron-h": _causal(
@@ -325,8 +325,8 @@ _RECURRENT = {
 
 _ENCODERS = {
     "bert": _headed("Bert"),
-    "bert, masked words": ("BertForMaskedLM", "BertConfig", _BASE, _LINEAR),
-    "xlm-roberta, masked words": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", _BASE, _LINEAR),
+    "bert, masked words": ("BertForMaskedLM", "BertConfig", BASE, _LINEAR),
+    "xlm-roberta, masked words": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", BASE, _LINEAR),
     "roberta-prelayernorm": _headed("RobertaPreLayerNorm"),
     "xlm-roberta-xl": _headed("XLMRobertaXL"),
     "deberta-v1": _headed("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"]),
@@ -358,7 +358,7 @@ _ENCODERS = {
             "d_inner": 48,
             "block_sizes": [2, 2],
             "num_decoder_layers": 1,
-            **_TOKENS,
+            **TOKENS,
             **_HEAD,
         },
         _LINEAR,
@@ -416,7 +416,7 @@ _TRANSLATORS = {
     ),
     "moonshine": _translating(
         "Moonshine",
-        base=_BASE,
+        base=BASE,
         encoder_num_hidden_layers=3,
         decoder_num_hidden_layers=4,
         encoder_num_attention_heads=4,

@@ -116,3 +116,30 @@ def passes_of(forward):
 def closures(model, inputs):
     """Return the passes of a language model over a batch."""
     return passes_of(lambda: model(**inputs).loss)
+
+
+def move(model):
+    """Move what is trained away from where it starts: adapters start as nothing, which many faults leave unseen."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def in_training(model, checkpointing=None):
+    """Return a model in training mode with non-zero adapters; `checkpointing` as in `decoder`."""
+    torch.manual_seed(1)
+    move(model)
+    if checkpointing is not None:
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def adapted(config):
+    """Return a tiny Llama with adapters of any kind, in float64."""
+    torch.manual_seed(0)
+    cls, settings, shape = FAMILIES["llama"]
+    model = get_peft_model(cls(settings(**shape)), config, autocast_adapter_dtype=False).double()
+    return move(model).train()

@@ -6,19 +6,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from tests.architectures import ARCHITECTURES, IMAGE, WORDS
+from tests.architectures import ARCHITECTURES, BASE, IMAGE, TOKENS, WORDS
+from tests.decoders import in_training
 
-_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_BASE = {
-    "vocab_size": WORDS,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    **_TOKENS,
-}
-_DECODER = {**_BASE, "num_key_value_heads": 2, "head_dim": 8}
+_DECODER = {**BASE, "num_key_value_heads": 2, "head_dim": 8}
 _EXPERTS = {
     **_DECODER,
     "moe_intermediate_size": 16,
@@ -38,7 +29,7 @@ _SEQ2SEQ = {
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "decoder_start_token_id": 2,
-    **_TOKENS,
+    **TOKENS,
 }
 _SPEECH = {
     "vocab_size": 32,
@@ -97,7 +88,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
     "bloom": (
         "BloomForCausalLM",
         "BloomConfig",
-        {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 4, "n_head": 4, **_TOKENS},
+        {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 4, "n_head": 4, **TOKENS},
         ["query_key_value"],
     ),
     "mpt": (
@@ -109,7 +100,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
     "falcon": (
         "FalconForCausalLM",
         "FalconConfig",
-        {**{k: v for k, v in _BASE.items() if k != "intermediate_size"}, "attn_implementation": "eager"},
+        {**{k: v for k, v in BASE.items() if k != "intermediate_size"}, "attn_implementation": "eager"},
         ["query_key_value"],
     ),
     "gpt-neo": (
@@ -123,26 +114,26 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
             "attention_types": [[["global", "local"], 2]],
             "window_size": 4,
             "max_position_embeddings": 64,
-            **_TOKENS,
+            **TOKENS,
         },
         ["q_proj", "v_proj"],
     ),
     "roformer": (
         "RoFormerForSequenceClassification",
         "RoFormerConfig",
-        {**_BASE, "embedding_size": 32, "num_labels": 3},
+        {**BASE, "embedding_size": 32, "num_labels": 3},
         ["query", "value"],
     ),
     "megatron-bert": (
         "MegatronBertForSequenceClassification",
         "MegatronBertConfig",
-        {**_BASE, "num_labels": 3},
+        {**BASE, "num_labels": 3},
         ["query", "value"],
     ),
     "deberta": (
         "DebertaV2ForSequenceClassification",
         "DebertaV2Config",
-        {**_BASE, "num_labels": 3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        {**BASE, "num_labels": 3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
         ["query_proj", "value_proj"],
     ),
     "xlnet": (
@@ -154,25 +145,25 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
     "albert": (
         "AlbertForSequenceClassification",
         "AlbertConfig",
-        {**_BASE, "embedding_size": 16, "num_labels": 3},
+        {**BASE, "embedding_size": 16, "num_labels": 3},
         ["query", "value", "embedding_hidden_mapping_in"],
     ),
     "roberta": (
         "RobertaForSequenceClassification",
         "RobertaConfig",
-        {**_BASE, "num_labels": 3},
+        {**BASE, "num_labels": 3},
         ["query", "value"],
     ),
     "xlm-roberta": (
         "XLMRobertaForSequenceClassification",
         "XLMRobertaConfig",
-        {**_BASE, "num_labels": 3},
+        {**BASE, "num_labels": 3},
         ["query", "value"],
     ),
     "camembert": (
         "CamembertForSequenceClassification",
         "CamembertConfig",
-        {**_BASE, "num_labels": 3},
+        {**BASE, "num_labels": 3},
         ["query", "value"],
     ),
     "bart": (
@@ -199,7 +190,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
             "num_decoder_layers": 4,
             "num_heads": 4,
             "decoder_start_token_id": 0,
-            **_TOKENS,
+            **TOKENS,
         },
         r".*decoder.*\.(q|v)",
     ),
@@ -228,15 +219,7 @@ def model_of(family, checkpointing=None, lora=None, adapter=None, **settings):
         task = {"modules_to_save": ["classifier"]}
     adapter = adapter or LoraConfig(**{"r": 2, "target_modules": targets, **task, **(lora or {})})
     model = get_peft_model(model, adapter, autocast_adapter_dtype=False).double()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
-    return model.train()
+    return in_training(model, checkpointing)
 
 
 def batch_of(family, rows=3):

@@ -4,6 +4,8 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from tests.decoders import in_training
+
 WORDS = 64
 IMAGE, VIDEO, VISION_START, VISION_END = 62, 61, 60, 59
 
@@ -129,15 +131,7 @@ def tower_of(family, checkpointing=None, targets=None):
     build, everywhere, _ = TOWERS[family]
     adapter = LoraConfig(r=2, target_modules=targets or everywhere)
     model = get_peft_model(build().double(), adapter, autocast_adapter_dtype=False)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
-    return model.train()
+    return in_training(model, checkpointing)
 
 
 def tower_batch(family, images=True):

@@ -9,7 +9,8 @@ over such parameters. Two things in PEFT multiply by `.grad` without a look, and
   out of the step, moments and weight decay included.
 """
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -18,6 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+logger = logging.getLogger(__name__)
 
 _UPDATE = "update_ipt"
 _IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -46,16 +49,23 @@ def rank_allocators(model: nn.Module) -> list[Any]:
     return [allocator for allocator in found if hasattr(allocator, _UPDATE)]
 
 
-def keep_importance(allocators: Iterable[Any]) -> None:
+def keep_importance(allocators: Collection[Any], *, always_trained: bool = True) -> None:
     """Let rank allocators keep the importance of parameters that have no gradient.
 
     Args:
-        allocators (`Iterable`): From `rank_allocators`; those that do so already are left alone.
+        allocators (`Collection`): From `rank_allocators`; those that do so already are left alone.
+        always_trained (`bool`, *optional*, defaults to `True`): Whether each arm has a gradient in each step;
+            else what follows is told.
     """
     for allocator in allocators:
         if getattr(vars(allocator).get(_UPDATE), "__func__", None) is not _update_ipt:
             # A bound method, not a closure: a copy of the model must not write into this one's allocator.
             setattr(allocator, _UPDATE, MethodType(_update_ipt, allocator))
+    if allocators and not always_trained:
+        logger.warning(
+            "AdaLoRA ranks parameters by their gradients, and an arm that is not drawn has none: its importance stays "
+            "what it was when it was last trained. With descent='all' each arm has a gradient in each step."
+        )
 
 
 def _update_ipt(allocator: Any, model: nn.Module) -> None:

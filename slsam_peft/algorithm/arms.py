@@ -180,3 +180,19 @@ def _arm(name: str, members: list[Place], sites: Sites, depth: int | None) -> Ar
         sites=tuple(tuple(sites[m.parameter]) for m in members),
         depth=depth,
     )
+
+
+def check_partition(arms: Sequence[Arm]) -> None:
+    """Refuse arms that are none, or that hold a parameter twice.
+
+    Raises:
+        ValueError: they are; the message names the parameter.
+    """
+    if not len(arms):
+        raise ValueError("there are no arms; arms_of(model) needs a model with trainable parameters.")
+    seen: set[nn.Parameter] = set()
+    for arm in arms:
+        for name, parameter in zip(arm.parameter_names, arm.parameters, strict=True):
+            if parameter in seen:
+                raise ValueError(f"{name} comes twice in the arms; each parameter belongs to one arm.")
+            seen.add(parameter)

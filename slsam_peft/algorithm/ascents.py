@@ -17,9 +17,6 @@ from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.step import Step
 from slsam_peft.config import SLSAMConfig
 
-SMOOTHING = 0.05  # length of the two probes; below about 0.02 a bfloat16 forward drowns it in rounding
-SHARE = 0.2  # lambda of SAMPa-0.2, arXiv 2410.10683
-
 
 class Host(Protocol):
     """What an ascent may know of the algorithm that runs it: attributes of `SLSAM`."""
@@ -52,8 +49,8 @@ class Ascent:
         rides (`bool`): Whether the ascent of the next step is made by sequences of it that ride along in this one's
             pass.
         cuts (`bool`): Whether it may take a part of a micro-batch, whose sequences are to be counted then.
-        forwards (`int`): How many forward passes alone stand in the place of an ascent pass; 0: it is a forward and a
-            backward pass.
+        forwards (`int`): How many forward passes alone stand in the place of an ascent pass, see `ZerothOrder`; 0: it
+            is a forward and a backward pass.
         moves (`bool`): Whether the descent pass runs at other weights than w.
         doubles (`bool`): Whether perturbed factors hold two weights in the descent pass; for the cost model.
         merges (`bool`): Whether the product B A of perturbed factors is made in each descent pass; likewise.
@@ -67,7 +64,6 @@ class Ascent:
     moves = True
     doubles = False
     merges = False
-    smoothing = 0.0  # length of the probes, where there are `forwards`
 
     def begin(self, host: Host) -> None:
         """Take note of the algorithm that runs this ascent, before its first step; what was kept is dropped.
@@ -124,16 +120,6 @@ class Ascent:
             taken (`int`): Sequences that earlier micro-batches of the step gave.
         """
         return 0
-
-    def direction(self, parameters: Sequence[torch.Tensor], seed: int, step: int) -> list[torch.Tensor]:
-        """Return the direction, of length 1, that forward passes alone probe; for ascents with `forwards`.
-
-        Args:
-            parameters (`Sequence[torch.Tensor]`): The perturbed parameters.
-            seed (`int`): `SLSAMConfig.seed`.
-            step (`int`): Number of the step.
-        """
-        raise NotImplementedError(f"{type(self).__name__} probes no direction.")
 
     def riding(self, sequences: int) -> int:
         """Return how many sequences of a next step of so many ride along in a lone micro-batch."""
@@ -220,95 +206,6 @@ class Remembered(Ascent):
     """Stale: the last descent gradient of the same arm; one pass (S2-SAM, NeurIPS 2024)."""
 
     stale = True
-
-
-class Sampa(Ahead):
-    r"""SAMPa-lambda: look-ahead from an extrapolated point, whose gradient is part of the step, too (NeurIPS 2024).
-
-    $$y_{t+1} = w_t - \eta_t \nabla L_t(y_t), \qquad
-    g'_t = (1 - \lambda)\, \nabla L_t\Bigl(w_t + \rho \frac{\nabla L_t(y_t)}{\|\nabla L_t(y_t)\|}\Bigr)
-    + \lambda\, \nabla L_{t+1}(y_{t+1})$$
-
-    (Xie, Pethick and Cevher, arXiv 2410.10683). With $\lambda = 0$ and without extrapolation it is `Ahead`.
-    Differences: $\nabla L_{t+1}(y_{t+1})$ is made by m sequences of the next batch, which ride along in this one's
-    pass on the same device, not by all of it on a second one; only drawn arms are extrapolated, and only those that
-    the next step perturbs have the second term; $y_{t+1}$ is a gradient step whatever the optimizer is. A step after
-    which nothing comes (an epoch's last) is $g'_t$ with $\lambda = 0$.
-
-    Args:
-        sequences (`int`, *optional*): As in `Part`.
-        fraction (`float`, *optional*): As in `Part`.
-        share (`float`, *optional*, defaults to `0.2`): lambda, in [0, 1); the paper's 0.2.
-        extrapolate (`bool`, *optional*, defaults to `True`): Whether $y_{t+1}$ is another point than $w_t$.
-    """
-
-    def __init__(
-        self,
-        sequences: int | None = None,
-        fraction: float | None = None,
-        share: float = SHARE,
-        extrapolate: bool = True,
-    ) -> None:
-        super().__init__(sequences, fraction)
-        if not 0 <= share < 1:
-            raise ValueError(f"share={share!r} is not allowed; lambda must be in [0, 1).")
-        self.share = share
-        self.extrapolate = extrapolate
-        self._host: Host | None = None
-
-    def begin(self, host: Host) -> None:
-        """See `Ascent.begin`."""
-        self._host = host
-
-    def extrapolation(self, gradients: Mapping[int, torch.Tensor], unit: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Return $y_{t+1} - w_t$, see `Ascent.extrapolation`."""
-        if not self.extrapolate or self._host is None:
-            return {}
-        rate, parameters = rate_of(self._host, "ascent='sampa'"), self._host.parameters
-        return {i: g * (-rate(parameters[i]) * unit.to(g.device, g.dtype)) for i, g in gradients.items()}
-
-    def complete(self, step: Step, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Let the gradient at the extrapolated point count for lambda of the step's."""
-        for i, riding in step.riding.items():
-            gradient = gradients[i]
-            if gradient is not None and self.share:
-                share = self.share if step.rode_share is None else self.share * (step.rode_share > 0).to(gradient)
-                gradient.lerp_(riding.to(gradient.dtype), share)
-
-
-class ZerothOrder(Part):
-    r"""The ascent gradient from two forward passes along a random direction, without a backward pass (ZO-SAM).
-
-    $$\hat g = \frac{L(w + \mu u) - L(w - \mu u)}{2 \mu}\, u$$
-
-    with u uniform on the unit sphere of the drawn arms' parameters (arXiv 2603.13115, whose ascent step alone is of
-    zeroth order, too). $d\, \hat g$, d being their number, is in the mean the gradient of the loss smoothed over a
-    ball of radius $\mu$; $\hat g$ itself is the part of the gradient along u, so that its length is the slope there,
-    which a loss rise needs. u comes from a seed: the config's and the number of the step. Nothing is kept.
-    Differences: central differences on the ascent's own sequences, both passes with the same dropout.
-
-    Args:
-        sequences (`int`, *optional*): As in `Part`.
-        fraction (`float`, *optional*): As in `Part`.
-        smoothing (`float`, *optional*, defaults to `0.05`): mu, a length.
-    """
-
-    forwards = 2
-
-    def __init__(
-        self, sequences: int | None = None, fraction: float | None = None, smoothing: float = SMOOTHING
-    ) -> None:
-        super().__init__(sequences, fraction)
-        if not smoothing > 0:
-            raise ValueError(f"smoothing={smoothing!r} is not allowed; it is a length > 0.")
-        self.smoothing = smoothing
-
-    def direction(self, parameters: Sequence[torch.Tensor], seed: int, step: int) -> list[torch.Tensor]:
-        """Return u, one tensor per parameter; the same for the same parameters, seed and step."""
-        made = seeded_normal(parameters, seed, step)
-        lengths = torch._foreach_norm(made)
-        whole = torch.stack([x.to(lengths[0].device, torch.float64) for x in lengths]).norm()
-        return [x / whole.to(x) for x in made]
 
 
 def seeded_normal(like: Sequence[torch.Tensor], *seeds: int) -> list[torch.Tensor]:

@@ -32,6 +32,9 @@ from slsam_peft.algorithm.outputs import (
     with_sides,
 )
 
+CACHE_OFF = "the hidden-state cache is off"
+RUN_TWICE = "Second passes that would start at such a block run whole: a step costs up to 2 plain ones."
+
 ENTERED = -1  # the place of the hidden state among what a block takes in
 
 
@@ -151,9 +154,9 @@ class Horizon:
         self.whole.add(lowest_active)
         self.shares = True  # so that what has been seen of one block says nothing of others
         self.fallbacks.add(
-            f"the hidden-state cache is off{self._here}",
+            f"{CACHE_OFF}{self._here}",
             reason,
-            "Second passes that would start at such a block run whole: a step costs up to 2 plain ones.",
+            RUN_TWICE,
         )
 
     @contextmanager

@@ -15,9 +15,10 @@ from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.horizon import Horizon
 from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.leaks import CrossLayerDependencyError
+from slsam_peft.algorithm.parameters import ArmParameters
 from slsam_peft.algorithm.perturbation import Perturbation
 from slsam_peft.algorithm.radius import scaled
-from slsam_peft.algorithm.shards import Shards, local
+from slsam_peft.algorithm.shards import Shards
 from slsam_peft.algorithm.stack import NotSeparableError, Pair, Stack
 from slsam_peft.algorithm.step import Closure, Passes, Pending, Riding, Step, added, loss_of, quotient
 from slsam_peft.algorithm.swap import Sites
@@ -40,7 +41,7 @@ def _loss_with_gradient(closure: Closure, on: torch.Tensor) -> torch.Tensor | No
         return None
 
 
-class PassRunner:
+class PassRunner(ArmParameters):
     """Runs ascent and descent passes with the arms of a step switched on.
 
     Args:
@@ -74,12 +75,7 @@ class PassRunner:
         shards: Shards | None = None,
         devices: Iterable[torch.device] = (),
     ) -> None:
-        self.parameters = parameters
-        self.owner = owner
-        self._arm_of: list[int] = owner.tolist()
-        self._members: dict[int, list[int]] = {arm: [] for arm in self._arm_of}
-        for i, arm in enumerate(self._arm_of):
-            self._members[arm].append(i)
+        super().__init__(parameters, owner)
         self.sites = sites
         self.horizon = horizon
         self.fallbacks = fallbacks
@@ -92,48 +88,11 @@ class PassRunner:
         self._ridden = False
         self._idle = False
 
-    def members(self, arms: torch.Tensor) -> list[int]:
-        """Return the positions of the parameters of the arms in a mask, shape `(L,)`."""
-        on = arms.tolist()
-        return [i for i, arm in enumerate(self._arm_of) if on[arm]]
-
-    def members_of(self, arm: int) -> list[int]:
-        """Return the positions of the parameters of one arm."""
-        return self._members[arm]
-
-    def thawed(self) -> torch.Tensor:
-        """Return which arms have a parameter that requires a gradient, boolean, shape `(L,)`.
-
-        Callbacks and users freeze parameters in the middle of training; those are left alone.
-        """
-        on = {arm for arm, p in zip(self._arm_of, self.parameters, strict=True) if p.requires_grad}
-        return torch.tensor([arm in on for arm in range(max(self._arm_of) + 1)])
-
     def switched(self, trained: torch.Tensor) -> AbstractContextManager[None]:
         """Switch the arms that are not trained off inside the context, and what was off already stays off."""
         if self.shards is not None:  # gathered copies would have to follow; their gradients are dropped
             return nullcontext()
         return switched_off((self.parameters[i] for i in self.members(~trained)), self.parameters)
-
-    def clear(self, arms: torch.Tensor | None = None) -> None:
-        """Drop the gradients of the given arms, or of all."""
-        for i in range(len(self.parameters)) if arms is None else self.members(arms):
-            self.parameters[i].grad = None
-
-    def _has_gradient(self, arms: torch.Tensor) -> bool:
-        return any(self.parameters[i].grad is not None for i in self.members(arms))
-
-    def gradients(self) -> list[torch.Tensor | None]:
-        """Return the gradient of each parameter, of a sharded one this rank's piece; `None` where there is none."""
-        return [local(p.grad) for p in self.parameters]
-
-    def void(self) -> None:
-        """Make one gradient NaN, for whoever must see for itself that a step is void."""
-        found = next((p.grad for p in self.parameters if p.grad is not None), None)
-        if found is not None:
-            found.fill_(math.nan)
-        else:
-            self.parameters[0].grad = torch.full_like(self.parameters[0], math.nan)
 
     def perturbation(self, members: Sequence[int], offsets: Sequence[torch.Tensor]) -> Perturbation:
         """Return the perturbation of the parameters at the given positions."""
@@ -261,7 +220,7 @@ class PassRunner:
         with context as cached_states, self.switched(on):
             loss = _loss_with_gradient(closure, step.mask)
         # Where the graph of the blocks below has been run through, no second pass can go on from it.
-        if horizon is not None and cached_states and self._has_gradient(step.below):
+        if horizon is not None and cached_states and self.has_gradient(step.below):
             cached_states.clear()
             if not horizon.skipping:  # at random, which says nothing of other passes
                 lowest = step.lowest_active

@@ -3,10 +3,12 @@
 from typing import Any
 
 from slsam_peft.algorithm.adversary import Adversary
-from slsam_peft.algorithm.ascents import Ahead, Ascent, Part, Remembered, Sampa, TwoPass, ZerothOrder
+from slsam_peft.algorithm.ascents import Ahead, Ascent, Part, Remembered, TwoPass
 from slsam_peft.algorithm.balancing import Balancing
 from slsam_peft.algorithm.noise import WeightNoise
 from slsam_peft.algorithm.radius import AlongGradient
+from slsam_peft.algorithm.sampa import Sampa
+from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.config import SLSAMConfig
 
 

@@ -12,7 +12,7 @@ r"""SL-SAM composes one step out of the sampler, the ascent, the radius and the 
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch import nn
 
 from slsam_peft.algorithm import rng, state
 from slsam_peft.algorithm.absent import keep_importance, pass_over_absent_pairs
-from slsam_peft.algorithm.arms import Arm, Arms
-from slsam_peft.algorithm.exchange import average_ascent, average_descent
+from slsam_peft.algorithm.arms import Arm, Arms, check_partition
+from slsam_peft.algorithm.exchange import average_descent
 from slsam_peft.algorithm.factors import Factors, check_factors
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.horizons import Horizons
@@ -30,14 +30,16 @@ from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
 from slsam_peft.algorithm.passes import PassRunner
-from slsam_peft.algorithm.radius import build_radius, scaled, slope_of
+from slsam_peft.algorithm.perturbing import Perturber
+from slsam_peft.algorithm.radius import build_radius
 from slsam_peft.algorithm.rules import build_ascent, check_rules
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.algorithm.shards import is_sharded, local, shards_of
 from slsam_peft.algorithm.stack import Pair
-from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step, added, quotient
+from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
+from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.config import RIDING, SLSAMConfig
 from slsam_peft.errors import DivergedError
 
@@ -121,13 +123,8 @@ class SLSAM:
         self.fallbacks = Fallbacks() if fallbacks is None else fallbacks
         self.config = config = (config or SLSAMConfig()).resolved
         self.arms = arms
-        if not len(arms):
-            raise ValueError("there are no arms; arms_of(model) needs a model with trainable parameters.")
+        check_partition(arms)
         parameters = [p for arm in arms for p in arm.parameters]
-        if len(set(parameters)) < len(parameters):
-            names = [name for arm in arms for name in arm.parameter_names]
-            twice = next(name for i, name in enumerate(names) if parameters[i] in set(parameters[:i]))
-            raise ValueError(f"{twice} comes twice in the arms; each parameter belongs to one arm.")
         if config.is_perturbed and config.radius == "weight":
             check_factors("radius='weight'", arms, factors)
         # The parts: what draws and learns, what makes e, what cuts passes, what runs them.
@@ -173,7 +170,7 @@ class SLSAM:
         self._rides = bool(self.runner.pairs)  # on every rank alike, also where one of them stops riding
         # What reads gradients that are not there: a parameter has none where it is not drawn, or a step is skipped.
         pass_over_absent_pairs()
-        self._keep_importance(getattr(arms, "allocators", ()))
+        keep_importance(getattr(arms, "allocators", ()), always_trained=config.descent == "all")
         # What callers set, and what they read.
         self.reduce: Callable[[list[torch.Tensor]], None] | None = None if shards is None else shards.average
         self.loss_scale: Callable[[], torch.Tensor | None] | None = None
@@ -190,6 +187,9 @@ class SLSAM:
         # What lasts from one step to the next, and what an aborted step goes back to.
         self._norms = ArmNorms(arms, None if shards is None else shards.summed)
         self.memory = GradientMemory([local(p) for p in parameters])
+        self._perturber = Perturber(
+            self, self.runner, self.ascent, self.radius, self._norms, self.memory, self.fallbacks
+        )
         self._watch = RadiusWatch()
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
@@ -200,14 +200,6 @@ class SLSAM:
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
                 "active_fraction=%s.",
                 *(config.bandit, config.design, config.ascent, config.descent, config.fraction),
-            )
-
-    def _keep_importance(self, allocators: Sequence[Any]) -> None:
-        keep_importance(allocators)
-        if allocators and self.config.descent == "active":
-            logger.warning(
-                "AdaLoRA ranks parameters by their gradients, and an arm that is not drawn has none: its importance "
-                "stays what it was when it was last trained. With descent='all' each arm has a gradient in each step."
             )
 
     def _fraction(self, solved: float | None) -> float:
@@ -337,7 +329,7 @@ class SLSAM:
         if rides and count == 1:
             step.next_mask = self.sampler.draw_ahead().mask
         if self.ascent.stale and self.config.is_perturbed:
-            self._recall(step)
+            self._perturber.of_memory(step)
         self._current = step
         return step
 
@@ -365,7 +357,7 @@ class SLSAM:
         return self.runner.horizon
 
     def _horizons(self) -> Horizons | None:
-        """Return what cuts the passes; `None` where there is nothing to cut at."""
+        """Return what cuts the passes; `None` where there is nothing to cut at, or ranks must run the same passes."""
         layout = self.arms.layout if isinstance(self.arms, Arms) else None
         if layout is None or not layout.stacks or self._shards is not None:
             return None
@@ -410,13 +402,16 @@ class SLSAM:
                 return self.runner.descend(step, pending, logged=True)
         # The ascent's micro-batches run at w and wait for e.
         closure = self._ascent_pass(step, pending, take)
-        loss = self._estimate(step, pending) if self.ascent.forwards else self.runner.ascend(step, pending, closure)
+        if isinstance(self.ascent, ZerothOrder):
+            loss = self.ascent.estimate(self, self.runner, step, pending)
+        else:
+            loss = self.runner.ascend(step, pending, closure)
         step.pending.append(pending)
         step.taken, step.ascents = step.taken + take, step.ascents + 1
         if index + 1 < step.count and self._take(step, passes, index + 1):
             return loss if exact else torch.zeros_like(loss)
         # The last of them completes e: all that wait descend, each with the random state it had in its ascent.
-        self._set_perturbation(step)
+        self._perturber.of_ascent(step)
         after = rng.snapshot(self.runner.accelerators)
         with self.ascent.within(step):
             losses = [self.runner.descend(step, p, logged=not exact) for p in step.pending]
@@ -453,88 +448,6 @@ class SLSAM:
                 "That is a second pass: a step costs 2.0 plain ones.",
             )
         return passes.unlogged
-
-    def _estimate(self, step: Step, pending: Pending) -> torch.Tensor:
-        """Add an ascent gradient that forward passes alone have made to `.grad`; return the loss at w.
-
-        That is their mean: to second order in the length of the probes.
-        """
-        ascent, forward = self.ascent, pending.forward_only
-        if forward is None:
-            raise ValueError(
-                f"ascent={self.config.to_dict()['ascent']!r} runs forward passes alone; pass forward_only, or an "
-                "ascent_closure that runs the forward alone."
-            )
-        members = [i for i in self.runner.members(step.mask) if self.runner.parameters[i].requires_grad]
-        along = ascent.direction([self.runner.parameters[i] for i in members], self.config.seed, self.steps)
-        ahead, behind = (
-            self.runner.probe(pending, forward, members, torch._foreach_mul(along, sign * ascent.smoothing))
-            for sign in (1.0, -1.0)
-        )
-        slope, loss = (ahead - behind) / (2 * ascent.smoothing), (ahead + behind) / 2
-        scale = self.loss_scale() if self.loss_scale is not None else None
-        slope = slope if scale is None else slope * scale.reshape(()).to(slope.device)
-        for i, part in zip(members, scaled(along, slope), strict=True):
-            parameter = self.runner.parameters[i]
-            parameter.grad = part.to(parameter) if parameter.grad is None else parameter.grad.add_(part)
-        step.ascent_loss = added(step.ascent_loss, loss)
-        return loss
-
-    def _set_perturbation(self, step: Step) -> None:
-        """Turn the ascent gradients in `.grad` into e and clear them."""
-        gradients = average_ascent(self.reduce, self.runner, step, part=not self.ascent.exact)
-        found = {i: g for i, g in enumerate(gradients) if g is not None}
-        squared = self._norms.squared(gradients, self._device(gradients))
-        unit = self._share(step, squared)
-        scale = self.loss_scale() if self.loss_scale is not None else None
-        if scale is not None:
-            unit = unit / scale.reshape(()).to(unit.device)
-        step.ascent_squared = squared * unit.square()
-        if found:
-            self._tell_unperturbed(step, found)
-            self._perturb(step, found, squared.sum().sqrt(), unit)
-        self.runner.clear()
-
-    def _tell_unperturbed(self, step: Step, gradients: Collection[int]) -> None:
-        """Tell of drawn arms that took no part in the ascent's loss, though others did."""
-        for arm in step.mask.nonzero().flatten().tolist():
-            members = [i for i in self.runner.members_of(arm) if self.runner.parameters[i].requires_grad]
-            if members and not any(i in gradients for i in members):
-                self.fallbacks.add(
-                    "a drawn arm is not perturbed in some steps",
-                    f"{self.arms[arm].name} takes no part in the loss of the sequences that make the ascent (layers "
-                    "whose output is not used, batches without images)",
-                    "Such a step perturbs fewer arms than were drawn.",
-                )
-
-    def _share(self, step: Step, like: torch.Tensor) -> torch.Tensor:
-        """Return the factor that makes the ascent passes' loss the mean over their own sequences, shape `()`."""
-        if self.ascent.exact:  # its sequences are all of those that the loss is divided by
-            return like.new_ones(())
-        return quotient(step.divisor, step.items, like)
-
-    def _perturb(self, step: Step, gradients: dict[int, torch.Tensor], norm: torch.Tensor, unit: torch.Tensor) -> None:
-        weights = [local(self.runner.parameters[i]) for i in gradients]
-        with torch.no_grad():
-            offsets, step.rho = self.radius.offsets(list(gradients.values()), weights, norm, unit)
-            slope = slope_of(self.radius, offsets, list(gradients.values()), norm.device)
-            step.slope = None if slope is None else slope * unit
-            step.extrapolated = self.ascent.extrapolation(gradients, unit)
-        step.perturbation = self.runner.perturbation(list(gradients), offsets)
-
-    def _recall(self, step: Step) -> None:
-        """Make e of the gradients that an earlier step kept for the drawn arms: its descent's, or look-ahead ones."""
-        members = [i for i in self.runner.members(step.mask) if self.runner.parameters[i].requires_grad]
-        gradients = self.memory.recall(members)
-        if not gradients:
-            return
-        known = [gradients.get(i) for i in range(len(self.runner.parameters))]
-        squared = self._norms.squared(known, self._device(known))
-        step.ascent_squared = squared
-        self._perturb(step, gradients, squared.sum().sqrt(), squared.new_ones(()))
-
-    def _device(self, gradients: Sequence[torch.Tensor | None]) -> torch.device:
-        return next((g.device for g in gradients if g is not None), self.runner.parameters[0].device)
 
     def _finish(self, step: Step) -> None:
         """Read the step's numbers once, then learn from them, or skip the step if one is not finite."""
@@ -590,9 +503,9 @@ class SLSAM:
             # A fused optimizer takes wrong steps on others, without an error.
             if gradient is not None and not is_sharded(parameter):
                 parameter.grad = gradient.contiguous()
-        squared = self._norms.squared(gradients, self._device(gradients))
+        squared = self._norms.squared(gradients, self.runner.device_of(gradients))
         nothing = squared.new_full((), math.nan)
-        unit = (nothing if step.seen_loss is None else self._share(step, squared)).to(losses.device)
+        unit = (nothing if step.seen_loss is None else self._perturber.share(step, squared)).to(losses.device)
         seen, before = step.rode_losses or (losses[2] * unit, losses[1] * unit)
         factor = torch.ones((), device=squared.device) if scale is None else scale.reshape(()).to(squared.device)
         gathered = StepNumbers(

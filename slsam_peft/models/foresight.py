@@ -4,10 +4,8 @@ from typing import Any
 
 from slsam_peft.algorithm.arms import Arms
 from slsam_peft.algorithm.fallbacks import Fallback
+from slsam_peft.algorithm.horizon import CACHE_OFF, RUN_TWICE
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
-
-_CACHE_OFF = "the hidden-state cache is off"
-_TWICE = "Second passes that would start at such a block run whole: a step costs up to 2 plain ones."
 
 
 def has_router_losses(model: Any) -> bool:
@@ -39,11 +37,11 @@ def foreseen(model: Any, arms: Arms, *, looks_ahead: bool, micro_batches: int) -
         why = "the model has no stack of blocks that hold something trained"
         found.append(Fallback("passes are not cut", why, "Every pass runs whole: two of them cost 2 plain ones."))
     elif routed:
-        found.append(Fallback(_CACHE_OFF, "the loss has a part of every block's router", _TWICE))
+        found.append(Fallback(CACHE_OFF, "the loss has a part of every block's router", RUN_TWICE))
     elif shared:
         first = len(arms.layout.stacks[-1]) - shared
         why = f"the blocks from {first} on attend to keys and values that blocks below {first} have made"
-        found.append(Fallback(f"{_CACHE_OFF} between those blocks", why, _TWICE))
+        found.append(Fallback(f"{CACHE_OFF} between those blocks", why, RUN_TWICE))
     if looks_ahead and micro_batches > 1:
         why = f"it needs one micro-batch per step, and a step has {micro_batches}"
         found.append(Fallback(NOT_RIDING, why, SMALL_PASS))

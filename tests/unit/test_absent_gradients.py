@@ -10,22 +10,11 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, 
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm.absent import keep_importance
-from tests.decoders import FAMILIES, batch, closures
+from tests.decoders import adapted, batch, closures
 from tests.tolerances import EXACT_FLOAT64
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
 RATE = 1e-2
-
-
-def adapted(config):
-    torch.manual_seed(0)
-    cls, settings, shape = FAMILIES["llama"]
-    model = peft.get_peft_model(cls(settings(**shape)), config, autocast_adapter_dtype=False).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.train()
 
 
 def adalora(**settings):

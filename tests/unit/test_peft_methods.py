@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from tests.decoders import FAMILIES, batch, closures
+from tests.decoders import adapted, batch, closures
 from tests.reference import assert_step_is_exact
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
@@ -27,17 +27,6 @@ METHODS = {
     "LoRA on embeddings": peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
     "LoRA and trained tokens": peft.LoraConfig(r=2, trainable_token_indices=[3, 4, 5], **TARGETS),
 }
-
-
-def adapted(method):
-    torch.manual_seed(0)
-    cls, config, shape = FAMILIES["llama"]
-    model = peft.get_peft_model(cls(config(**shape)), method, autocast_adapter_dtype=False).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.train()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")

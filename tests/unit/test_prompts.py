@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
-from tests.decoders import FAMILIES, batch, closures
+from tests.decoders import adapted, batch, closures
 from tests.families import batch_of, model_of
 from tests.reference import assert_step_is_exact
 from tests.tiny import build
@@ -33,17 +33,6 @@ PROMPTS = {
 TRAINED_BY_TRL = ("prompt", "prefix", "p-tuning")
 
 
-def prompted(config):
-    torch.manual_seed(0)
-    cls, settings, shape = FAMILIES["llama"]
-    model = peft.get_peft_model(cls(settings(**shape)), config, autocast_adapter_dtype=False).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.train()
-
-
 def inputs_of(name):
     inputs = dict(batch())
     if name == "multitask prompt":
@@ -65,7 +54,7 @@ def assert_steps_are_exact(model, inputs):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_step_is_exact(name):
-    model = prompted(PROMPTS[name])
+    model = adapted(PROMPTS[name])
     assert all(arm.depth is None for arm in arms_of(model))
     assert_steps_are_exact(model, inputs_of(name))
 
@@ -76,14 +65,14 @@ def test_prompts_of_encoder_decoders_too():
 
 
 def test_adaption_prompts_lie_in_blocks():
-    model = prompted(peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"))
+    model = adapted(peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"))
     arms = arms_of(model)
     assert [arm.depth for arm in arms] == [len(arms.blocks) - 2, len(arms.blocks) - 1]
     assert_steps_are_exact(model, batch())
 
 
 def test_it_is_said_once_for_each_model(caplog):
-    model = prompted(PROMPTS["prompt"])
+    model = adapted(PROMPTS["prompt"])
     with caplog.at_level(logging.WARNING, logger="slsam_peft"):
         assert [arm.name for arm in arms_of(model)] == [arm.name for arm in arms_of(model, "module")]
         arms_of(model)

@@ -15,7 +15,7 @@ from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.cli.main import main
 from slsam_peft.errors import UserError
 from slsam_peft.saving.record import sample_base
-from tests.decoders import batch, closures
+from tests.decoders import batch, closures, move
 from tests.reference import assert_gradients_are, reference_step
 from tests.tiny import build, llama, lora, tokenizer
 from tests.tolerances import FLOAT32_NORMS
@@ -121,10 +121,7 @@ def test_packed_weights_are_no_samples_of_the_base() -> None:
 
 def assert_steps_are_exact(model: Any) -> None:
     """Check steps against the slow reference, cut and reused ones too."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    move(model)
     arms = arms_of(model)
     closure, forward_only = closures(model, batch())
     for descent in ("active", "all"):

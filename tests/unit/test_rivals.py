@@ -8,11 +8,13 @@ from bitsandbytes.nn import Linear4bit
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm.adversary import Adversary
-from slsam_peft.algorithm.ascents import Ahead, Sampa, ZerothOrder, seeded_normal
+from slsam_peft.algorithm.ascents import Ahead, seeded_normal
 from slsam_peft.algorithm.balancing import Balancing
 from slsam_peft.algorithm.factors import Factors
 from slsam_peft.algorithm.noise import WeightNoise, _NoisyLinear
+from slsam_peft.algorithm.sampa import Sampa
 from slsam_peft.algorithm.stack import Pair
+from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.cost.model import CostModel
 from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
