@@ -41,7 +41,7 @@ class Perturber:
         self._host = host
         self._runner = runner
         self._ascent = ascent
-        self._radius = radius
+        self.radius = radius
         self._norms = norms
         self._memory = memory
         self._fallbacks = fallbacks
@@ -82,8 +82,8 @@ class Perturber:
         found = list(gradients.values())
         weights = [local(self._runner.parameters[i]) for i in gradients]
         with torch.no_grad():
-            offsets, step.rho = self._radius.offsets(found, weights, norm, unit)
-            slope = slope_of(self._radius, offsets, found, norm.device)
+            offsets, step.rho = self.radius.offsets(found, weights, norm, unit)
+            slope = slope_of(self.radius, offsets, found, norm.device)
             step.slope = None if slope is None else slope * unit
             step.extrapolated = self._ascent.extrapolation(gradients, unit)
         step.perturbation = self._runner.perturbation(list(gradients), offsets)

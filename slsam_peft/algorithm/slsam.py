@@ -31,7 +31,7 @@ from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
 from slsam_peft.algorithm.passes import PassRunner
 from slsam_peft.algorithm.perturbing import Perturber
-from slsam_peft.algorithm.radius import build_radius
+from slsam_peft.algorithm.radius import Radius, build_radius
 from slsam_peft.algorithm.rules import build_ascent, check_rules
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
@@ -145,9 +145,9 @@ class SLSAM:
         rideable = rideable and (config.descent == "all" or config.active_fraction == 1)
         name: Any = config.ascent if config.is_perturbed else None
         self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
-        self.radius = build_radius(config, factors)
+        radius = build_radius(config, factors)
         if shards is not None and config.is_perturbed:
-            check_rules(self.ascent, self.radius, config)
+            check_rules(self.ascent, radius, config)
         self._shards = shards
         horizon = self._horizons()
         self.runner = PassRunner(
@@ -187,9 +187,7 @@ class SLSAM:
         # What lasts from one step to the next, and what an aborted step goes back to.
         self._norms = ArmNorms(arms, None if shards is None else shards.summed)
         self.memory = GradientMemory([local(p) for p in parameters])
-        self._perturber = Perturber(
-            self, self.runner, self.ascent, self.radius, self._norms, self.memory, self.fallbacks
-        )
+        self._perturber = Perturber(self, self.runner, self.ascent, radius, self._norms, self.memory, self.fallbacks)
         self._watch = RadiusWatch()
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
@@ -224,6 +222,15 @@ class SLSAM:
     def probabilities(self) -> torch.Tensor:
         """Inclusion probabilities for the next draw, float64 on the CPU, shape `(L,)`."""
         return self.sampler.probabilities
+
+    @property
+    def radius(self) -> Radius:
+        """What makes e of the ascent gradients; another one may take its place between two steps."""
+        return self._perturber.radius
+
+    @radius.setter
+    def radius(self, radius: Radius) -> None:
+        self._perturber.radius = radius
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
