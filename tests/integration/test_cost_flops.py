@@ -215,7 +215,11 @@ def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=
     return predicted, count.get_total_flops()
 
 
-@pytest.mark.parametrize("mode", MODES)
+slow = pytest.mark.slow
+ALWAYS = ("auto", "sam", "paper", "depth", "small_pass", "bi_lora", "zeroth_order")  # the others in the slow run
+
+
+@pytest.mark.parametrize("mode", [m if m in ALWAYS else pytest.param(m, marks=slow) for m in MODES])
 def test_our_steps_for_the_lowest_blocks_drawn(build, mode):
     predicted, counted = _predicted_and_counted(build, MODES[mode])
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
@@ -224,25 +228,25 @@ def test_our_steps_for_the_lowest_blocks_drawn(build, mode):
 @pytest.mark.parametrize(
     "mode",
     [
-        "depth",
         "auto",
-        "small_pass",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("partial", "remembered", "dense_descent")),
+        *(pytest.param(m, marks=slow) for m in ("depth", "small_pass", "partial", "remembered", "dense_descent")),
     ],
 )
-@pytest.mark.parametrize(("batch", "micro_batches"), [(2, 4), pytest.param(1, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("batch", "micro_batches"), [(2, 4), pytest.param(1, 4, marks=slow)])
 def test_our_steps_under_accumulation(build, mode, batch, micro_batches):
     predicted, counted = _predicted_and_counted(build, MODES[mode], batch, micro_batches)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
-@pytest.mark.parametrize("mode", ["depth", "dense_descent", "auto", "small_pass"])
+@pytest.mark.parametrize(
+    "mode", ["auto", *(pytest.param(m, marks=slow) for m in ("depth", "dense_descent", "small_pass"))]
+)
 def test_our_steps_without_checkpointing(build, mode):
     predicted, counted = _predicted_and_counted(build, MODES[mode], checkpointing=False)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["gemma3", *(pytest.param(f, marks=slow) for f in ("qwen2", "gpt2", "opt"))])
 def test_our_steps_in_other_families(build, family):
     predicted, counted = _predicted_and_counted(build, MODES["depth"], family=family)
     assert predicted == pytest.approx(counted, rel=COUNTED_FLOPS)

@@ -118,7 +118,7 @@ def small_head(monkeypatch):
     monkeypatch.setattr(footprint, "HEAD_WORDS", WORDS)
 
 
-ALWAYS = ("plain", "auto", "auto_accumulated", "sam", "remembered")  # the others in the slow run
+ALWAYS = ("plain", "auto", "remembered")  # the others in the slow run
 
 
 @pytest.mark.parametrize("case", [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
@@ -151,7 +151,7 @@ def plain_peak(tmp_path_factory):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"bandit": "paper", "active_fraction": 0.4},
+        slow({"bandit": "paper", "active_fraction": 0.4}),
         slow({"active_fraction": 1.0}),
         slow({"design": "depth", "active_fraction": 0.5}),
         slow({"design": "depth", "active_fraction": 0.5, "ascent": "partial"}),

@@ -23,8 +23,8 @@ START_SECONDS = 900  # a start imports everything twice, on a machine that may b
 DEATH_SECONDS = 60  # from the death of a rank to the end of all
 
 # Scenarios that run with `-m slow` alone; the others show each way to shard and each engine once.
-SLOW = {"bar", "flat_lora", "fsdp2, a part", *(f"sharded, {name}" for name in sharded.SHARDED)}
-SLOW -= {"sharded, two passes", "sharded, a part", "sharded, a part, loss rise", "sharded, replicated"}
+SLOW = {"bar", "bi_lora", "flat_lora", "fsdp2, a part", *(f"sharded, {name}" for name in sharded.SHARDED)}
+SLOW -= {"sharded, two passes", "sharded, a part"}
 
 
 def launch(folder, *scenarios, timeout=START_SECONDS):

@@ -1,5 +1,7 @@
 """Without a radius and with every arm active SL-SAM is plain training: bit for bit, weights and logs."""
 
+from itertools import product
+
 import pytest
 import torch
 from trl import SFTTrainer
@@ -17,9 +19,16 @@ def logs(trainer):
     return [{k: v for k, v in log.items() if not any(t in k for t in TIMES)} for log in trainer.state.log_history]
 
 
-@pytest.mark.parametrize("checkpointing", [False, {"use_reentrant": False}, {"use_reentrant": True}])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("packing", [False, True])
+# Each kind of checkpointing, accumulation and packing always, all of their combinations in the slow run.
+ALWAYS = (("none", 3, False), ("kept", 1, True), ("reentrant", 3, True))
+CHECKPOINTING = {"none": False, "kept": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
+PLAIN_TRAININGS = [
+    pytest.param(CHECKPOINTING[kind], *others, marks=[] if (kind, *others) in ALWAYS else pytest.mark.slow)
+    for kind, *others in product(CHECKPOINTING, (1, 3), (False, True))
+]
+
+
+@pytest.mark.parametrize(("checkpointing", "accumulation", "packing"), PLAIN_TRAININGS)
 def test_no_radius_and_all_arms_is_plain_training_bitwise(checkpointing, accumulation, packing, tmp_path):
     settings = {
         "gradient_accumulation_steps": accumulation,
@@ -36,7 +45,10 @@ def test_no_radius_and_all_arms_is_plain_training_bitwise(checkpointing, accumul
     assert ours.slsam.steps == 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+IN_SHORT = ("auto", "paper", "depth", "bi_lora")  # the others in the slow run
+
+
+@pytest.mark.parametrize("method", [m if m in IN_SHORT else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_no_radius_is_plain_training_under_every_method(method, tmp_path):
     """Whatever a method samples, and whichever ascent it names: without a radius there is none, and nothing rides."""
     settings = {"per_device_train_batch_size": 3, "max_steps": -1, "num_train_epochs": 2, "data": texts(10)}
@@ -91,7 +103,10 @@ def test_reported_loss_accuracy_entropy_and_tokens_are_those_of_plain_training(t
     assert plain.state.log_history[2]["num_tokens"] == ours.state.log_history[2]["num_tokens"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"descent": "all", "design": "depth"}, {"granularity": "module"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"descent": "all", "design": "depth"}, pytest.param({"granularity": "module"}, marks=pytest.mark.slow)],
+)
 def test_four_micro_batches_of_two_are_one_of_eight(settings, tmp_path):
     """Through SFTTrainer, with sequences of unequal length and the loss normalised by the step's tokens."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.6, **settings)

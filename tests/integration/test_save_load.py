@@ -191,7 +191,7 @@ def test_going_on_from_the_last_checkpoint_that_transformers_finds(tmp_path):
     assert_goes_on(tmp_path, SLSAMConfig(rho=0.1, active_fraction=0.5), last, peft_config=lora(lora_dropout=0.2))
 
 
-@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("low", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "bfloat16"])
 def test_the_best_model_comes_with_its_sampler(low, tmp_path):
     """Resumed or not, a run ends with adapter and sampler of its best checkpoint, in the adapter's precision."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.5, adapter_dtype="keep")

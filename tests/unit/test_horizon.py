@@ -24,14 +24,14 @@ def masks(count):
 
 CHECKPOINTING = {"plain": None, "checkpointed": False, "reentrant": True}
 
-# One family in every way and every family in one way always, the others in the slow run.
+# One family in every kind of checkpointing and in one way by module always, the rest in the slow run.
 CASES = [
     pytest.param(
         family,
         CHECKPOINTING[kind],
         granularity,
         id=f"{family}-{kind}-{granularity}",
-        marks=[] if family == "llama" or (granularity == "block" and kind == "checkpointed") else pytest.mark.slow,
+        marks=[] if family == "llama" and (granularity == "block" or kind == "reentrant") else pytest.mark.slow,
     )
     for family, kind, granularity in product(FAMILIES, CHECKPOINTING, ("block", "module"))
 ]

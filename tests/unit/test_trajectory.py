@@ -86,13 +86,15 @@ SETTINGS = {
 }
 
 
-# Every setting once, two of them checkpointed, always; each the other way in the slow run.
+ALWAYS = (("bernoulli", "plain"), ("window of modules", "plain"), ("all descend", "checkpointed"))
+
+# Two settings without checkpointing and one with it always; each in the other ways in the slow run.
 CASES = [
     pytest.param(
         settings,
         checkpointing,
         id=f"{name}-{kind}",
-        marks=[pytest.mark.slow] * ((kind == "checkpointed") != (settings["design"] == "depth")),
+        marks=[] if (name, kind) in ALWAYS else pytest.mark.slow,
     )
     for name, settings in SETTINGS.items()
     for kind, checkpointing in {"plain": None, "checkpointed": False}.items()
