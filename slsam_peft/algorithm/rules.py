@@ -5,9 +5,11 @@ from typing import Any
 from slsam_peft.algorithm.adversary import Adversary
 from slsam_peft.algorithm.ascents import Ahead, Ascent, Part, Remembered, TwoPass
 from slsam_peft.algorithm.balancing import Balancing
+from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.noise import WeightNoise
 from slsam_peft.algorithm.radius import AlongGradient
 from slsam_peft.algorithm.sampa import Sampa
+from slsam_peft.algorithm.shards import Shards
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.config import SLSAMConfig
 
@@ -36,22 +38,29 @@ def build_ascent(
     return {"two_pass": TwoPass, "remembered": Remembered, "bi_lora": Adversary, "flat_lora": WeightNoise}[name]()
 
 
-def check_rules(ascent: Any, radius: Any, config: SLSAMConfig) -> None:
-    """Refuse rules that may need whole weights or gradients, where a rank has pieces of them.
+def check_sharded(ascent: Any, radius: Any, config: SLSAMConfig, shards: Shards, fallbacks: Fallbacks) -> None:
+    """Refuse rules that may need whole weights or gradients, where a rank has pieces of them; tell what that costs.
 
     Args:
         ascent (`Ascent`): The rule that makes the ascent gradient.
         radius (`Radius`): The rule that makes e.
-        config (`SLSAMConfig`): Resolved settings, for the message.
+        config (`SLSAMConfig`): Resolved settings.
+        shards (`Shards`): The sharded parameters.
+        fallbacks (`Fallbacks`): Told that no pass is cut.
 
     Raises:
         ValueError: one of them is not known to work on pieces.
     """
     known = type(ascent) in (TwoPass, Part, Remembered)
     for name, fine in (("ascent", known), ("radius", isinstance(radius, AlongGradient))):
-        if not fine:
+        if config.is_perturbed and not fine:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} may need whole weights, and parameters are sharded here (FSDP2): "
                 "each rank has pieces. Use ascent='auto', 'two_pass' or 'partial' with a length or a loss rise, "
                 "or DDP."
             )
+    fallbacks.add(
+        "passes are not cut",
+        f"parameters are sharded over {shards.mesh.size()} ranks (FSDP2), which all run the same passes",
+        "Every pass runs whole, and costs what that costs.",
+    )

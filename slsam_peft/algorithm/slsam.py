@@ -22,6 +22,7 @@ from torch import nn
 from slsam_peft.algorithm import rng, state
 from slsam_peft.algorithm.absent import keep_importance, pass_over_absent_pairs
 from slsam_peft.algorithm.arms import Arm, Arms, check_partition
+from slsam_peft.algorithm.assembly import build_runner, fraction_of, riding_pairs
 from slsam_peft.algorithm.exchange import average_descent
 from slsam_peft.algorithm.factors import Factors, check_factors
 from slsam_peft.algorithm.fallbacks import Fallbacks
@@ -29,10 +30,9 @@ from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
-from slsam_peft.algorithm.passes import PassRunner
 from slsam_peft.algorithm.perturbing import Perturber
 from slsam_peft.algorithm.radius import Radius, build_radius
-from slsam_peft.algorithm.rules import build_ascent, check_rules
+from slsam_peft.algorithm.rules import build_ascent, check_sharded
 from slsam_peft.algorithm.sampler import Draw, Sampler
 from slsam_peft.algorithm.sampling import build_scheme
 from slsam_peft.algorithm.shards import is_sharded, local, shards_of
@@ -40,7 +40,7 @@ from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
-from slsam_peft.config import RIDING, SLSAMConfig
+from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
 
 REDRAWS = 1000  # of arms that are not all frozen
@@ -122,52 +122,29 @@ class SLSAM:
         # The arms must be a partition of the parameters.
         self.fallbacks = Fallbacks() if fallbacks is None else fallbacks
         self.config = config = (config or SLSAMConfig()).resolved
-        self.arms = arms
+        self.arms, self.factors, self.cost = arms, factors, cost
         check_partition(arms)
-        parameters = [p for arm in arms for p in arm.parameters]
         if config.is_perturbed and config.radius == "weight":
             check_factors("radius='weight'", arms, factors)
-        # The parts: what draws and learns, what makes e, what cuts passes, what runs them.
-        self.cost = cost
-        depths = [arm.depth for arm in arms]
-        self._depths = _depths(arms)
-        self.sampler = Sampler(depths, len(arms) * self._fraction(fraction), config)
+        parameters = [p for arm in arms for p in arm.parameters]
         shards = shards_of(parameters, getattr(arms, "gathering", ()))
-        rideable = bool(pairs) and {w for pair in pairs for w in pair.weights} == set(parameters)
-        rideable = rideable and shards is None
-        if config.ascent in RIDING and config.is_perturbed and not rideable:
-            raise ValueError(
-                f"ascent={config.ascent!r} runs sequences at w and at w + e in one pass, which only pairs of LoRA "
-                "factors can that hold everything that is trained and are not sharded; use ascent='auto' or "
-                "'partial', or train LoRA factors only."
-            )
-        # What rides along is seen by every arm that the next step perturbs only where all of them are trained.
-        rideable = rideable and (config.descent == "all" or config.active_fraction == 1)
+        riding = riding_pairs(config, pairs, parameters, shards)
+        # The parts: what draws and learns, where g comes from, what runs passes, what makes e of g.
+        self._depths = _depths(arms)
+        drawn = len(arms) * fraction_of(config, len(arms), fraction)
+        self.sampler = Sampler([arm.depth for arm in arms], drawn, config)
         name: Any = config.ascent if config.is_perturbed else None
-        self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=rideable)
-        radius = build_radius(config, factors)
-        if shards is not None and config.is_perturbed:
-            check_rules(self.ascent, radius, config)
+        self.ascent = build_ascent(name, config.ascent_sequences, config.ascent_fraction, rides=bool(riding))
         self._shards = shards
-        horizon = self._horizons()
-        self.runner = PassRunner(
-            parameters,
-            torch.tensor([i for i, arm in enumerate(arms) for _ in arm.parameters]),
-            {p: sites for arm in arms for p, sites in zip(arm.parameters, arm.sites, strict=True)},
-            horizon,
-            self.fallbacks,
-            pairs if rideable and self.ascent.rides else (),
-            getattr(arms, "buffered", None),
-            shards,
-            getattr(arms, "devices", ()),
-        )
+        pairs = riding if self.ascent.rides else ()
+        self.runner = build_runner(arms, self._horizons(), self.fallbacks, pairs, shards)
+        self._rides = bool(pairs)  # on every rank alike, also where one of them stops riding
+        self.memory = GradientMemory([local(p) for p in parameters])
+        self._norms = ArmNorms(arms, None if shards is None else shards.summed)
+        radius = build_radius(config, factors)
+        self._perturber = Perturber(self, self.runner, self.ascent, radius, self._norms, self.memory, self.fallbacks)
         if shards is not None:
-            self.fallbacks.add(
-                "passes are not cut",
-                f"parameters are sharded over {shards.mesh.size()} ranks (FSDP2), which all run the same passes",
-                "Every pass runs whole, and costs what that costs.",
-            )
-        self._rides = bool(self.runner.pairs)  # on every rank alike, also where one of them stops riding
+            check_sharded(self.ascent, radius, config, shards, self.fallbacks)
         # What reads gradients that are not there: a parameter has none where it is not drawn, or a step is skipped.
         pass_over_absent_pairs()
         keep_importance(getattr(arms, "allocators", ()), always_trained=config.descent == "all")
@@ -182,41 +159,19 @@ class SLSAM:
         self.norms = torch.zeros(len(arms), dtype=torch.float64)
         self.drawn = self.probabilities
         self.steps = self.skipped = self.skipped_in_a_row = 0
-        self.factors = factors
-        self.ascent.begin(self)
-        # What lasts from one step to the next, and what an aborted step goes back to.
-        self._norms = ArmNorms(arms, None if shards is None else shards.summed)
-        self.memory = GradientMemory([local(p) for p in parameters])
-        self._perturber = Perturber(self, self.runner, self.ascent, radius, self._norms, self.memory, self.fallbacks)
+        # The step in progress, and what an aborted one goes back to.
         self._watch = RadiusWatch()
         self._current: Step | None = None
         self._before: dict[str, Any] = {}
         self._random_before: rng.State = {}
         self._order = RunOrder(arms.layout if isinstance(arms, Arms) else None)
+        self.ascent.begin(self)
         if config.method is None:
             logger.info(
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
                 "active_fraction=%s.",
                 *(config.bandit, config.design, config.ascent, config.descent, config.fraction),
             )
-
-    def _fraction(self, solved: float | None) -> float:
-        config, count = self.config, len(self.arms)
-        if solved is not None:
-            return solved
-        if config.cost_budget is not None:
-            raise ValueError(
-                f"cost_budget={config.cost_budget} needs a cost model of the whole model; use SLSAMTrainer, or solve "
-                "for the fraction (slsam_peft.cost.expected.ExpectedCost.solve) and pass SLSAM(..., fraction=...)."
-            )
-        if config.active_fraction is None or config.method is not None:
-            return config.fraction if config.bandit == "paper" else max(config.fraction, 1.0 / count)
-        if config.active_fraction * count < 1 - 1e-9 and config.bandit != "paper":
-            raise ValueError(
-                f"active_fraction={config.active_fraction} of {count} arms is less than one arm; use at least "
-                f"{1 / count:.3g}, or a finer granularity."
-            )
-        return config.active_fraction
 
     @property
     def probabilities(self) -> torch.Tensor:
