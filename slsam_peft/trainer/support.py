@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import nn
 
 from slsam_peft.algorithm.arms import Arm
@@ -40,6 +41,32 @@ def check_trainer(trainer: Any) -> None:
             f"{type(trainer).__name__} is not supported: its training step generates completions and "
             "counts its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
         )
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Refuse a base whose quantised layers pass no gradient on to their input: nothing below them could be trained.
+
+    Kernels that quantise activations as they come often have no backward pass. Each layer whose weight is a packed
+    tensor of a library's own is run on one token.
+
+    Raises:
+        ValueError: there is one. The message names the layer, and the kind of its weight.
+    """
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is None or not hasattr(weight, "__tensor_flatten__") or weight.is_meta:
+            continue
+        with torch.enable_grad():
+            token = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+            passes_on = module(token).requires_grad
+        if not passes_on:
+            kind = f"{type(weight).__module__.partition('.')[0]}'s {type(weight).__name__}"
+            raise ValueError(
+                f"{name} is quantised so that it passes no gradient on to its input ({kind}; with activations that are "
+                "quantised as they come, as Int8DynamicActivationInt8WeightConfig does, the product has no backward "
+                "pass). Quantise weights alone (for example Int8WeightOnlyConfig, NF4, or quanto's int8 and int4), or "
+                "leave this layer out (modules_to_not_convert)."
+            )
 
 
 def _is_compiled(module: Any) -> bool:

@@ -43,6 +43,7 @@ from slsam_peft.trainer.riding import lora_pairs, not_pairs, why_not
 from slsam_peft.trainer.sharded import check_sharding, is_fsdp2
 from slsam_peft.trainer.support import (
     check_optimizer,
+    check_quantized,
     check_sequences,
     check_trainer,
     held,
@@ -92,8 +93,9 @@ class SLSAMMixin(_Base):
         slsam_fallbacks (`Fallbacks`): What has run otherwise than meant so far; it stands in `slsam.json`, too.
 
     Raises:
-        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO); no trainable parameter; an
-            optimizer that lacks some arms. All before the first step.
+        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO); a base whose quantised
+            layers pass no gradient on; no trainable parameter; an optimizer that lacks some arms. All before the first
+            step.
     """
 
     def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
@@ -106,6 +108,7 @@ class SLSAMMixin(_Base):
         super().__init__(*args, **kwargs)
         check_trainer(self)
         check_sharding(self, self.slsam_config)
+        check_quantized(self.model)
         check_sequences(self, self.slsam_config)
         named = self.slsam_config.ascent
         if named in RIDING and self.slsam_config.is_perturbed and (reason := why_not(self)):
