@@ -23,7 +23,8 @@ def check_trainer(trainer: Any) -> None:
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and a step here "
-            "needs two. Use DDP (torchrun or accelerate launch)."
+            "needs two. DeepSpeed 0.19.8 with ZeRO-2 on one CPU process was tried: it did not get beyond its start. "
+            "Use DDP (torchrun or accelerate launch), or FSDP2 (fsdp_config={'version': 2})."
         )
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -62,8 +63,8 @@ def check_quantized(model: nn.Module) -> None:
         if not passes_on:
             kind = f"{type(weight).__module__.partition('.')[0]}'s {type(weight).__name__}"
             raise ValueError(
-                f"{name} is quantised so that it passes no gradient on to its input ({kind}; with activations that are "
-                "quantised as they come, as Int8DynamicActivationInt8WeightConfig does, the product has no backward "
+                f"{name} is quantised so that it passes no gradient on to its input ({kind}; where activations are "
+                "quantised as they come, as by Int8DynamicActivationInt8WeightConfig, the product has no backward "
                 "pass). Quantise weights alone (for example Int8WeightOnlyConfig, NF4, or quanto's int8 and int4), or "
                 "leave this layer out (modules_to_not_convert)."
             )
@@ -103,30 +104,33 @@ def check_optimizer(trainer: Any, arms: Sequence[Arm]) -> None:
         )
 
 
-def may_be_trained(model: nn.Module) -> set[nn.Parameter]:
-    """Return what training may come to train: what requires a gradient now, and adapters that are frozen.
+def may_be_trained(model: nn.Module) -> set[str]:
+    """Return the names of what training may come to train: what requires a gradient now, and adapters that are frozen.
 
-    A base below adapters that is frozen now stays so: optimizers are often built over all of a model's parameters.
+    Names, since sharding puts other parameters in the place of those that are there before it. A base below adapters that is frozen now stays so: optimizers are often built over all of a model's parameters.
 
     Args:
         model (`nn.Module`): The model. Without adapters each of its parameters counts.
     """
     adapters = adapter_prefixes(model)
-    return {p for name, p in model.named_parameters() if p.requires_grad or not adapters or name.startswith(adapters)}
+    parameters = model.named_parameters()
+    return {name for name, p in parameters if p.requires_grad or not adapters or name.startswith(adapters)}
 
 
 @contextmanager
-def held(optimizer: Any, candidates: Collection[nn.Parameter]) -> Iterator[None]:
+def held(optimizer: Any, model: nn.Module, candidates: Collection[str]) -> Iterator[None]:
     """Let everything that an optimizer will train again require a gradient inside the context.
 
     Callbacks freeze parameters for a while. Those that the optimizer holds will be trained again.
 
     Args:
         optimizer (`torch.optim.Optimizer` or `None`): The optimizer; `None` where there is none yet.
-        candidates (`Collection[nn.Parameter]`): From `may_be_trained`, before training.
+        model (`nn.Module`): The model.
+        candidates (`Collection[str]`): From `may_be_trained`, before training.
     """
+    known = {p for name, p in model.named_parameters() if name in candidates}
     groups = [] if optimizer is None else optimizer.param_groups
-    frozen = [p for group in groups for p in _stepped_on(group) if not p.requires_grad and p in candidates]
+    frozen = [p for group in groups for p in _stepped_on(group) if not p.requires_grad and p in known]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)

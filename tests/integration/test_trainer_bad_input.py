@@ -1,6 +1,7 @@
 """Set-ups that cannot work are refused before the first step, with the value and what to do."""
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin, SLSAMTrainer
-from slsam_peft.trainer.sharded import check_sharding
+from slsam_peft.trainer.sharded import check_resumed, check_sharding
 from slsam_peft.trainer.support import check_optimizer, check_trainer
 from tests.tiny import build, llama, lora, sft_args, texts, tokenizer, train
 
@@ -130,7 +131,7 @@ def test_a_plain_set_up_passes():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("is_deepspeed_enabled", r"DeepSpeed is not supported: .*Use DDP"),
+        ("is_deepspeed_enabled", r"DeepSpeed is not supported: .*0\.19\.8 with ZeRO-2 on one CPU .* tried.*Use DDP"),
         ("is_fsdp_enabled", r"FSDP is not supported but for FSDP2 .*Use DDP"),
     ],
 )
@@ -372,3 +373,19 @@ def test_schemes_by_depth_without_blocks(design, tmp_path):
     with pytest.raises(ValueError, match=rf"design='{design}'.*(depth|blocks)"):
         trainer.train()
     weights.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"method": "paper"}, "SHARDED_STATE_DICT", r"under FSDP2 with descent='active': .*Set descent='all'"),
+        ({}, "FULL_STATE_DICT", r"with .*FULL_STATE_DICT: set state_dict_type to SHARDED_STATE_DICT"),
+        ({}, "SHARDED_STATE_DICT", None),
+        ({"rho": 0.0}, "SHARDED_STATE_DICT", None),
+    ],
+)
+def test_resuming_under_fsdp2_is_refused_where_it_was_not_seen_to_be_exact(settings, kind, message):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=f"StateDictType.{kind}"))
+    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=SimpleNamespace(is_fsdp2=True, state=state))
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_resumed(trainer, SLSAMConfig(**settings).resolved)
