@@ -107,7 +107,8 @@ def check_optimizer(trainer: Any, arms: Sequence[Arm]) -> None:
 def may_be_trained(model: nn.Module) -> set[str]:
     """Return the names of what training may come to train: what requires a gradient now, and adapters that are frozen.
 
-    Names, since sharding puts other parameters in the place of those that are there before it. A base below adapters that is frozen now stays so: optimizers are often built over all of a model's parameters.
+    Names, since sharding puts other parameters in the place of those that were there. A base below adapters that
+    is frozen now stays so: optimizers are often built over all of a model's parameters.
 
     Args:
         model (`nn.Module`): The model. Without adapters each of its parameters counts.

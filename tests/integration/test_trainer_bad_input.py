@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin, SLSAMTrainer
 from slsam_peft.trainer.sharded import check_resumed, check_sharding
-from slsam_peft.trainer.support import check_optimizer, check_trainer
+from slsam_peft.trainer.support import check_optimizer, check_trainer, held, may_be_trained
 from tests.tiny import build, llama, lora, sft_args, texts, tokenizer, train
 
 
@@ -389,3 +389,17 @@ def test_resuming_under_fsdp2_is_refused_where_it_was_not_seen_to_be_exact(setti
     trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=SimpleNamespace(is_fsdp2=True, state=state))
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_resumed(trainer, SLSAMConfig(**settings).resolved)
+
+
+def test_what_a_callback_has_frozen_is_known_by_name_when_sharding_has_replaced_it():
+    """FSDP2 puts new parameters in the place of those that were there when the trainer was built."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].requires_grad_(False)
+    assert may_be_trained(model) == {"0.weight", "1.weight"}, "without adapters each counts"
+    candidates = {"0.weight"}
+    for layer in model:
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    optimizer = torch.optim.SGD(model.parameters())
+    with held(optimizer, model, candidates):
+        assert [layer.weight.requires_grad for layer in model] == [True, False]
+    assert not any(layer.weight.requires_grad for layer in model)

@@ -212,11 +212,11 @@ def test_an_idle_step_is_logged_once_where_the_whole_batch_makes_an_inexact_asce
     closure, forward_only = passes_of(loss)
 
     def counted():
-        logged.append(float(loss()))
+        logged.append(len(x))
         return closure()
 
     for _ in range(2):
         reported = slsam.accumulate(Passes(counted, closure, forward_only, sequences=1))
-        assert float(reported) == pytest.approx(float(loss()))
+        assert float(reported) == pytest.approx(float(loss().detach()))
     assert slsam.skipped == 2
     assert len(logged) == 2
