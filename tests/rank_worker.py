@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -304,32 +305,51 @@ class OnCPU(Watched):
         self.is_fsdp_enabled = True
 
 
+@contextmanager
+def sharding_on_cpus(state_dict_type="FULL_STATE_DICT"):
+    """Yield the trainer's class that accelerate shards for, inside the context."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type=state_dict_type,
+    )
+    try:
+        yield type("OnCPU", (OnCPU,), {"plugin": plugin})
+    finally:
+        state = AcceleratorState()  # one for all trainers
+        state.distributed_type = DistributedType.MULTI_CPU
+        del state.fsdp_plugin
+
+
 def fsdp2(settings, arguments):
     """Two ranks that accelerate gives pieces of each parameter, and the same two under DDP; what is saved."""
 
     def scenario(folder):
         ddp = train_small(Watched, folder / "ddp", config_of(settings), double=True, **PLAIN_SGD, **arguments)
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            state_dict_type="FULL_STATE_DICT",
-        )
-        cls = type("OnCPU", (OnCPU,), {"plugin": plugin})
-        try:
+        with sharding_on_cpus() as cls:
             trainer = train_small(cls, folder / "out", config_of(settings), double=True, **PLAIN_SGD, **arguments)
             assert trainer.slsam.runner.shards is not None
             trainer.accelerator.get_state_dict = _gathered(trainer.accelerator.get_state_dict)
             trainer.save_model(str(folder / "saved"))
-        finally:
-            state = AcceleratorState()  # one for all trainers
-            state.distributed_type = DistributedType.MULTI_CPU
-            del state.fsdp_plugin
         report = {name: _told(run) for name, run in {"ddp": ddp, "fsdp2": trainer}.items()}
         weights = {f"fsdp2.{n}": p.full_tensor() for n, p in adapters(trainer).items()}
         return report, weights | {f"ddp.{n}": p for n, p in adapters(ddp).items()}
 
     return scenario
+
+
+def fsdp2_resumed(folder):
+    """Four steps of sharded parameters in one go, and the last two of them once more from the checkpoint between."""
+    settings = {"max_steps": 4, "dropout": 0.2, "save_strategy": "steps", "save_steps": 2, "double": True}
+    with sharding_on_cpus("SHARDED_STATE_DICT") as cls:
+        whole = train_small(cls, folder / "whole", config_of({"descent": "all"}), **settings)
+        checkpoint = folder / "whole" / "checkpoint-2"
+        parted = train_small(cls, folder / "parted", config_of({"descent": "all"}), resume=str(checkpoint), **settings)
+        assert all(run.slsam.runner.shards is not None for run in (whole, parted))
+    runs = {"whole": whole, "parted": parted}
+    report = {name: run.seen.report() for name, run in runs.items()}
+    return report, {f"{name}.{n}": p.full_tensor() for name, run in runs.items() for n, p in adapters(run).items()}
 
 
 def _told(trainer):
@@ -397,6 +417,7 @@ SCENARIOS = {
     "rides": rides,
     **{f"sharded, {name}": sharded_steps(name) for name in sharded.SHARDED},
     **{name: fsdp2(*chosen) for name, chosen in UNDER_FSDP2.items()},
+    "fsdp2, resumed": fsdp2_resumed,
     "refused": refused,
     "dying": dying,
 }

@@ -247,6 +247,8 @@ class PassRunner(ArmParameters):
         if step.ascents:
             rng.restore(pending.state)
         if pending.idle:  # there is no gradient at w + e either
+            if closure is pending.passes.logged:  # the pass that the metrics and logs count is still to come
+                _loss_with_gradient(closure, step.trained)
             return pending.idle_loss
         perturbation = step.perturbation
         if perturbation is None:
@@ -371,6 +373,10 @@ class PassRunner(ArmParameters):
         if horizon is None:
             return nullcontext([])
         return horizon.truncated(lowest_active - horizon.offset, max(lowest_trained - horizon.offset, -1), keep=keep)
+
+    def runs_whole(self, step: Step) -> bool:
+        """Whether no pass of a step is cut at its lowest active block."""
+        return self._horizon(step) is None
 
     def _horizon(self, step: Step) -> Horizon | None:
         """Return where the passes of a step are cut that make gradients of its perturbed arms."""

@@ -431,6 +431,7 @@ class SLSAM:
         else:
             self.sampler.learn(step.draw, seen, self.norms)
             self.ascent.finish(step)
+        step.uncut = self.runner.runs_whole(step)
         # The metrics count a skipped step among those skipped in a row; only a good one ends the row.
         self.metrics = step_metrics(self, step, numbers)
         if numbers.finite and not idle:

@@ -115,6 +115,7 @@ class Step:
     taken: int = 0  # sequences whose ascent passes have run
     ascents: int = 0  # micro-batches with an ascent pass
     cached: int = 0  # of which so many start their second pass at the lowest active block
+    uncut: bool = False  # whether passes that make gradients of the perturbed arms ran whole
     items: torch.Tensor | float = 0.0  # of the ascent passes, see `Cut`
     divisor: torch.Tensor | float = 1.0  # see `Passes`
     pending: list[Pending] = field(default_factory=list)

@@ -214,8 +214,8 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     from slsam_peft.cost.expected import ExpectedCost, rule_of
     from slsam_peft.cost.memory import OPTIMIZERS, MemorySettings, memory_of
     from slsam_peft.cost.model import CostModel, Rule
-    from slsam_peft.models.foresight import foreseen, has_router_losses
-    from slsam_peft.models.shapes import find_config, meta_model
+    from slsam_peft.models.foresight import counts_in_part, foreseen, has_router_losses, plans_in_part
+    from slsam_peft.models.shapes import meta_model, whole_config
 
     if args.optim not in OPTIMIZERS:
         raise UserError(f"--optim={args.optim!r} is not known to the plan; known: {', '.join(sorted(OPTIMIZERS))}.")
@@ -223,7 +223,8 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     float32 = args.adapter_dtype == "float32" or not args.load_in_4bit
     targets = args.lora_target_modules[0] if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
-    model = meta_model(find_config(args.model), dtype, args.lora_r, targets, float32)
+    config_of_all = whole_config(args.model)
+    model = meta_model(config_of_all.get_text_config(), dtype, args.lora_r, targets, float32)
     arms = arms_of(model, config.granularity)
     cost = CostModel.from_model(model, args.gradient_checkpointing, blocks=arms.blocks)
     # What a step of it costs.
@@ -256,9 +257,11 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         "cost": _cost_facts(config.resolved, expected, fraction),
         "fallbacks": [
             fallback._asdict()
-            for fallback in foreseen(
-                model, arms, looks_ahead=looks_ahead, micro_batches=args.gradient_accumulation_steps
+            for fallback in (
+                plans_in_part(config_of_all) or counts_in_part(model, cost.decoder.block_names[0]),
+                *foreseen(model, arms, looks_ahead=looks_ahead, micro_batches=args.gradient_accumulation_steps),
             )
+            if fallback is not None
         ],
         "epoch": _epoch_facts(args, expected(fraction)),
         "memory": memory,

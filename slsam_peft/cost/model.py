@@ -49,6 +49,9 @@ class Rule:
             along in it. Defaults to the ascent's number of them, of the same length.
         wanted (`frozenset[str]`, *optional*): Names of the parameters that the next step perturbs, whose gradients of
             riding tokens are wanted. Defaults to none, which is off by less than 0.1 % of a step of an 8B model.
+        uncut (`bool`, *optional*, defaults to `False`): Whether passes run whole, since they cannot be cut: their
+            backpropagation goes down to the input of block 0, for checkpointing or by the very graph that stands in
+            the way of a cut, and none starts above it.
     """
 
     ascent: Ascent = field(default_factory=TwoPass)
@@ -57,6 +60,7 @@ class Rule:
     recalled: bool | None = None
     joined: tuple[int, int] | None = None
     wanted: frozenset[str] = NONE
+    uncut: bool = False
 
     def stacked(self, shapes: Shapes) -> bool:
         """Return whether sequences of the next step ride along; perturbed factors hold two weights then."""
@@ -90,7 +94,7 @@ class Rule:
 
     def reused_shapes(self, shapes: Shapes) -> Shapes:
         """Return the micro-batches whose second pass starts at the lowest active block."""
-        if self.ascent.forwards:  # which keep nothing
+        if self.ascent.forwards or self.uncut:  # which keep nothing
             return []
         # The hidden states of a part of a micro-batch fit no other pass.
         first = self.ascent_shapes(shapes)
@@ -172,11 +176,12 @@ class CostModel:
         """
         per_block, below, head = self._split(active)
         parts = rule.parts(shapes)
-        lowest_active = 0 if below else next((i for i, names in enumerate(per_block) if names), len(self))
+        to_bottom = below or rule.uncut
+        lowest_active = 0 if to_bottom else next((i for i, names in enumerate(per_block) if names), len(self))
         total = self._const(parts, rule, head)
         total += sum(self._beside(i, names, shapes, parts, rule) for i, names in enumerate(per_block))
         for i in range(lowest_active, len(self)):
-            total += self._term(i, per_block[i], i == lowest_active and not below, parts, rule)
+            total += self._term(i, per_block[i], i == lowest_active and not to_bottom, parts, rule)
         return total
 
     def ratio(self, active: Active, shapes: Shapes, rule: Rule = TWO_PASS) -> float:
@@ -239,7 +244,7 @@ class CostModel:
             forward = self._passes(i, NONE, True).forward
             cost += max(1, forwards) * forward.on(parts.first) + forward.on(rest)
             if rule.descent == "all":
-                input_grad = i > 0 or self.reentrant or self._uncut
+                input_grad = i > 0 or self.reentrant or self._uncut or rule.uncut
                 cost += self._passes(i, block.trainable, input_grad).back.on(parts.total)
         return cost
 

@@ -67,17 +67,24 @@ def read_own(name: str, held_out: str | None = None) -> OwnRows:
         held_out (`str`, *optional*): A held-out file, or the split of `name` to read instead of `"train"`.
 
     Raises:
-        UserError: they cannot be read, or a row has no answer that could be scored. The message names file and line or
-            row.
+        UserError: they cannot be read, a row has no answer that could be scored, or some rows have a prompt and others
+            none. The message names file and line or row.
     """
     data = load_split(name) if held_out is None else load_eval_split(name, held_out)
     where = held_out or name
-    pairs, whole = [], False
+    pairs, whole = [], None
     for number, read in enumerate(data, 1):
         row = dict(read)
         pairs.append(_pair(row, f"{where}, row {number}"))
-        whole = row.get("prompt") is None
-    return OwnRows(pairs, whole)
+        counts_all = row.get("prompt") is None
+        if whole not in (None, counts_all):
+            raise UserError(
+                f"{where}, row {number} has {'no prompt, and' if counts_all else 'a prompt, and not'} the rows before "
+                f"it{' have' if counts_all else ''}: training counts the tokens of answers alone where there is a "
+                "prompt, and all tokens where there is none. Write all rows in one way."
+            )
+        whole = counts_all
+    return OwnRows(pairs, bool(whole))
 
 
 def _pair(row: dict[str, Any], where: str) -> Pair:
@@ -108,14 +115,17 @@ def split_own(name: str, held_out: str | None = None) -> OwnSplit:
     return _split(name, held_out, _stamp(name), _stamp(held_out))
 
 
-def _stamp(name: str | None) -> tuple[int, int] | None:
-    """Return what changes when a file does; `None` where the name is not that of a file."""
-    path = Path(name or "").expanduser()
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+def _stamp(name: str | None) -> tuple[tuple[str, int, int], ...]:
+    """Return what changes when a file does, or one below a folder; empty where the name is that of neither."""
+    path = Path(name).expanduser() if name else None
+    if path is None or not path.exists():
+        return ()
+    files = [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 @lru_cache(maxsize=2)  # each run of a comparison asks for the same rows
-def _split(name: str, held_out: str | None, *stamps: tuple[int, int] | None) -> OwnSplit:
+def _split(name: str, held_out: str | None, *stamps: tuple[tuple[str, int, int], ...]) -> OwnSplit:
     rows = read_own(name)
     if held_out is None:
         asked = _part(len(rows.pairs), 5, LEAST_TEST, MOST_TEST), _part(len(rows.pairs), 10, LEAST_VALIDATION)

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from torch import nn
+
 from slsam_peft.algorithm.arms import Arms
+from slsam_peft.algorithm.blocks import block_stacks
 from slsam_peft.algorithm.fallbacks import Fallback
 from slsam_peft.algorithm.horizon import CACHE_OFF, RUN_TWICE
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
@@ -16,6 +19,46 @@ def has_router_losses(model: Any) -> bool:
     """
     config = model.config.get_text_config()
     return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
+
+
+def counts_in_part(model: nn.Module, counted: str) -> Fallback | None:
+    """Return that costs are an estimate, where a model has more stacks of blocks than the one that is counted.
+
+    How many tokens the others see is known to the batches alone: patches of images, frames, what an encoder reads.
+
+    Args:
+        model (`nn.Module`): The model.
+        counted (`str`): Name of the first block of the stack that is counted.
+    """
+    stack = counted.rpartition(".")[0]
+    others = [name for name, _ in block_stacks(model) if name != stack]
+    if not others:
+        return None
+    return Fallback(
+        "costs are an estimate",
+        f"slsam/cost, cost_budget and plans count the blocks of {stack} alone, and the model has {', '.join(others)} "
+        "beside them, whose tokens are not known beforehand",
+        "What the others cost is in neither the step's cost nor the plain step's.",
+    )
+
+
+def plans_in_part(config: Any) -> Fallback | None:
+    """Return that a plan is of the language model alone, where a configuration describes more.
+
+    Args:
+        config (`PreTrainedConfig`): The configuration as it is, not its text part.
+    """
+    text = config.get_text_config()
+    others = [name for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) not in (None, text)]
+    if config.is_encoder_decoder:
+        others.append("an encoder")
+    if text is config and not config.is_encoder_decoder or not others:
+        return None
+    return Fallback(
+        "costs are an estimate",
+        f"the plan is of the causal language model alone, and the configuration has {', '.join(others)} beside it",
+        "What the others cost, and what memory they take, is not in it.",
+    )
 
 
 def foreseen(model: Any, arms: Arms, *, looks_ahead: bool, micro_batches: int) -> list[Fallback]:

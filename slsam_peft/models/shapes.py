@@ -49,6 +49,11 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 
 def find_config(model: str) -> PreTrainedConfig:
+    """Return the configuration of a language model, that of a larger model's text part included; as `whole_config`."""
+    return whole_config(model).get_text_config()
+
+
+def whole_config(model: str) -> PreTrainedConfig:
     """Return the configuration of a built-in shape, a local folder or file, or a repository on the Hub.
 
     Args:
@@ -68,14 +73,13 @@ def find_config(model: str) -> PreTrainedConfig:
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise UserError(f"the folder {model!r} holds no config.json; pass a model's own folder, or the file itself.")
     try:
-        config = load_config(os.path.expanduser(model))
+        return load_config(os.path.expanduser(model))
     except UserError as error:
         raise UserError(
             f"no configuration for model {model!r}: {first_line(error.__cause__ or error)}{hint}\n"
             f"Pass a built-in shape ({', '.join(BUILT_IN)}), a folder or file with a config.json that transformers "
             "knows, or the ID of a repository that can be reached."
         ) from error
-    return config.get_text_config()
 
 
 def meta_model(

@@ -27,6 +27,9 @@ from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' mark while it saves on SIGTERM
 _ADAPTER = {ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME}
 _MODEL = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME}
+# As accelerate saves sharded parameters and their optimizer (FSDP2): folders of pieces, or whole in one file.
+_SHARDED_MODEL = {"pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"}
+_SHARDED_OPTIMIZER = {"optimizer_0", "optimizer.bin"}
 STATE_NAMES = (OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", FILE_NAME)  # what is saved beside a model
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -144,13 +147,15 @@ def _lost_weights(folder: Path, names: set[str]) -> Iterator[str]:
     for path in adapters:
         if not any((path / name).is_file() for name in _ADAPTER):
             yield str((path / ADAPTER_SAFE_WEIGHTS_NAME).relative_to(folder))
-    if not adapters and not names & (_ADAPTER | _MODEL):
+    if not adapters and not names & (_ADAPTER | _MODEL | _SHARDED_MODEL):
         yield SAFE_WEIGHTS_NAME
 
 
 def _lost_state(names: set[str], sampler: bool) -> list[str]:
     """Return names of what training goes on from and is missing, where some of it is there."""
     lost = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if name not in names]
+    if names & _SHARDED_OPTIMIZER and OPTIMIZER_NAME in lost:
+        lost.remove(OPTIMIZER_NAME)
     lost += [] if any(name.startswith("rng_state") for name in names) else ["rng_state.pth"]
     alone = len(lost) == 3 and FILE_NAME not in names  # the model alone was saved
     if alone:

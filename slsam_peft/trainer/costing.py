@@ -40,6 +40,7 @@ class StepCost:
         rule = replace(
             rule_of(self.config, rides=False),
             reused=step.cached,
+            uncut=step.uncut,
             recalled=step.perturbation is not None and not step.ascents,
             joined=self.joined if step.riding else None,
             wanted=active_names(self.arms, step.next_mask) if step.riding and step.next_mask is not None else NONE,

@@ -47,6 +47,33 @@ def check_sharding(trainer: Any, config: SLSAMConfig) -> None:
         raise ValueError(f"{reason} is not supported under FSDP2. {ELSEWHERE}")
 
 
+def check_resumed(trainer: Any, config: SLSAMConfig) -> None:
+    """Refuse to go on from a checkpoint under FSDP2 where that was not seen to be exact.
+
+    Args:
+        trainer (`Trainer`): A trainer.
+        config (`SLSAMConfig`): Its settings, resolved.
+
+    Raises:
+        ValueError: arms may not have been drawn yet, and a sharded optimizer cannot be loaded without their moments;
+            or checkpoints are not saved in pieces.
+    """
+    if not is_fsdp2(trainer):
+        return
+    if config.is_perturbed and config.descent != "all":
+        raise ValueError(
+            f"resume_from_checkpoint is not supported under FSDP2 with descent={config.descent!r}: an arm that was "
+            "not drawn yet has no moments, and a sharded optimizer is loaded with those of all or not at all. Set "
+            f"descent='all' (the default method), or start afresh. {ELSEWHERE}"
+        )
+    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if "SHARDED_STATE_DICT" not in kind:
+        raise ValueError(
+            f"resume_from_checkpoint is not supported under FSDP2 with {kind}: set state_dict_type to "
+            f"SHARDED_STATE_DICT, accelerate's default. {ELSEWHERE}"
+        )
+
+
 def _reasons(trainer: Any, config: SLSAMConfig) -> Iterator[str]:
     """Yield what a trainer asks for that cannot be had under FSDP2."""
     plugin = trainer.accelerator.state.fsdp_plugin

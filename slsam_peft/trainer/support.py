@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import nn
 
 from slsam_peft.algorithm.arms import Arm
@@ -22,7 +23,8 @@ def check_trainer(trainer: Any) -> None:
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "DeepSpeed is not supported: its engine owns the backward pass and the gradients, and a step here "
-            "needs two. Use DDP (torchrun or accelerate launch)."
+            "needs two. DeepSpeed 0.19.8 with ZeRO-2 on one CPU process was tried: it did not get beyond its start. "
+            "Use DDP (torchrun or accelerate launch), or FSDP2 (fsdp_config={'version': 2})."
         )
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -40,6 +42,32 @@ def check_trainer(trainer: Any) -> None:
             f"{type(trainer).__name__} is not supported: its training step generates completions and "
             "counts its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
         )
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Refuse a base whose quantised layers pass no gradient on to their input: nothing below them could be trained.
+
+    Kernels that quantise activations as they come often have no backward pass. Each layer whose weight is a packed
+    tensor of a library's own is run on one token.
+
+    Raises:
+        ValueError: there is one. The message names the layer, and the kind of its weight.
+    """
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is None or not hasattr(weight, "__tensor_flatten__") or weight.is_meta:
+            continue
+        with torch.enable_grad():
+            token = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+            passes_on = module(token).requires_grad
+        if not passes_on:
+            kind = f"{type(weight).__module__.partition('.')[0]}'s {type(weight).__name__}"
+            raise ValueError(
+                f"{name} is quantised so that it passes no gradient on to its input ({kind}; where activations are "
+                "quantised as they come, as by Int8DynamicActivationInt8WeightConfig, the product has no backward "
+                "pass). Quantise weights alone (for example Int8WeightOnlyConfig, NF4, or quanto's int8 and int4), or "
+                "leave this layer out (modules_to_not_convert)."
+            )
 
 
 def _is_compiled(module: Any) -> bool:
@@ -76,30 +104,34 @@ def check_optimizer(trainer: Any, arms: Sequence[Arm]) -> None:
         )
 
 
-def may_be_trained(model: nn.Module) -> set[nn.Parameter]:
-    """Return what training may come to train: what requires a gradient now, and adapters that are frozen.
+def may_be_trained(model: nn.Module) -> set[str]:
+    """Return the names of what training may come to train: what requires a gradient now, and adapters that are frozen.
 
-    A base below adapters that is frozen now stays so: optimizers are often built over all of a model's parameters.
+    Names, since sharding puts other parameters in the place of those that were there. A base below adapters that
+    is frozen now stays so: optimizers are often built over all of a model's parameters.
 
     Args:
         model (`nn.Module`): The model. Without adapters each of its parameters counts.
     """
     adapters = adapter_prefixes(model)
-    return {p for name, p in model.named_parameters() if p.requires_grad or not adapters or name.startswith(adapters)}
+    parameters = model.named_parameters()
+    return {name for name, p in parameters if p.requires_grad or not adapters or name.startswith(adapters)}
 
 
 @contextmanager
-def held(optimizer: Any, candidates: Collection[nn.Parameter]) -> Iterator[None]:
+def held(optimizer: Any, model: nn.Module, candidates: Collection[str]) -> Iterator[None]:
     """Let everything that an optimizer will train again require a gradient inside the context.
 
     Callbacks freeze parameters for a while. Those that the optimizer holds will be trained again.
 
     Args:
         optimizer (`torch.optim.Optimizer` or `None`): The optimizer; `None` where there is none yet.
-        candidates (`Collection[nn.Parameter]`): From `may_be_trained`, before training.
+        model (`nn.Module`): The model.
+        candidates (`Collection[str]`): From `may_be_trained`, before training.
     """
+    known = {p for name, p in model.named_parameters() if name in candidates}
     groups = [] if optimizer is None else optimizer.param_groups
-    frozen = [p for group in groups for p in _stepped_on(group) if not p.requires_grad and p in candidates]
+    frozen = [p for group in groups for p in _stepped_on(group) if not p.requires_grad and p in known]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -21,6 +21,7 @@ from slsam_peft.config import RIDING, SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.data.tables import is_table
 from slsam_peft.models.bnb_cpu import keep_trainable
+from slsam_peft.models.foresight import counts_in_part
 from slsam_peft.saving.card import describe
 from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
 from slsam_peft.saving.hashes import HASHES_NAME, write_hashes
@@ -40,9 +41,10 @@ from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.rates import LearningRates
 from slsam_peft.trainer.riding import lora_pairs, not_pairs, why_not
-from slsam_peft.trainer.sharded import check_sharding, is_fsdp2
+from slsam_peft.trainer.sharded import check_resumed, check_sharding, is_fsdp2
 from slsam_peft.trainer.support import (
     check_optimizer,
+    check_quantized,
     check_sequences,
     check_trainer,
     held,
@@ -92,8 +94,9 @@ class SLSAMMixin(_Base):
         slsam_fallbacks (`Fallbacks`): What has run otherwise than meant so far; it stands in `slsam.json`, too.
 
     Raises:
-        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO); no trainable parameter; an
-            optimizer that lacks some arms. All before the first step.
+        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO); a base whose quantised
+            layers pass no gradient on; no trainable parameter; an optimizer that lacks some arms. All before the first
+            step.
     """
 
     def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
@@ -106,6 +109,7 @@ class SLSAMMixin(_Base):
         super().__init__(*args, **kwargs)
         check_trainer(self)
         check_sharding(self, self.slsam_config)
+        check_quantized(self.model)
         check_sequences(self, self.slsam_config)
         named = self.slsam_config.ascent
         if named in RIDING and self.slsam_config.is_perturbed and (reason := why_not(self)):
@@ -146,7 +150,9 @@ class SLSAMMixin(_Base):
 
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         config = self.slsam_config
-        with held(self.optimizer, self._slsam_candidates):  # what a callback has frozen for now belongs to an arm
+        with held(
+            self.optimizer, self.model, self._slsam_candidates
+        ):  # what a callback has frozen for now belongs to an arm
             self.slsam_arms = arms_of(self.model, config.granularity)
             self._slsam_outside = outside(self.model, self.slsam_arms)
             pairs, factors = lora_pairs(self.model) if self._may_ride else [], factors_of(self.model)
@@ -167,13 +173,8 @@ class SLSAMMixin(_Base):
             factors=factors,
             fallbacks=self.slsam_fallbacks,
         )
-        if model is not None and len(self.slsam_arms.layout.stacks) > 1:
-            counted = model.decoder.block_names[0].rpartition(".")[0]
-            self.slsam_fallbacks.add(
-                "slsam/cost and cost_budget count one stack of blocks",
-                f"adapters are trained in several, and only {counted} has a known number of tokens",
-                "What the others cost is not in it.",
-            )
+        if model is not None and (estimate := counts_in_part(self.model, model.decoder.block_names[0])):
+            self.slsam_fallbacks.add(*estimate)
         if config.ascent == "auto" and config.is_perturbed and not slsam.runner.pairs:
             self.slsam_fallbacks.add(NOT_RIDING, why_not(self) or not_pairs(slsam.arms, pairs), SMALL_PASS)
         if has_ranks() and slsam.reduce is None:  # gradients of sharded parameters come averaged
@@ -310,9 +311,11 @@ class SLSAMMixin(_Base):
         """Train as the trainer does; with `resume_from_checkpoint=True` from the newest intact checkpoint.
 
         Raises:
-            ValueError: the checkpoint asked for was cut short while it was saved, or `True` and there is none.
+            ValueError: the checkpoint asked for was cut short while it was saved, or `True` and there is none; or
+                FSDP2 shards the model in a way that cannot be resumed.
         """
         if resume_from_checkpoint:
+            check_resumed(self, self.slsam_config)
             sampler = not self.slsam_config.accept_state_mismatch
             resume_from_checkpoint = intact_checkpoint(
                 resume_from_checkpoint, str(self.args.output_dir), sampler=sampler

@@ -178,6 +178,55 @@ def _stacked_forward(cost, shape):
     return forward + 2 * cost.decoder.head * Size.of([shape]).scored
 
 
+class _FedFromAbove(TrainerCallback):
+    """Lets what enters the blocks depend on a parameter of the last one, without a product: no pass can be cut."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        above = self.trainer.slsam.arms[-1].parameters[0]
+
+        def fed(module, args, kwargs):
+            if args:
+                return (args[0] + 0 * above.sum(), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + 0 * above.sum()}
+
+        self.trainer.slsam.arms.layout.blocks[0].register_forward_pre_hook(fed, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "checkpointing"),
+    [
+        ("depth", True),
+        ("depth", False),
+        ("small_pass", True),
+        *(pytest.param(m, True, marks=pytest.mark.slow) for m in ("sam", "remembered", "dense_descent")),
+        pytest.param("sam", False, marks=pytest.mark.slow),
+    ],
+)
+def test_passes_that_cannot_be_cut_are_priced_whole(build, mode, checkpointing):
+    masks, feeding, config = _Masks(), _FedFromAbove(), SLSAMConfig(trace=False, **MODES[mode])
+    trainer = build(
+        CONFIGS["llama"], SLSAMTrainer, steps=3, checkpointing=checkpointing, slsam_config=config,
+        callbacks=[masks],
+    )  # fmt: skip
+    trainer.add_callback(feeding)
+    masks.trainer = feeding.trainer = trainer
+    with counter() as count:
+        trainer.train()
+    assert any(found.what.startswith("passes are not cut") for found in trainer.slsam_fallbacks)
+    cost = CostModel.from_model(trainer.model, checkpointing)
+    shapes, rule = [(4, LENGTH)], replace(rule_of(config, rides=False), uncut=True)
+    names = [active_names(trainer.slsam.arms, mask) for mask in masks.seen]
+    # A gradient that is kept from the step before is not there in the first one.
+    rules = [replace(rule, recalled=bool(step) if rule.ascent.stale else None) for step in range(3)]
+    predicted = [cost.step(active, shapes, r) for active, r in zip(names, rules, strict=True)]
+    assert sum(predicted) == pytest.approx(count.get_total_flops(), rel=COUNTED_FLOPS)
+    logged = trainer.slsam.metrics["cost"]
+    assert logged == pytest.approx(predicted[-1] / cost.plain(shapes), rel=COUNTED_FLOPS)
+
+
 def _predicted_and_counted(build, mode, batch=4, micro_batches=1, checkpointing=True, family="llama"):
     masks, config = _Masks(), SLSAMConfig(trace=False, **mode)
     trainer = build(

@@ -23,7 +23,14 @@ START_SECONDS = 900  # a start imports everything twice, on a machine that may b
 DEATH_SECONDS = 60  # from the death of a rank to the end of all
 
 # Scenarios that run with `-m slow` alone; the others show each way to shard and each engine once.
-SLOW = {"bar", "bi_lora", "flat_lora", "fsdp2, a part", *(f"sharded, {name}" for name in sharded.SHARDED)}
+SLOW = {
+    "bar",
+    "bi_lora",
+    "flat_lora",
+    "fsdp2, a part",
+    "fsdp2, resumed",
+    *(f"sharded, {name}" for name in sharded.SHARDED),
+}
 SLOW -= {"sharded, two passes", "sharded, a part"}
 
 
@@ -58,6 +65,7 @@ def seen(tmp_path_factory, request):
         "rides",
         *(f"sharded, {name}" for name in sharded.SHARDED),
         *UNDER_FSDP2,
+        "fsdp2, resumed",
         "refused",
     ]
     ours = [item for item in request.session.items if item.path == request.path]
@@ -248,6 +256,18 @@ def test_what_accelerate_shards_trains_as_under_ddp(name, seen):
     for n in names:
         assert torch.equal(tensors[f"fsdp2.{n}"], other[f"fsdp2.{n}"]), n
         torch.testing.assert_close(tensors[f"fsdp2.{n}"], tensors[f"ddp.{n}"], rtol=FUSED_HEAD, atol=FUSED_HEAD, msg=n)
+
+
+@pytest.mark.slow
+def test_sharded_parameters_go_on_bit_for_bit(seen):
+    """FSDP2 by accelerate, from a checkpoint of pieces: with every arm trained each has moments to load."""
+    for report, weights in seen("fsdp2, resumed"):
+        whole, parted = report["whole"], report["parted"]
+        assert all(parted[key] == whole[key][-2:] for key in ("masks", "probabilities", "norms", "skipped"))
+        names = [n.removeprefix("whole.") for n in weights if n.startswith("whole.")]
+        assert names
+        for name in names:
+            assert torch.equal(weights[f"whole.{name}"], weights[f"parted.{name}"]), name
 
 
 def test_sharded_adapters_are_saved_whole(seen):

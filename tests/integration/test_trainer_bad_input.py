@@ -1,6 +1,7 @@
 """Set-ups that cannot work are refused before the first step, with the value and what to do."""
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin, SLSAMTrainer
-from slsam_peft.trainer.sharded import check_sharding
-from slsam_peft.trainer.support import check_optimizer, check_trainer
+from slsam_peft.trainer.sharded import check_resumed, check_sharding
+from slsam_peft.trainer.support import check_optimizer, check_trainer, held, may_be_trained
 from tests.tiny import build, llama, lora, sft_args, texts, tokenizer, train
 
 
@@ -130,7 +131,7 @@ def test_a_plain_set_up_passes():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("is_deepspeed_enabled", r"DeepSpeed is not supported: .*Use DDP"),
+        ("is_deepspeed_enabled", r"DeepSpeed is not supported: .*0\.19\.8 with ZeRO-2 on one CPU .* tried.*Use DDP"),
         ("is_fsdp_enabled", r"FSDP is not supported but for FSDP2 .*Use DDP"),
     ],
 )
@@ -372,3 +373,33 @@ def test_schemes_by_depth_without_blocks(design, tmp_path):
     with pytest.raises(ValueError, match=rf"design='{design}'.*(depth|blocks)"):
         trainer.train()
     weights.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"method": "paper"}, "SHARDED_STATE_DICT", r"under FSDP2 with descent='active': .*Set descent='all'"),
+        ({}, "FULL_STATE_DICT", r"with .*FULL_STATE_DICT: set state_dict_type to SHARDED_STATE_DICT"),
+        ({}, "SHARDED_STATE_DICT", None),
+        ({"rho": 0.0}, "SHARDED_STATE_DICT", None),
+    ],
+)
+def test_resuming_under_fsdp2_is_refused_where_it_was_not_seen_to_be_exact(settings, kind, message):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=f"StateDictType.{kind}"))
+    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=SimpleNamespace(is_fsdp2=True, state=state))
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_resumed(trainer, SLSAMConfig(**settings).resolved)
+
+
+def test_what_a_callback_has_frozen_is_known_by_name_when_sharding_has_replaced_it():
+    """FSDP2 puts new parameters in the place of those that were there when the trainer was built."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].requires_grad_(False)
+    assert may_be_trained(model) == {"0.weight", "1.weight"}, "without adapters each counts"
+    candidates = {"0.weight"}
+    for layer in model:
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    optimizer = torch.optim.SGD(model.parameters())
+    with held(optimizer, model, candidates):
+        assert [layer.weight.requires_grad for layer in model] == [True, False]
+    assert not any(layer.weight.requires_grad for layer in model)

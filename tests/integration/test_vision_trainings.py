@@ -5,6 +5,7 @@ language model alike.
 """
 
 import logging
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 from trl import DPOConfig, SFTConfig
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.saving.recorded import fallbacks_in, read_record
 from slsam_peft.trainer.cutting import ImageCounts, first_sequences
 from slsam_peft.trainer.muting import muted
 from tests.integration.test_cutting_images import DECODER, IMAGE, MODELS, START, VIDEO, batch_of
@@ -267,3 +269,18 @@ def test_the_last_vision_layer_of_llava_takes_no_part(descent, tmp_path):
         for p in parameters:
             p.grad = noting.gradients[0].get(names[p])
         assert_gradients_are(expected, parameters, FUSED_HEAD)
+
+
+def test_the_cost_of_a_model_of_several_stacks_is_said_to_be_an_estimate(tmp_path, caplog):
+    """The language model's blocks are counted; the patches that the tower sees are known to the batches alone."""
+    trainer = vision_trainer("llava", SLSAMConfig(), tmp_path, [[1, 1]])
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    estimates = [f for f in trainer.slsam_fallbacks if f.what == "costs are an estimate"]
+    assert len(estimates) == 1
+    assert re.search(
+        r"count the blocks of \S*language_model\S* alone.*has \S*vision_tower\S* beside", estimates[0].why
+    )
+    assert sum("costs are an estimate" in r.message for r in caplog.records) == 1
+    assert fallbacks_in(read_record(tmp_path)) == list(trainer.slsam_fallbacks)
+    assert trainer.slsam.metrics["cost"] > 1

@@ -9,7 +9,8 @@ import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.algorithm.absent import keep_importance
+from slsam_peft.algorithm import absent
+from slsam_peft.algorithm.absent import keep_importance, pass_over_absent_pairs
 from tests.decoders import adapted, batch, closures
 from tests.tolerances import EXACT_FLOAT64
 
@@ -185,3 +186,30 @@ def test_what_adalora_does_with_arms_that_are_not_drawn_is_said(caplog):
     assert not caplog.records
     SLSAM(arms_of(adalora()), SLSAMConfig(method="paper"))
     assert "its importance stays what it was when it was last trained" in caplog.text
+
+
+def test_a_plain_training_with_lora_fa_is_what_it_is_without_our_hooks():
+    """They hang on all optimizers of the process: where each pair has a gradient, nothing changes by a bit."""
+
+    def weights():
+        model = lora()
+        optimizer = OPTIMIZERS["LoRA-FA"](model)
+        closure, _ = closures(model, batch())
+        for _ in range(3):
+            closure()
+            optimizer.step()
+            optimizer.zero_grad()
+        return trained(model)
+
+    pass_over_absent_pairs()
+    hooked = weights()
+    for hook in absent._hooks:
+        hook.remove()
+    absent._hooks.clear()
+    try:
+        plain = weights()
+    finally:
+        pass_over_absent_pairs()
+    start = trained(lora())
+    assert any(not torch.equal(start[name], plain[name]) for name in plain)
+    assert all(torch.equal(hooked[name], plain[name]) for name in plain)

@@ -116,6 +116,36 @@ def test_held_out_rows_that_are_trained_on_are_left_out(tmp_path: Path) -> None:
     assert not {*made.train} & {*made.validation, *made.test}
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"prompt": "a", "completion": "b"}, {"text": "c"}],
+            r"row 2 has no prompt, and the rows before it have: .*Write",
+        ),
+        ([{"text": "c"}, {"prompt": "a", "completion": "b"}], r"row 2 has a prompt, and not the rows before it: "),
+    ],
+)
+def test_rows_with_and_without_a_prompt_are_refused_whichever_comes_last(
+    rows: list[dict[str, str]], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are refused while they are read; other tables may have both, and one setting tells what counts."""
+    monkeypatch.setattr(own_rows, "load_split", lambda name: rows)
+    with pytest.raises(UserError, match=message):
+        own_rows.read_own("somebody/rows")
+
+
+def test_a_folder_whose_files_have_changed_is_read_again(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines(folder, asked(60), "a.jsonl")
+    before = split_own(str(folder))
+    assert split_own(str(folder)) is before
+    lines(folder, asked(90), "a.jsonl")
+    after = split_own(str(folder))
+    assert sum(map(len, (after.train, after.validation, after.test))) == 90
+
+
 def test_every_spelling_is_read_and_says_what_counts(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     conversation = own_rows.read_own(lines(tmp_path, [{"conversations": turns}], "a.jsonl"))

@@ -6,12 +6,15 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import BartConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.adapters.inspect import inspect
 from slsam_peft.algorithm.fallbacks import Fallback, Fallbacks
+from slsam_peft.algorithm.step import Passes
 from slsam_peft.cli.main import main
 from slsam_peft.errors import UserError
+from slsam_peft.models.foresight import plans_in_part
 from slsam_peft.saving.recorded import fallbacks_in, read_record
 from slsam_peft.trainer.trainer import SLSAMTrainer
 from tests.decoders import passes_of
@@ -22,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
+ESTIMATE = "costs are an estimate"
 RIDES_NOT = "no sequence rides along in the pass of another batch"
 
 
@@ -137,6 +141,29 @@ def test_the_plan_says_what_the_structure_shows(model, expected, tmp_path, capsy
     assert capsys.readouterr().out.count("Falls back") == len(expected)
 
 
+def test_the_plan_of_a_model_of_several_stacks_is_said_to_be_an_estimate(tmp_path, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)
+    both = LlavaConfig(vision_config=CLIPVisionConfig(image_size=8, patch_size=4, **sizes), text_config=text)
+    for config, others in ((text, None), (both, "vision_config")):
+        folder = tmp_path / config.model_type
+        config.save_pretrained(folder)
+        command = ["plan", "--model", str(folder), "--max_length", "64", "--lora_target_modules", "q_proj"]
+        assert main([*command, "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        estimates = [f["why"] for f in plan["fallbacks"] if f["what"] == ESTIMATE]
+        assert len(estimates) == (others is not None)
+        assert all(f"has {others} beside it" in why for why in estimates)
+        assert main(command) == 0
+        assert (f"Falls back: {ESTIMATE}" in capsys.readouterr().out) == (others is not None)
+
+
+def test_the_plan_of_a_decoder_says_that_its_encoder_is_left_out():
+    found = plans_in_part(BartConfig())
+    assert found is not None
+    assert "has an encoder beside it" in found.why
+
+
 def test_the_plan_prices_second_passes_of_routers_as_whole(tmp_path, capsys):
     config = {
         "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
@@ -169,3 +196,27 @@ def test_a_step_whose_drawn_arm_is_not_perturbed_is_told(caplog):
         slsam.update(passes_of(lambda: model(x))[0])
     assert sum("a drawn arm is not perturbed" in r.getMessage() for r in told(caplog)) == 1
     assert "unused takes no part" in caplog.text
+
+
+def test_an_idle_step_is_logged_once_where_the_whole_batch_makes_an_inexact_ascent():
+    """Its only logged pass is the descent: what counts tokens there must see a batch without a gradient, too."""
+    torch.manual_seed(0)
+    used, unused = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    model, x, logged = torch.nn.ModuleDict({"used": used, "unused": unused}), torch.randn(2, 3), []
+    config = SLSAMConfig(rho=0.1, active_fraction=0.5, ascent="partial", design=lambda p, g: torch.tensor([0, 1]) > 0)
+    slsam = SLSAM(arms_of(model, "module"), config)
+
+    def loss():
+        return used(x).square().mean()
+
+    closure, forward_only = passes_of(loss)
+
+    def counted():
+        logged.append(len(x))
+        return closure()
+
+    for _ in range(2):
+        reported = slsam.accumulate(Passes(counted, closure, forward_only, sequences=1))
+        assert float(reported) == pytest.approx(float(loss().detach()))
+    assert slsam.skipped == 2
+    assert len(logged) == 2

@@ -1,10 +1,13 @@
 """A recorded quantisation is repeated as the kind it was, or refused by name."""
 
+import json
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -136,28 +139,89 @@ def assert_steps_are_exact(model: Any) -> None:
         assert_gradients_are(expected, [p for arm in arms for p in arm.parameters], FLOAT32_NORMS)
 
 
-@pytest.mark.parametrize("library", ["optimum.quanto", "torchao"])
-def test_int8_bases_have_their_record_and_are_loaded_as_they_were(
-    library: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip(library)
-    import transformers
-
-    monkeypatch.chdir(tmp_path)
-    llama(hidden_size=64, intermediate_size=64).save_pretrained("base")
-    tokenizer().save_pretrained("base")
+def settings_in(library: str, kind: str) -> Any:
+    """Return what loads a base quantised by a library, and skip the test where that is not installed."""
+    packed = pytest.importorskip("torchao.quantization" if library == "torchao" else library)
     if library == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found]
+        made = getattr(packed, kind)
+        return transformers.TorchAoConfig(made(weight_dtype=torch.int8) if kind.startswith("Intx") else made())
+    return transformers.QuantoConfig(weights=kind)
 
-        settings: Any = transformers.TorchAoConfig(Int8WeightOnlyConfig())
-    else:
-        settings = transformers.QuantoConfig(weights="int8")
+
+WEIGHT_ONLY = [
+    ("optimum.quanto", "int8"),
+    ("optimum.quanto", "int4"),
+    ("optimum.quanto", "int2"),
+    ("torchao", "Int8WeightOnlyConfig"),
+    ("torchao", "Float8WeightOnlyConfig"),
+]
+
+
+@pytest.mark.parametrize(("library", "kind"), WEIGHT_ONLY)
+def test_packed_bases_have_their_record_and_are_loaded_as_they_were(
+    library: str, kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_in(library, kind)
+    monkeypatch.chdir(tmp_path)
+    llama(hidden_size=128, intermediate_size=128).save_pretrained("base")  # int4 is packed in groups of 128
+    tokenizer().save_pretrained("base")
     options = {"quantization_config": settings, "dtype": torch.float32, "device_map": "cpu"}
     model, other = (AutoModelForCausalLM.from_pretrained("base", **options) for _ in range(2))
+    packed = model.model.layers[0].self_attn.q_proj.weight
+    assert type(packed) not in (torch.Tensor, torch.nn.Parameter), "the case shows nothing on a plain weight"
     adapter = lora(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     assert_steps_are_exact(get_peft_model(other, adapter))
     trainer = build(SLSAMTrainer, "out", SLSAMConfig(active_fraction=1.0), model=model, peft_config=adapter)
     trainer.train()
     trainer.save_model()
+    recorded = json.loads(Path("out", "slsam.json").read_text())["base"]["quantization"]
+    assert kind.lower() in json.dumps(recorded).lower()
     assert main(["check", "out"]) == 0, capsys.readouterr().out
     assert library.rpartition(".")[2] in capsys.readouterr().out
+
+
+NO_BACKWARD = r"q_proj\S* is quantised so that it passes no gradient on .*Quantise weights alone"
+
+
+@pytest.mark.parametrize("kind", ["Int8DynamicActivationInt8WeightConfig"])
+def test_bases_with_quantised_activations_are_refused_by_name(kind: str, tmp_path: Any) -> None:
+    settings = settings_in("torchao", kind)
+    llama(hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "base")
+    options = {"quantization_config": settings, "dtype": torch.float32, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    with pytest.raises(ValueError, match=NO_BACKWARD):
+        build(SLSAMTrainer, tmp_path / "out", SLSAMConfig(), model=model)
+
+
+class OneWay(torch.Tensor):
+    """A packed weight whose product has no backward pass, as kernels of quantised activations have none."""
+
+    one_way = True
+
+    def __tensor_flatten__(self) -> Any:
+        """Say that it is packed, as tensors of quantisation libraries do."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        return made.detach() if func is torch.nn.functional.linear and cls.one_way else made
+
+
+class BothWays(OneWay):
+    """The same with a backward pass."""
+
+    one_way = False
+
+
+@pytest.mark.parametrize("kind", [OneWay, BothWays])
+def test_layers_that_pass_no_gradient_on_are_refused_by_name(kind: Any, tmp_path: Any) -> None:
+    model = llama()
+    layer: Any = model.model.layers[3].self_attn.q_proj
+    layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(kind), requires_grad=False)
+    assert isinstance(layer.weight, kind)
+    if kind is BothWays:
+        build(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model)
+        return
+    with pytest.raises(ValueError, match=rf"layers\.3\.self_attn\.{NO_BACKWARD}"):
+        build(SLSAMTrainer, tmp_path, SLSAMConfig(), model=model)
