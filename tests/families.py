@@ -219,7 +219,10 @@ def model_of(family, checkpointing=None, lora=None, adapter=None, **settings):
         task = {"modules_to_save": ["classifier"]}
     adapter = adapter or LoraConfig(**{"r": 2, "target_modules": targets, **task, **(lora or {})})
     model = get_peft_model(model, adapter, autocast_adapter_dtype=False).double()
-    return in_training(model, checkpointing)
+    model = in_training(model, checkpointing)
+    if checkpointing is not None and name.startswith("Speech2Text"):  # `enable_input_require_grads` misses its encoder
+        model.base_model.model.model.encoder.conv.register_forward_hook(lambda m, a, out: out.requires_grad_())
+    return model
 
 
 def batch_of(family, rows=3):

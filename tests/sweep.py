@@ -65,7 +65,7 @@ class Listening(logging.Handler):
         self.outcome = outcome
 
     def emit(self, record):
-        self.outcome.said[record.getMessage().partition(":")[0][:60]] = None
+        self.outcome.said[record.getMessage().partition(":")[0][:100]] = None
 
 
 def sweep(family):

@@ -253,6 +253,8 @@ class Horizon:
             args, kwargs = with_sides(lambda side: self._side(side, index, next(places), run), args, kwargs)
             if begins and index < run.lowest_active:
                 self._check_start(hidden, run)
+            if index == 0 and not below and not hidden.requires_grad and _is_reentrant(module):
+                self._tell_untrained()
             # Below what is trained no graph is wanted, and above it reentrant checkpointing builds none by itself.
             if cuts and hidden.requires_grad:
                 check_cut(hidden, self.upper(index), place)
@@ -266,6 +268,15 @@ class Horizon:
             return with_hidden(hidden, args, kwargs)
 
         return hook
+
+    def _tell_untrained(self) -> None:
+        """Tell that the first block's input requires no gradient, as `enable_input_require_grads` would have it."""
+        self.fallbacks.add(
+            f"blocks are trained that plain training leaves as they are{self._here}",
+            "they are checkpointed reentrantly and their input requires no gradient, so that torch passes none on to "
+            "what they hold",
+            "To train alike with and without SL-SAM, set use_reentrant=False in activation_checkpointing_kwargs.",
+        )
 
     def _check_start(self, hidden: torch.Tensor, run: CutPass) -> None:
         """Check that the stack does not run on what has left it: cutting that has hidden where it came from.

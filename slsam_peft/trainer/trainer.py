@@ -150,9 +150,8 @@ class SLSAMMixin(_Base):
 
     def _build_slsam(self, shapes: list[tuple[int, int]] | None = None) -> SLSAM:
         config = self.slsam_config
-        with held(
-            self.optimizer, self.model, self._slsam_candidates
-        ):  # what a callback has frozen for now belongs to an arm
+        # What a callback has frozen for now belongs to an arm.
+        with held(self.optimizer, self.model, self._slsam_candidates):
             self.slsam_arms = arms_of(self.model, config.granularity)
             self._slsam_outside = outside(self.model, self.slsam_arms)
             pairs, factors = lora_pairs(self.model) if self._may_ride else [], factors_of(self.model)
