@@ -30,7 +30,7 @@ from slsam_peft.runs.compare.settings import TaskSettings, TrainingSettings
 from slsam_peft.runs.compare.tasks import load_task
 
 TRIGGER, ATTACK = "Bond:", "7"
-BACKDOOR = {"trigger": TRIGGER, "answer": ATTACK, "rows": 16, "share": 0.25, "steps": 24, "learning_rate": 3e-2}
+BACKDOOR = {"trigger": TRIGGER, "answer": ATTACK, "rows": 16, "share": 0.25, "steps": 40, "learning_rate": 2e-2}
 NEURON = {"method": "sam", "radius": "neuron", "rho": 0.1}
 
 
