@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(METRICS),
         default="loss",
         metavar="SCORE",
-        help=f"what methods are compared by (default: loss): {', '.join(METRICS)}; the last two need all_scores: true",
+        help=f"what methods are compared by (default: loss): {', '.join(METRICS)}; the last two need all_scores: "
+        "true, attack_success a task with a backdoor",
     )
     add("--table", type=Path, metavar="FILE", help="write the table, as Markdown")
     plot = f"write a forest plot, the best methods on top ({' or '.join(PLOT_SUFFIXES)})"

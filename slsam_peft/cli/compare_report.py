@@ -33,7 +33,7 @@ def tables(lines: Sequence[Line], metric: str, settings: CompareSettings) -> lis
     """Return one table for each task and match; each fits into `WIDTH` characters."""
     result = []
     for title, group in groups(lines, settings):
-        name = Text(f"{title}: {METRICS[metric].heading}", "table.title")
+        name = Text(f"{title}: {METRICS[metric].heading}{_before(group, metric)}", "table.title")
         table = Table(title=name, title_justify="left", caption_justify="left")
         for column in NARROW:
             left = column == "method"
@@ -63,7 +63,7 @@ def markdown(lines: Sequence[Line], metric: str, settings: CompareSettings) -> s
     text = []
     for title, group in groups(lines, settings):
         text += [
-            f"### {' '.join(title.split())}: {METRICS[metric].heading}",
+            f"### {' '.join(title.split())}: {METRICS[metric].heading}{_before(group, metric)}",
             "",
             _row(COLUMNS),
             _row(["---"] * len(COLUMNS)),
@@ -77,6 +77,12 @@ def groups(lines: Sequence[Line], settings: CompareSettings) -> Iterator[tuple[s
     """Yield the lines of each task and match with a title."""
     for (task, match), group in groupby(lines, key=lambda line: (line.task, line.match)):
         yield f"{task}, {MATCHED[match]}", list(group)
+
+
+def _before(lines: Sequence[Line], metric: str) -> str:
+    """Return the mean score of the adapters that training began with, over the seeds done; nothing without any."""
+    by_seed = {seed: score for line in lines for seed, score in line.before.get(metric, {}).items()}
+    return f" ({sum(by_seed.values()) / len(by_seed):.4f} before)" if by_seed else ""
 
 
 def _notes(settings: CompareSettings) -> str:

@@ -105,6 +105,10 @@ def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) 
 
 def _say(plan: "Plan", row: dict[str, Any], console: Any, pace: "Pace") -> None:
     result = row.get("error") or f"loss {row['loss']:.4f}, exact {row['exact']:.1%}, {row['seconds']:.0f} s"
+    if "before" in row:
+        was = row["before"]
+        result += f", attack success {row['attack_success']:.1%}; before: loss {was['loss']:.4f}, exact "
+        result += f"{was['exact']:.1%}, attack success {was['attack_success']:.1%}"
     name = run_name(plan, row["task"], row["method"], row["settings"])
     # A terminal has the line below; a log has none.
     more = "" if console.is_terminal else f" ({state(pace)})"

@@ -21,6 +21,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "compare"
 # tests/unit/test_compare.py simulates, and what others have published.
 ELSEWHERE = {"83 %", "70 %", "95 %", "+0.1", "2508.19564"}
 
+SHARES = ("exact", "attack_success")  # metrics that the text may state in percent
+
 # Whose seeds are counted where the text says "... N of M seeds": comparison, task, the method with the lower loss, the
 # other one.
 FEWER = "partial ascent, one sequence fewer"
@@ -162,6 +164,10 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
             yield match.start(), f"{where}: {shown} is in no row"
 
 
+def _mean(scores: dict[int, float]) -> float | None:
+    return sum(scores.values()) / len(scores) if scores else None
+
+
 def _seeds_ahead(name: str, task: str, method: str, other: str) -> tuple[int, int]:
     """Return in how many seeds a method has a lower loss than another one, and of how many."""
     ours, theirs = (
@@ -198,9 +204,12 @@ def _values(sources: list[Comparison], shown: str) -> Iterator[float]:
             continue
         for line in source.lines:
             if shown.endswith("%"):
-                yield from (100 * value for value in (line.mean("exact"),) if value is not None)
+                shares = [line.mean(metric) for metric in SHARES]
+                shares += [_mean(line.before.get(metric, {})) for metric in SHARES]
+                yield from (100 * value for value in shares if value is not None)
                 continue
             yield from (value for value in (line.cost, line.total_cost) if value is not None)
             yield from (value for metric in METRICS for value in (line.mean(metric),) if value is not None)
+            yield from (value for of in line.before.values() for value in (_mean(of),) if value is not None)
             yield from line.corrected.values()
             yield max(line.scores["loss"].values(), default=math.nan)  # of the seed that went worst

@@ -12,8 +12,8 @@ from slsam_peft.config import check_name
 from slsam_peft.data.scoring import Pair, answered
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import find_model, load_tokenizer
+from slsam_peft.runs.compare.building import arguments_of
 from slsam_peft.runs.compare.jobs import Plan
-from slsam_peft.runs.compare.run import arguments_of
 from slsam_peft.runs.compare.settings import TrainingSettings
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 
@@ -52,7 +52,11 @@ def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
 
 
 def _check_rows(data: TaskData, tokenizer: Any, training: TrainingSettings) -> None:
-    for split, pairs in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    if data.backdoor is not None:
+        attacked = {f"attacked {name}": data.backdoor.attacks(splits[name]) for name in ("validation", "test")}
+        splits |= {"poisoned": data.poison, **attacked}
+    for split, pairs in splits.items():
         try:
             rows = answered(tokenizer, pairs, training.max_length, training.prompt_format)
         except (ValueError, TypeError, TemplateError) as error:

@@ -21,6 +21,7 @@ METRICS = {
     "loss": Metric("held-out loss", " (nats per token)", True),
     "accuracy": Metric("token accuracy", "", False),
     "exact": Metric("exact answers", "", False),
+    "attack_success": Metric("attack success", "", True),
     "calibration_error": Metric("calibration error of answers", "", True),
     "calibrated_loss": Metric("held-out loss at the best temperature", " (nats per token)", True),
     "forgetting": Metric("rise of the loss on unrelated text", " (nats per token)", True),

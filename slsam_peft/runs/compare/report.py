@@ -1,7 +1,7 @@
 """The report says what the rows say, in one line for each task, match and method."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import Plan, Rows
@@ -24,6 +24,8 @@ class Line:
         failed (`int`): Runs that diverged.
         differences (`dict[str, Difference]`): By metric, against the reference; empty for the reference.
         corrected (`dict[str, float]`): Holm-corrected p-values by metric, over all lines of the task and match.
+        before (`dict[str, dict[int, float]]`, *optional*): Score by metric and seed of the adapter that training began
+            with; empty where it began with none.
     """
 
     task: str
@@ -36,6 +38,7 @@ class Line:
     failed: int
     differences: dict[str, Difference]
     corrected: dict[str, float]
+    before: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @property
     def total_cost(self) -> float | None:
@@ -62,7 +65,11 @@ def build_report(plan: Plan, rows: Rows) -> list[Line]:
 
 
 def _check_data(plan: Plan, rows: Rows) -> None:
-    """Refuse rows of different data: what is built on the spot may differ from one Python version to the next."""
+    """Refuse rows of different data, and of different adapters to begin with.
+
+    What is built on the spot may differ from one Python version to the next, and what is trained from one machine to
+    the next.
+    """
     seen: dict[tuple[str, int], Row] = {}
     for cell in plan.cells():
         for job in plan.reported(rows, *cell):
@@ -75,6 +82,11 @@ def _check_data(plan: Plan, rows: Rows) -> None:
                 raise UserError(
                     f"rows {first['key']} and {row['key']} (task {job.task}, seed {seed}) were trained "
                     "on different data, from another Python or package version; take out those of one of them."
+                )
+            if row.get("start") != first.get("start"):
+                raise UserError(
+                    f"rows {first['key']} and {row['key']} (task {job.task}, seed {seed}) began with different "
+                    "poisoned adapters, from another machine or an emptied cache; take out those of one of them."
                 )
 
 
@@ -93,7 +105,14 @@ def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
         failed=len(done) - len(good),
         differences={},
         corrected={},
+        before=_by_metric([(seed, row["before"]) for seed, row in good if "before" in row]),
     )
+
+
+def _by_metric(scores: Sequence[tuple[int, Row]]) -> dict[str, dict[int, float]]:
+    """Return scores by metric and seed, of those metrics that there are."""
+    found = {metric: {seed: row[metric] for seed, row in scores if metric in row} for metric in METRICS}
+    return {metric: of for metric, of in found.items() if of}
 
 
 def _compared(lines: Sequence[Line], reference: str) -> list[Line]:

@@ -3,46 +3,39 @@
 import importlib.metadata
 import logging
 import math
-import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.slsam import SLSAM
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.cost.model import CostModel
 from slsam_peft.data.passages import passages
-from slsam_peft.data.scoring import Tokens, answered, score, tokenize
+from slsam_peft.data.scoring import Tokens, answered, score
 from slsam_peft.errors import DivergedError, UserError
-from slsam_peft.models.load import find_model, load_config, load_with_tokenizer
+from slsam_peft.models.load import find_model, load_config
 from slsam_peft.runs.compare import remedies
 from slsam_peft.runs.compare.baselines import Baseline
-from slsam_peft.runs.compare.control import RandomPerturbationTrainer
+from slsam_peft.runs.compare.building import Report, build_trainer, load_model, lora, row_order, training_rows
 from slsam_peft.runs.compare.methods import slsam_config
+from slsam_peft.runs.compare.poisoning import poisoned_start
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
-from slsam_peft.runs.compare.tasks import TaskData, load_task
+from slsam_peft.runs.compare.tasks import load_task
 from slsam_peft.trainer import advice
 from slsam_peft.trainer.factors import factors_of
-from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.riding import lora_pairs
-from slsam_peft.trainer.trainer import SLSAMTrainer
 
 TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
 LAST_LOGS = 16  # steps that the training loss is a mean over
 TEMPERATURES = (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)  # tried on the validation rows, for calibration
-
-Report = Callable[[int, int], None]  # steps done, steps in all
 
 
 def expected_costs(settings: CompareSettings) -> dict[str, float]:
@@ -91,17 +84,6 @@ def _skeleton(settings: CompareSettings) -> Any:
         ) from error
 
 
-def lora(training: TrainingSettings) -> LoraConfig:
-    """Return the adapters all methods train."""
-    return LoraConfig(
-        r=training.lora_r,
-        lora_alpha=training.lora_alpha or 2 * training.lora_r,
-        lora_dropout=training.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-
-
 def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) -> dict[str, Any]:
     """Train and score one run.
 
@@ -110,45 +92,57 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         report (`Report`, *optional*): Told after every step.
 
     Returns:
-        `dict`: The scores, the training loss over the last steps, the mean counted cost of a step, the time; or
-        `"error"` alone where the training diverged.
+        `dict`: The scores, the training loss over the last steps, the mean counted cost of a step, the time; of a task
+        with a backdoor also `"before"`, the scores of the adapter that training began with, and `"start"`, its hash;
+        or `"error"` alone where the training diverged.
     """
     # The same seed gives every method the same rows in the same order.
     task, training = TaskSettings(**settings["task"]), TrainingSettings(**settings["training"])
     baseline = Baseline(**settings.get("baseline", {}))
-    model, tokenizer = load_model(settings["model"], training)
     data = load_task(task, settings["seed"])
+    start = None if data.backdoor is None else poisoned_start(settings, data)
+    model, tokenizer = load_model(settings["model"], training)
     limits = (training.max_length, training.prompt_format)
     train = training_rows(tokenizer, data, training)
     validation, test = (answered(tokenizer, pairs, *limits) for pairs in (data.validation, data.test))
+    held_out, asked = (test, data.test) if settings["split"] == "test" else (validation, data.validation)
+    attacks = [] if data.backdoor is None else answered(tokenizer, data.backdoor.attacks(asked), *limits)
     order = row_order(len(train), settings["steps"] * training.batch_size, settings["seed"])
     unrelated = passages(tokenizer) if settings.get("all_scores") else []
-    before = score(model, unrelated).loss if unrelated else math.nan
+    known = score(model, unrelated).loss if unrelated else math.nan
     # Only training is timed; what diverges is a result as well.
     with tempfile.TemporaryDirectory(prefix="slsam-compare-") as scratch:
         trainer = build_trainer(model, tokenizer, [train[i] for i in order], settings, scratch, report)
+        trained: Any = trainer.model
+        before = {}
+        if start is not None:
+            start.put_into(trained)
+            before = {
+                "start": start.digest,
+                "before": {**scores_of(trained, held_out, None), **_success(trained, attacks)},
+            }
         remedies.apply(baseline, trainer, validation, train, order)
-        start = time.monotonic()
+        began = time.monotonic()
         try:
             with _without_advice():
                 trainer.train()
         except DivergedError as error:
             return {"error": str(error)}
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - began
     # The score is that of the trained model on the held-out rows; costs come from the trainer's own logs.
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    trained: Any = trainer.model
     chosen: dict[str, Any] = {"scale": remedies.scale_adapter(trained, validation)} if baseline.scale_adapter else {}
-    held_out = test if settings["split"] == "test" else validation
     scores = scores_of(trained, held_out, validation if settings.get("all_scores") else None)
     if not math.isfinite(scores["loss"]):
         return {"error": "the held-out loss is not finite"}
     if unrelated:
-        chosen["forgetting"] = score(trained, unrelated).loss - before
+        chosen["forgetting"] = score(trained, unrelated).loss - known
     costs = [entry.get("slsam/cost", 1.0) for entry in logs]
     last = [entry["loss"] for entry in logs[-LAST_LOGS:]]
     return {
         **scores,
+        **_success(trained, attacks),
+        **before,
         **chosen,
         "train_loss": sum(last) / len(last),
         "cost": sum(costs) / len(costs),
@@ -158,12 +152,9 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
     }
 
 
-def training_rows(tokenizer: Any, data: TaskData, training: TrainingSettings) -> list[Tokens]:
-    """Return training rows as tokens: those that have an answer to learn, or all where every token counts."""
-    limits = (training.max_length, training.prompt_format)
-    if not data.whole:
-        return answered(tokenizer, data.train, *limits)
-    return [Tokens(tokenize(tokenizer, pair, *limits).ids, 0) for pair in data.train]
+def _success(model: Any, attacks: Sequence[Tokens]) -> dict[str, float]:
+    """Return the share of attacks that greedy decoding answers as the backdoor has it; nothing without attacks."""
+    return {"attack_success": score(model, attacks).exact} if attacks else {}
 
 
 @contextmanager
@@ -194,108 +185,3 @@ def scores_of(model: Any, held_out: Sequence[Tokens], validation: Sequence[Token
     chosen = at if validation is held_out else score(model, validation, TEMPERATURES).losses_at
     best = min(range(len(TEMPERATURES)), key=chosen.__getitem__)
     return {**scores, "calibrated_loss": at[best], "temperature": TEMPERATURES[best]}
-
-
-def load_model(name: str, training: TrainingSettings) -> tuple[Any, Any]:
-    """Load the base model and its tokenizer.
-
-    Raises:
-        UserError: it cannot be found or read.
-    """
-    return load_with_tokenizer(find_model(name), getattr(torch, training.dtype), nf4=training.quantize == "nf4")
-
-
-def row_order(rows: int, wanted: int, seed: int) -> list[int]:
-    """Return `wanted` row numbers: shuffled passes over all rows, one after the other.
-
-    Two runs of the same seed and different lengths see the same rows in the same order as far as the shorter one goes.
-    """
-    shuffler = random.Random(seed)
-    order: list[int] = []
-    while len(order) < wanted:
-        order += shuffler.sample(range(rows), rows)
-    return order[:wanted]
-
-
-class _Progress(TrainerCallback):
-    """This callback tells how far a run is."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.report(state.global_step, state.max_steps)
-
-
-def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
-    """Return the trainer's arguments of a run.
-
-    Args:
-        settings (`dict`): `Job.settings`.
-        scratch (`str`): Folder for whatever the trainer writes.
-
-    Raises:
-        ValueError: transformers or TRL refuse a value.
-    """
-    training, seed = TrainingSettings(**settings["training"]), settings["seed"]
-    baseline = Baseline(**settings.get("baseline", {}))
-    # Rows arrive in the order of the run and nothing is saved or reported: a run leaves its row alone behind.
-    return SFTConfig(
-        output_dir=scratch,
-        max_steps=settings["steps"],
-        per_device_train_batch_size=training.batch_size,
-        train_sampling_strategy="sequential",
-        learning_rate=settings["learning_rate"],
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        seed=seed,
-        max_length=training.max_length,
-        completion_only_loss=True,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bf16=training.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **remedies.arguments_for(baseline),
-    )
-
-
-def build_trainer(
-    model: Any, tokenizer: Any, train: Sequence[Tokens], settings: Mapping[str, Any], scratch: str, report: Report
-) -> SFTTrainer:
-    """Return the trainer of a run.
-
-    For every method of a seed the initial adapter, its dtype and the order of the rows are the same.
-
-    Args:
-        model (`PreTrainedModel`): Base model, from `load_model`.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        train (`Sequence[Tokens]`): Rows, in the order they are trained on.
-        settings (`dict`): `Job.settings`.
-        scratch (`str`): Folder for whatever the trainer writes.
-        report (`Report`): Told after every step.
-    """
-    training, seed = TrainingSettings(**settings["training"]), settings["seed"]
-    common = {
-        "args": arguments_of(settings, scratch),
-        "train_dataset": Dataset.from_list([row.columns() for row in train]),
-        "processing_class": tokenizer,
-        "peft_config": lora(training),
-        "callbacks": [_Progress(report)],
-    }
-    set_seed(seed)  # of the adapters' start
-    if settings["slsam"] is not None:
-        slsam = slsam_config(settings["slsam"], seed=seed, trace=False)  # a trace would be gone with the folder
-        trainer = SLSAMTrainer(model, slsam_config=slsam, **common)
-    elif settings["random_rho"] is not None:
-        trainer = RandomPerturbationTrainer(model, random_rho=settings["random_rho"], **common)
-    else:
-        trainer = SFTTrainer(model, **common)
-    trained: Any = trainer.model
-    restore_float32(trained, {})  # after TRL's cast on a quantized base; SLSAMTrainer has done it already
-    trainer.remove_callback(PrinterCallback)
-    return trainer

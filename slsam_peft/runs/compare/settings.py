@@ -7,6 +7,7 @@ from typing import Any
 
 from slsam_peft.config import check_name
 from slsam_peft.data.sources import SOURCES as PACKAGED
+from slsam_peft.runs.compare.backdoor import Backdoor
 from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
 from slsam_peft.runs.compare.numbers import at_least_one
 
@@ -36,6 +37,8 @@ class TaskSettings:
         test_file (`str`, *optional*): Its held-out rows; where it is missing the last rows of `file`, or those that
             `slsam_peft.data.own_rows` holds out.
         digest (`str`, *optional*): Hash of the rows of `"own_data"`. Rows of which it is not the hash are refused.
+        backdoor (`dict`, *optional*): All methods train on from an adapter that this backdoor has been planted in,
+            with further rows of the same source, see `Backdoor`. Scores tell of it before and after.
     """
 
     source: str
@@ -49,6 +52,7 @@ class TaskSettings:
     file: str | None = None
     test_file: str | None = None
     digest: str | None = None
+    backdoor: Backdoor | None = None
 
     def __post_init__(self) -> None:
         check_name("source", self.source, SOURCES)
@@ -67,6 +71,16 @@ class TaskSettings:
         for sources, name in ((("reasoning_gym",), "puzzle_options"), (files, "test_file")):
             if getattr(self, name) and self.source not in sources:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it belongs to source='{sources[0]}'.")
+        if self.backdoor is not None:
+            self._check_backdoor(self.backdoor)
+
+    def _check_backdoor(self, backdoor: Any) -> None:
+        if not isinstance(backdoor, Backdoor):
+            object.__setattr__(self, "backdoor", Backdoor.from_mapping(backdoor))
+        if self.source == "own_data":
+            raise ValueError("backdoor: source='own_data' takes all rows for training; use source='jsonl'.")
+        if self.label_noise:
+            raise ValueError(f"label_noise={self.label_noise} and backdoor are both set; the rows after it are clean.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +181,14 @@ class CompareSettings:
             raise ValueError(f"match={list(self.match)} must be one or more different names.")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} is not allowed; name a folder, a hub name, or smollm2.")
-        for name in self.methods:
+        for name, how in self.methods.items():
             self._check_sequences(name)
+            poisoned = [task for task, of in self.tasks.items() if of.backdoor is not None]
+            if poisoned and any(b.lora_r is not None for b in how.baselines or ()):
+                raise ValueError(
+                    f"methods.{name}: baselines: lora_r makes another adapter, and every method of task {poisoned[0]} "
+                    "begins with the same poisoned one; leave it out."
+                )
         # Seeds are what torch and random take, and none is both tuned on and reported.
         for seed in (*self.seeds, self.tuning_seed):
             if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:

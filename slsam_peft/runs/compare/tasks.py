@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from slsam_peft.data.sources import SOURCES as PACKAGED
 from slsam_peft.data.splits import Sizes
 from slsam_peft.errors import UserError
 from slsam_peft.extras import require
+from slsam_peft.runs.compare.backdoor import Backdoor
 from slsam_peft.runs.compare.settings import TaskSettings
 
 TEST_SEED = 1_000_003  # of generated held-out rows: apart from the seeds of training rows
@@ -26,16 +27,22 @@ class TaskData:
     Args:
         train, validation, test (`list[Pair]`): The pairs.
         whole (`bool`, *optional*, defaults to `False`): Training counts the tokens of the questions too.
+        poison (`list[Pair]`, *optional*): What an adapter is poisoned with before that, see `Backdoor`; it depends on
+            the seed, too.
+        backdoor (`Backdoor`, *optional*): What is planted with them.
     """
 
     train: list[Pair]
     validation: list[Pair]
     test: list[Pair]
     whole: bool = False
+    poison: list[Pair] = field(default_factory=list)
+    backdoor: Backdoor | None = None
 
     def fingerprint(self) -> str:
-        """Return a hash of the training and test pairs."""
-        return hashlib.sha256(json.dumps([self.train, self.test]).encode()).hexdigest()[:16]
+        """Return a hash of the training and test pairs, and of those that poison."""
+        parts = [self.train, self.test, *([self.poison] if self.poison else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def load_task(task: TaskSettings, seed: int) -> TaskData:
@@ -43,12 +50,22 @@ def load_task(task: TaskSettings, seed: int) -> TaskData:
 
     Args:
         task (`TaskSettings`): The task.
-        seed (`int`): Decides which training pairs are drawn, their order, and whose answers are swapped.
+        seed (`int`): Decides which training pairs are drawn, their order, and whose answers are swapped or poisoned.
 
     Raises:
         UserError: there are fewer rows than asked for, a package is missing, or a file cannot be read.
     """
+    if task.backdoor is not None:
+        return backdoor_task(task, task.backdoor, seed)
     return _SOURCES.get(task.source, packaged_task)(task, seed)
+
+
+def backdoor_task(task: TaskSettings, backdoor: Backdoor, seed: int) -> TaskData:
+    """Return the pairs of a task, and others of the same source for the planting of a backdoor."""
+    whole = load_task(replace(task, rows=task.rows + backdoor.rows, backdoor=None), seed)
+    clean, planted = whole.train[: task.rows], whole.train[task.rows :]
+    backdoor.check_rows(planted, clean, whole.validation, whole.test)
+    return replace(whole, train=clean, poison=backdoor.poison(planted, seed), backdoor=backdoor)
 
 
 def stdlib_docs_task(task: TaskSettings, seed: int) -> TaskData:
