@@ -17,7 +17,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.models.foresight import plans_in_part
 from slsam_peft.saving.recorded import fallbacks_in, read_record
 from slsam_peft.trainer.trainer import SLSAMTrainer
-from tests.decoders import passes_of
+from tests.decoders import batch, decoder, passes_of
 from tests.tiny import build
 
 pytestmark = [
@@ -63,6 +63,21 @@ def test_a_trainer_tells_records_and_shows(tmp_path, caplog):
     trainer.save_model(str(tmp_path))
     assert fallbacks_in(read_record(tmp_path)) == list(trainer.slsam_fallbacks)
     assert any(RIDES_NOT in note for note in inspect(str(tmp_path), "block").notes)
+
+
+@pytest.mark.parametrize("requires", [False, True])
+def test_blocks_that_plain_training_would_leave_as_they_are_are_told_of(requires):
+    """Reentrant checkpointing passes no gradient on where the input of the blocks requires none."""
+    model = decoder("llama", True)
+    if not requires:
+        model.get_input_embeddings()._forward_hooks.clear()
+    arms = arms_of(model)
+    slsam = SLSAM(arms, SLSAMConfig(rho=0.1, active_fraction=1.0))
+    closure, forward_only = passes_of(lambda: model(**batch()).loss)
+    slsam.update(closure, None, forward_only)
+    assert all(p.grad is not None for arm in arms for p in arm.parameters)
+    said = [f.what for f in slsam.fallbacks if f.what.startswith("blocks are trained that plain training leaves")]
+    assert len(said) == (not requires)
 
 
 def test_where_nothing_falls_back_the_record_says_so(tmp_path):
