@@ -54,7 +54,9 @@ def check_quantized(model: nn.Module) -> None:
         ValueError: there is one. The message names the layer, and the kind of its weight.
     """
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module._parameters.get("weight")
         if weight is None or not hasattr(weight, "__tensor_flatten__") or weight.is_meta:
             continue
         with torch.enable_grad():
