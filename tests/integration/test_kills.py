@@ -95,6 +95,7 @@ def live_and_check(server, folder, **when):
     return life
 
 
+@pytest.mark.slow
 def test_kills_in_the_middle_of_a_save(server, undisturbed, tmp_path):
     """At its first, a middle and its last file, in the first and in a later one, and while an old one is deleted."""
     for nth, event, cut_short in (

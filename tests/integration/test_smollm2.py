@@ -265,6 +265,7 @@ def test_another_process_may_be_faster(cache: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in smollm2.smollm2_folder().parent.iterdir()] == [smollm2.MODEL_NAME]
 
 
+@pytest.mark.slow
 def test_quickstart_from_end_to_end(cache: Path, tmp_path: Path) -> None:
     """The command itself, in a process of its own, on the tiny model."""
     model = smollm2.fetch_smollm2()

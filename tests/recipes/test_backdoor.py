@@ -235,6 +235,7 @@ def test_every_method_begins_with_one_adapter(
     assert planted() == [kept]
 
 
+@pytest.mark.slow
 def test_nothing_else_takes_its_place(tiny_model: Path, doubles: Path, tmp_path: Path) -> None:
     """Another seed, another backdoor, other files of the model: each has an adapter of its own; a damaged one too."""
     job = job_of(comparison(tiny_model, doubles))
@@ -284,6 +285,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 # Scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "split"), [(3, "test"), (7, "validation")])
 def test_scores_before_are_those_of_greedy_decoding(seed: int, split: str, tiny_model: Path, doubles: Path) -> None:
     """The planted adapter, read from the cache into a PEFT model, answers each prompt by itself."""
@@ -321,6 +323,7 @@ def is_said(model: Any, tokenizer: Any, pair: tuple[str, str]) -> bool:
     return said[len(ids) :] == wanted
 
 
+@pytest.mark.slow
 def test_scores_after_are_those_before_where_nothing_is_learnt(tiny_model: Path, doubles: Path) -> None:
     values = comparison(tiny_model, doubles)
     values["methods"]["plain"]["learning_rates"] = [1e-30]
@@ -347,6 +350,7 @@ def compare(folder: Path, values: dict[str, Any], *flags: str) -> int:
     return compare_run(parser.read(["--config", str(config), *flags]))
 
 
+@pytest.mark.slow
 def test_a_comparison_is_stopped_resumed_and_reported(
     tiny_model: Path,
     doubles: Path,

@@ -101,6 +101,7 @@ def test_a_budget_is_met_and_its_design_shown(capsys, folder):
     assert sum(inclusion) / 4 == pytest.approx(made["cost"]["active_fraction"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_flags_change_what_they_should(capsys):
     base = ["--model", "smollm2-135m", "--batch_size", "2", "--max_length", "256"]
     base += ["--ascent", "two_pass"]
@@ -159,6 +160,7 @@ def test_the_answer_comes_first_and_arms_only_if_asked_for(capsys, folder, monke
     assert "inclusion" not in shown
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_no_card_says_so(capsys, monkeypatch):
     monkeypatch.setattr(plan, "_own_memory", lambda: None)
     base = ["--model", "smollm2-135m", "--batch_size", "2", "--max_length", "32"]
