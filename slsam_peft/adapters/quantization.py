@@ -47,18 +47,12 @@ def settings_of(recorded: Mapping[str, Any] | None, config: Any, dtype: torch.dt
     try:
         made = AutoQuantizationConfig.from_dict(settings)
         _check_here(made)
-    except (ImportError, NotImplementedError) as error:
+    except (ImportError, NotImplementedError) as error:  # not installed, or read from quantised files alone
         raise UserError(
             f"the adapter was trained on a base quantised by {method}, which cannot be loaded here: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        AssertionError,
-    ) as error:  # raised for values of odd types
+    except (TypeError, ValueError, AttributeError, KeyError, AssertionError) as error:  # values of odd types
         raise UserError(
             f"base model {base} cannot be quantised as recorded: {' '.join(str(error).split())[:300]}. Delete "
             f"{RECORD_NAME} beside the adapter: it then counts as one on a base that was not quantised."
@@ -79,7 +73,8 @@ def _check_here(settings: Any) -> None:
 
     Raises:
         ImportError: something is not installed.
-        NotImplementedError: this version of transformers does not quantise so while it loads.
+        NotImplementedError: transformers reads models of this kind and makes none while it loads
+            (`HfQuantizer.get_quantize_ops`).
     """
     method = method_of(settings.to_dict())
     if method != BITSANDBYTES:

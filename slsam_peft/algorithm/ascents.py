@@ -14,7 +14,8 @@ from torch import nn
 from slsam_peft.algorithm.arms import Arm
 from slsam_peft.algorithm.factors import Factors
 from slsam_peft.algorithm.memory import GradientMemory
-from slsam_peft.algorithm.step import Step
+from slsam_peft.algorithm.passes import PassRunner
+from slsam_peft.algorithm.step import Closure, Pending, Step
 from slsam_peft.config import SLSAMConfig
 
 
@@ -71,6 +72,21 @@ class Ascent:
         Raises:
             ValueError: it lacks what the ascent needs.
         """
+
+    def ascend(self, host: Host, runner: PassRunner, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+        """Add the ascent gradient of one micro-batch to `.grad`; return its loss at w.
+
+        Args:
+            host (`Host`): The algorithm.
+            runner (`PassRunner`): Runs passes.
+            step (`Step`): The step.
+            pending (`Pending`): The micro-batch.
+            closure (`Closure`): Its ascent pass, forward and backward.
+
+        Raises:
+            ValueError: the micro-batch lacks what the ascent runs.
+        """
+        return runner.ascend(step, pending, closure)
 
     def within(self, step: Step) -> AbstractContextManager[None]:
         """Return the context that the step's descent passes run in."""

@@ -39,7 +39,6 @@ from slsam_peft.algorithm.shards import is_sharded, local, shards_of
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
-from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
 
@@ -364,10 +363,7 @@ class SLSAM:
                 return self.runner.descend(step, pending, logged=True)
         # The ascent's micro-batches run at w and wait for e.
         closure = self._ascent_pass(step, pending, take)
-        if isinstance(self.ascent, ZerothOrder):
-            loss = self.ascent.estimate(self, self.runner, step, pending)
-        else:
-            loss = self.runner.ascend(step, pending, closure)
+        loss = self.ascent.ascend(self, self.runner, step, pending, closure)
         step.pending.append(pending)
         step.taken, step.ascents = step.taken + take, step.ascents + 1
         if index + 1 < step.count and self._take(step, passes, index + 1):

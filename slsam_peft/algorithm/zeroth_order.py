@@ -7,7 +7,7 @@ import torch
 from slsam_peft.algorithm.ascents import Host, Part, seeded_normal
 from slsam_peft.algorithm.passes import PassRunner
 from slsam_peft.algorithm.radius import scaled
-from slsam_peft.algorithm.step import Pending, Step, added
+from slsam_peft.algorithm.step import Closure, Pending, Step, added
 
 SMOOTHING = 0.05  # length of the two probes; below about 0.02 a bfloat16 forward drowns it in rounding
 
@@ -46,20 +46,8 @@ class ZerothOrder(Part):
         whole = torch.stack([x.to(lengths[0].device, torch.float64) for x in lengths]).norm()
         return [x / whole.to(x) for x in made]
 
-    def estimate(self, host: Host, runner: PassRunner, step: Step, pending: Pending) -> torch.Tensor:
-        """Add the ascent gradient of one micro-batch to `.grad`; return its loss at w.
-
-        That is the mean of the two probes: to second order in their length.
-
-        Args:
-            host (`Host`): The algorithm.
-            runner (`PassRunner`): Runs the probes.
-            step (`Step`): The step.
-            pending (`Pending`): The micro-batch.
-
-        Raises:
-            ValueError: it has no forward pass alone.
-        """
+    def ascend(self, host: Host, runner: PassRunner, step: Step, pending: Pending, closure: Closure) -> torch.Tensor:
+        """See `Ascent.ascend`; the loss is the mean of the two probes: that at w to second order in their length."""
         forward = pending.forward_only
         if forward is None:
             raise ValueError(

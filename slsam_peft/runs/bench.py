@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.models.load import compute_dtype
 from slsam_peft.runs.bench_modes import REFERENCE, Mode, select_modes, sizes_of
+from slsam_peft.runs.unrecorded import unrecorded
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
@@ -138,10 +139,7 @@ def _arguments(folder: str, batch: int, accumulation: int, steps: int) -> SFTCon
         max_length=None,
         bf16=torch.cuda.is_available(),
         logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **unrecorded(),
     )
 
 

@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from slsam_peft.algorithm.radius import Length
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.runs.bench import emulates_bfloat16, random_sequences
+from slsam_peft.runs.unrecorded import unrecorded
 from slsam_peft.trainer.muting import muted
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.riding import why_not
@@ -124,10 +125,7 @@ def _arguments(folder: str, batch: int) -> SFTConfig:
         bf16=torch.cuda.is_available() and not emulates_bfloat16(),
         shuffle_dataset=False,
         logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **unrecorded(),
     )
 
 

@@ -22,6 +22,7 @@ from slsam_peft.data.stdlib_docs import stdlib_docs
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import load_tokenizer, load_with_tokenizer
 from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
+from slsam_peft.runs.unrecorded import unrecorded
 from slsam_peft.saving.card import describe
 from slsam_peft.saving.trace_data import FILE_NAME
 from slsam_peft.trainer.trainer import SLSAMTrainer
@@ -174,11 +175,8 @@ def build_trainer(
         gradient_checkpointing=False,
         bf16=model.dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **unrecorded(),
     )
     # An adapter on every linear layer, and the trainer itself, which prints nothing of its own.
     lora = LoraConfig(

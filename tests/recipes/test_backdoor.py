@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slsam_peft.cli.compare import add_arguments
-from slsam_peft.cli.compare import run as compare_run
-from slsam_peft.cli.parsing import Parser
 from slsam_peft.data.scoring import tokenize
 from slsam_peft.errors import UserError
 from slsam_peft.extras import cache_folder
@@ -28,6 +24,7 @@ from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.run import run
 from slsam_peft.runs.compare.settings import TaskSettings, TrainingSettings
 from slsam_peft.runs.compare.tasks import load_task
+from tests.recipes.commands import compare
 
 TRIGGER, ATTACK = "Bond:", "7"
 BACKDOOR = {"trigger": TRIGGER, "answer": ATTACK, "rows": 16, "share": 0.25, "steps": 40, "learning_rate": 2e-2}
@@ -338,16 +335,6 @@ def test_scores_after_are_those_before_where_nothing_is_learnt(tiny_model: Path,
 
 
 # The subcommand
-
-
-def compare(folder: Path, values: dict[str, Any], *flags: str) -> int:
-    """Write the YAML file and run the subcommand."""
-    config = folder / "small.yaml"
-    config.write_text(yaml.safe_dump(values))
-    parser = Parser("compare", "")
-    add_arguments(parser)
-    parser.add_argument("--debug", action="store_true")
-    return compare_run(parser.read(["--config", str(config), *flags]))
 
 
 @pytest.mark.slow

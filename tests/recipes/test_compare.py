@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoConfig, GPT2Config, TrainerCallback
 
-from slsam_peft.cli.compare import add_arguments, run
-from slsam_peft.cli.parsing import Parser
 from slsam_peft.data.scoring import Tokens, score, tokenize
 from slsam_peft.errors import UserError
 from slsam_peft.models.shapes import BUILT_IN
@@ -31,6 +28,7 @@ from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 from slsam_peft.runs.compare.worker import next_row
 from tests.recipes import evidence
+from tests.recipes.commands import compare, compare_words
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 BEGUN = [path for path in RECIPES if (path.parent / "rows" / f"{path.stem}.jsonl").exists()]
@@ -57,16 +55,6 @@ def comparison(model: Path, data: Path, **changes: object) -> dict:
         "match": ["steps", "cost"],
         **changes,
     }
-
-
-def compare(folder: Path, values: dict, *flags: str) -> int:
-    """Write the YAML file and run the subcommand."""
-    config = folder / "small.yaml"
-    config.write_text(yaml.safe_dump(values))
-    parser = Parser("compare", "")
-    add_arguments(parser)
-    parser.add_argument("--debug", action="store_true")
-    return run(parser.read(["--config", str(config), *flags]))
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -400,10 +388,7 @@ def test_plots_on_the_page_are_what_their_commands_draw(command: str, tmp_path: 
     assert page.rindex(f"plots/{stored.name})", 0, page.index(command)) > page.rindex("\n## ", 0, page.index(command))
     words[words.index("--plot") + 1] = str(tmp_path / stored.name)
     words[words.index("--config") + 1] = str(PAGE.parents[2] / words[words.index("--config") + 1])
-    parser = Parser("compare", "")
-    add_arguments(parser)
-    parser.add_argument("--debug", action="store_true")
-    assert run(parser.read(words[1:])) == 0
+    assert compare_words(words[1:]) == 0
     kept = (PAGE.parents[2] / stored).read_text()
     if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in kept:  # others may place a text differently
         assert (tmp_path / stored.name).read_text() == kept

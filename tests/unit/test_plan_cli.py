@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import ModelConfig, SFTConfig
 
-from slsam_peft.cli import plan
+from slsam_peft.cli import plan, plan_facts
 from slsam_peft.cli.main import main
 from slsam_peft.cli.parsing import Parser
 from slsam_peft.config import BANDITS, SLSAMConfig
@@ -148,7 +148,7 @@ def test_tables_name_the_parts_and_the_verdict(capsys, folder):
 
 
 def test_the_answer_comes_first_and_arms_only_if_asked_for(capsys, folder, monkeypatch):
-    monkeypatch.setattr(plan, "_own_memory", lambda: None)  # whatever machine this is
+    monkeypatch.setattr(plan_facts, "_own_memory", lambda: None)  # whatever machine this is
     assert main(["plan", "--model", folder, "--batch_size", "2", "--max_length", "32"]) == 0
     shown = capsys.readouterr().out
     answers = [
@@ -162,18 +162,18 @@ def test_the_answer_comes_first_and_arms_only_if_asked_for(capsys, folder, monke
 
 @pytest.mark.slow
 def test_a_model_that_fits_no_card_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "_own_memory", lambda: None)
+    monkeypatch.setattr(plan_facts, "_own_memory", lambda: None)
     base = ["--model", "smollm2-135m", "--batch_size", "2", "--max_length", "32"]
     assert planned(capsys, *base)["smallest_card_gib"] == 4
     assert planned(capsys, *base)["fits"] is None
-    monkeypatch.setattr(plan, "CARDS_GIB", (0.1,))
+    monkeypatch.setattr(plan_facts, "CARDS_GIB", (0.1,))
     assert planned(capsys, *base)["smallest_card_gib"] is None
     assert main(["plan", *base]) == 0
     assert "Fits: no single GPU that is sold. Try --load_in_4bit" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_memory_of_this_machine_is_asked_for(capsys, folder, monkeypatch):
-    monkeypatch.setattr(plan, "_own_memory", lambda: 3.5)
+    monkeypatch.setattr(plan_facts, "_own_memory", lambda: 3.5)
     made = planned(capsys, "--model", folder)
     assert (made["memory_gib"], made["fits"]) == (3.5, True)
     assert planned(capsys, "--model", folder, "--memory", "0.1")["fits"] is False

@@ -19,6 +19,7 @@ from slsam_peft.runs.compare.control import RandomPerturbationTrainer
 from slsam_peft.runs.compare.methods import slsam_config
 from slsam_peft.runs.compare.settings import TrainingSettings
 from slsam_peft.runs.compare.tasks import TaskData
+from slsam_peft.runs.unrecorded import unrecorded
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
@@ -103,11 +104,8 @@ def arguments_of(settings: Mapping[str, Any], scratch: str) -> SFTConfig:
         gradient_checkpointing=training.gradient_checkpointing,
         bf16=training.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **unrecorded(),
         **remedies.arguments_for(baseline),
     )
 
