@@ -220,6 +220,8 @@ def model_of(family, checkpointing=None, lora=None, adapter=None, **settings):
     adapter = adapter or LoraConfig(**{"r": 2, "target_modules": targets, **task, **(lora or {})})
     model = get_peft_model(model, adapter, autocast_adapter_dtype=False).double()
     model = in_training(model, checkpointing)
+    if name.startswith("Swin"):  # its embeddings return a tuple, which `enable_input_require_grads` cannot take
+        model.get_input_embeddings()._forward_hooks.clear()
     if checkpointing is not None and name.startswith("Speech2Text"):  # `enable_input_require_grads` misses its encoder
         model.base_model.model.model.encoder.conv.register_forward_hook(lambda m, a, out: out.requires_grad_())
     return model

@@ -286,6 +286,15 @@ def test_noise_that_cannot_be_replayed_is_refused_by_name():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_batch_norm_in_blocks_that_are_computed_again_is_no_noise():
+    """Checkpointing counts the batch once more; what batch norm tracks is not read in training."""
+    model = model_of("wav2vec2-conformer", False)
+    closure, forward_only = passes_of(lambda: model(**batch_of("wav2vec2-conformer")).loss)
+    slsam = SLSAM(arms_of(model), SLSAMConfig(rho=0.1, active_fraction=1.0))
+    slsam.update(closure, None, forward_only)
+    assert all(p.grad is not None for p in slsam.parameters)
+
+
 class Residual(nn.Sequential):
     """Adds to its input what its layers make of it."""
 
