@@ -253,7 +253,7 @@ class Horizon:
             args, kwargs = with_sides(lambda side: self._side(side, index, next(places), run), args, kwargs)
             if begins and index < run.lowest_active:
                 self._check_start(hidden, run)
-            if index == 0 and not below and not hidden.requires_grad and _is_reentrant(module):
+            if index == 0 and not below and not hidden.requires_grad and _is_reentrant_throughout(module):
                 self._tell_untrained()
             # Below what is trained no graph is wanted, and above it reentrant checkpointing builds none by itself.
             if cuts and hidden.requires_grad:
@@ -449,3 +449,9 @@ def _is_reentrant(block: nn.Module) -> bool:
         return False
     checkpoint = getattr(block, "_gradient_checkpointing_func", None)
     return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
+
+
+def _is_reentrant_throughout(block: nn.Module) -> bool:
+    """Whether all that is trained in a block is checkpointed the reentrant way: the block itself, or parts of it."""
+    inside = {p for part in block.modules() if _is_reentrant(part) for p in part.parameters()}
+    return bool(inside) and all(p in inside for p in block.parameters() if p.requires_grad)

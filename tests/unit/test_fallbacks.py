@@ -18,6 +18,7 @@ from slsam_peft.models.foresight import plans_in_part
 from slsam_peft.saving.recorded import fallbacks_in, read_record
 from slsam_peft.trainer.trainer import SLSAMTrainer
 from tests.decoders import batch, decoder, passes_of
+from tests.families import batch_of, model_of
 from tests.tiny import build
 
 pytestmark = [
@@ -78,6 +79,20 @@ def test_blocks_that_plain_training_would_leave_as_they_are_are_told_of(requires
     assert all(p.grad is not None for arm in arms for p in arm.parameters)
     said = [f.what for f in slsam.fallbacks if f.what.startswith("blocks are trained that plain training leaves")]
     assert len(said) == (not requires)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_stages_whose_inner_blocks_plain_training_leaves_are_told_of(checkpointing):
+    """A stage of Segformer is no checkpointed block; it holds some, and nothing has told them to require a gradient."""
+    model = model_of("segformer", checkpointing)
+    batch = batch_of("segformer")
+    arms = arms_of(model)
+    upper = torch.arange(len(arms)) >= len(arms) - 2
+    slsam = SLSAM(arms, SLSAMConfig(rho=0.1, active_fraction=0.5, descent="all", design=lambda p, g: upper))
+    closure, forward_only = passes_of(lambda: model(**batch).loss)
+    slsam.update(closure, None, forward_only)
+    said = [f.what for f in slsam.fallbacks if f.what.startswith("blocks are trained that plain training leaves")]
+    assert len(said) == checkpointing
 
 
 def test_where_nothing_falls_back_the_record_says_so(tmp_path):
