@@ -19,6 +19,7 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.models.load import compute_dtype
 from slsam_peft.runs.bench_modes import REFERENCE, Mode, select_modes, sizes_of
 from slsam_peft.runs.unrecorded import unrecorded
+from slsam_peft.trainer.advice import unadvised
 from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
@@ -147,12 +148,10 @@ def _trainer(
     model: Any, tokenizer: Any, args: SFTConfig, sequences: Dataset, config: SLSAMConfig | None
 ) -> SFTTrainer:
     common = {"args": args, "train_dataset": sequences, "processing_class": tokenizer}
-    # The same precision for all: TRL's, as in the plain reference, or float32, see above.
-    kept = "float32" if emulates_bfloat16() else "keep"
     trainer = (
         SFTTrainer(model, **common)
         if config is None
-        else SLSAMTrainer(model, **common, slsam_config=replace(config, adapter_dtype=kept, trace=False))
+        else SLSAMTrainer(model, **common, slsam_config=replace(config, adapter_dtype=adapter_dtype(), trace=False))
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -161,6 +160,11 @@ def _trainer(
 def emulates_bfloat16() -> bool:
     """Whether this machine computes in float32, since bfloat16 would be slower."""
     return compute_dtype("auto") == torch.float32
+
+
+def adapter_dtype() -> str:
+    """Return the `adapter_dtype` that gives all trainers the precision of the plain one: TRL's, or float32."""
+    return "float32" if emulates_bfloat16() else "keep"
 
 
 def _round(trainer: SFTTrainer, number: int, measured: Measured) -> None:
@@ -177,7 +181,7 @@ def _round(trainer: SFTTrainer, number: int, measured: Measured) -> None:
         trainer.slsam_config = replace(trainer.slsam_config, seed=number)
     clock = _Clock(trainer)
     trainer.add_callback(clock)
-    with PeakMemory() as peak:
+    with unadvised(), PeakMemory() as peak:
         trainer.train()
     trainer.remove_callback(clock)
     if isinstance(trainer, SLSAMTrainer):  # or the modes after it pay for the gradients it keeps

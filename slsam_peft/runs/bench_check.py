@@ -14,7 +14,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,10 +26,10 @@ from trl import SFTConfig, SFTTrainer
 
 from slsam_peft.algorithm.radius import Length
 from slsam_peft.config import SLSAMConfig
-from slsam_peft.runs.bench import emulates_bfloat16, random_sequences
+from slsam_peft.runs.bench import adapter_dtype, emulates_bfloat16, random_sequences
 from slsam_peft.runs.unrecorded import unrecorded
+from slsam_peft.trainer.advice import unadvised
 from slsam_peft.trainer.muting import muted
-from slsam_peft.trainer.precision import restore_float32
 from slsam_peft.trainer.riding import why_not
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
@@ -41,9 +41,9 @@ FACTOR_SCALE = 0.02  # of LoRA's B, which begins at 0 and would leave A without 
 
 SWAP, STACK, IN_PLACE = "swap", "look-ahead stack", "in place"
 WAYS = {
-    SWAP: SLSAMConfig(method="auto", ascent="partial", rho=RADII[0], adapter_dtype="keep", trace=False),
-    STACK: SLSAMConfig(method="auto", rho=RADII[0], adapter_dtype="keep", trace=False),
-    IN_PLACE: SLSAMConfig(method="auto", ascent="partial", rho=RADII[0], adapter_dtype="keep", trace=False),
+    SWAP: SLSAMConfig(method="auto", ascent="partial", rho=RADII[0], trace=False),
+    STACK: SLSAMConfig(method="auto", rho=RADII[0], trace=False),
+    IN_PLACE: SLSAMConfig(method="auto", ascent="partial", rho=RADII[0], trace=False),
 }
 
 
@@ -104,11 +104,9 @@ def run_check(
                 args=_arguments(folder, batch),
                 train_dataset=sequences,
                 processing_class=tokenizer,
-                slsam_config=config,
+                slsam_config=replace(config, adapter_dtype=adapter_dtype()),
             )
             trainer.remove_callback(PrinterCallback)
-            if emulates_bfloat16():  # undo TRL's cast of QLoRA adapters to it
-                restore_float32(peft_model, {})
             _fill_factors(peft_model)
             checked.append(trainer.check(name))
     return checked
@@ -146,7 +144,8 @@ class _Probe(SLSAMTrainer):
     def check(self, mode: str) -> Checked:
         """Return how far a mode is from the reference."""
         self.mode, self.at, self.found = mode, 0, None
-        self.train()
+        with unadvised():
+            self.train()
         assert self.found is not None
         self.slsam.memory.replace({})
         self.model.zero_grad(set_to_none=True)

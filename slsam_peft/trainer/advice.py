@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from slsam_peft.algorithm.slsam import SLSAM
@@ -42,6 +44,17 @@ def advise(trainer: Any, slsam: SLSAM) -> None:
             "this run sees each sequence once, and nothing was gained by sharpness-aware steps there in our "
             "measurements: they help where few rows are repeated. Plain LoRA (rho=0) is cheaper."
         )
+
+
+@contextmanager
+def unadvised() -> Iterator[None]:
+    """Advise nobody inside the context: of a run that times or checks steps on random tokens."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _epochs(trainer: Any) -> float:

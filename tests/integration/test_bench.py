@@ -76,13 +76,14 @@ def test_a_misspelt_mode_is_answered_with_the_nearest():
         select_modes(["papre"], 2, 1)
 
 
-def test_the_command_times_prints_and_writes(tmp_path, monkeypatch, capsys):
+def test_the_command_times_prints_and_writes(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     llama(num_hidden_layers=2).save_pretrained("model")
     tokenizer().save_pretrained("model")
     words = "bench --model model --lora_r 4 --batch_size 1 --max_length 16 --steps 1 --rounds 1 --rows 1000 --modes"
-    assert main([*words.split(), "sam", "--output", "a.json", "--plot", "a.svg"]) == 0
+    assert main([*words.split(), "sam", "auto", "--output", "a.json", "--plot", "a.svg"]) == 0
     shown = capsys.readouterr().out
+    assert not any("sees each sequence once" in r.getMessage() for r in caplog.records)  # nobody's data
     assert all(
         word in shown
         for word in (
@@ -95,7 +96,7 @@ def test_the_command_times_prints_and_writes(tmp_path, monkeypatch, capsys):
         )
     )
     written = json.loads((tmp_path / "a.json").read_text())
-    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "sam"]
+    assert [mode["mode"] for mode in written["modes"]] == ["plain LoRA", "auto", "sam"]
     assert written["modes"][0]["seconds_per_step"] > 0
 
 

@@ -83,7 +83,7 @@ def test_blocks_that_plain_training_would_leave_as_they_are_are_told_of(requires
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_stages_whose_inner_blocks_plain_training_leaves_are_told_of(checkpointing):
-    """A stage of Segformer is no checkpointed block; it holds some, and nothing has told them to require a gradient."""
+    """A stage of Segformer is no checkpointed block; it holds some, whose input requires no gradient."""
     model = model_of("segformer", checkpointing)
     batch = batch_of("segformer")
     arms = arms_of(model)
