@@ -48,7 +48,7 @@ def advise(trainer: Any, slsam: SLSAM) -> None:
 
 @contextmanager
 def unadvised() -> Iterator[None]:
-    """Advise nobody inside the context: of a run that times or checks steps on random tokens."""
+    """Keep the advice back inside the context: of runs whose data set does not say how often a row is seen."""
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

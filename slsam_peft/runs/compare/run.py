@@ -1,12 +1,10 @@
 """A run of a comparison trains an adapter, scores it and returns the row."""
 
 import importlib.metadata
-import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +27,7 @@ from slsam_peft.runs.compare.methods import slsam_config
 from slsam_peft.runs.compare.poisoning import poisoned_start
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 from slsam_peft.runs.compare.tasks import load_task
-from slsam_peft.trainer import advice
+from slsam_peft.trainer.advice import unadvised
 from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.riding import lora_pairs
 
@@ -124,7 +122,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         remedies.apply(baseline, trainer, validation, train, order)
         began = time.monotonic()
         try:
-            with _without_advice():
+            with unadvised():  # in a run's data set repeated rows are several
                 trainer.train()
         except DivergedError as error:
             return {"error": str(error)}
@@ -155,18 +153,6 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
 def _success(model: Any, attacks: Sequence[Tokens]) -> dict[str, float]:
     """Return the share of attacks that greedy decoding answers as the backdoor has it; nothing without attacks."""
     return {"attack_success": score(model, attacks).exact} if attacks else {}
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep back what the trainer advises those who see rows once: in a run's data set repeated rows are several."""
-    logger = logging.getLogger(advice.__name__)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def scores_of(model: Any, held_out: Sequence[Tokens], validation: Sequence[Tokens] | None) -> dict[str, Any]:
