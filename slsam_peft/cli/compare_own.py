@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.outputs import check_appendable, write_output
 from slsam_peft.data.files import check_file
-from slsam_peft.data.load import is_file_name
+from slsam_peft.data.load import is_file_name, is_path
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.wishes import Wishes, name_of
 
@@ -93,9 +93,12 @@ def check_files(wishes: Wishes, folder: Path) -> None:
         UserError: a file cannot be read or holds something else; the message names file and line. Or the folder cannot
             be written.
     """
-    for name in (wishes.data, wishes.eval_data):
-        if name is not None and is_file_name(name) and not Path(name).expanduser().is_dir():
-            check_file(Path(name).expanduser())
+    files = [wishes.data] if is_file_name(wishes.data) else []
+    if wishes.eval_data is not None and is_path(wishes.eval_data):
+        files.append(wishes.eval_data)
+    for file in (Path(name).expanduser() for name in files):
+        if not file.is_dir():
+            check_file(file)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output={folder} is a file; name a folder.")
     check_appendable(folder / CONFIG if folder.exists() else folder)

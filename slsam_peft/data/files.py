@@ -6,16 +6,17 @@ line when a file is malformed. So files are checked here, and those of JSON are 
 
 import codecs
 import gzip
-import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from slsam_peft.data.columns import Columns, widened
+from slsam_peft.data.emptiness import Emptiness
 from slsam_peft.data.rows import RowError, needed_columns, type_name
 from slsam_peft.data.spellings import Converter, Row, deciding_columns
+from slsam_peft.data.strict_json import DuplicateKeyError, decoder, read_json, reason_of
 from slsam_peft.errors import UserError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -35,11 +36,13 @@ class Table:
         kind (`str`): Their kind, see `kind_of`.
         columns (`dict[str, Kind]`): Their columns as they are trained on; empty for Parquet, which has its own.
         said (`list[str]`): What was converted or left out, as sentences.
+        empty (`list[str]`): How many rows have nothing to answer, as sentences.
     """
 
     kind: str
     columns: Columns
     said: list[str]
+    empty: list[str]
 
 
 def suffix_of(path: Path) -> str:
@@ -63,8 +66,9 @@ def check_file(path: Path, text_field: str = "text") -> str:
         `str`: The kind of all rows, see `kind_of`.
 
     Raises:
-        UserError: the file is missing, of another type, unreadable, malformed or empty, a row lacks its columns, or
-            rows are of different kinds. The message names the file and the line (the row, for Parquet).
+        UserError: the file is missing, of another type, unreadable, malformed or empty, a row lacks its columns, rows
+            are of different kinds, or the answers of all rows are empty. The message names the file and the line (the
+            row, for Parquet).
     """
     return check_files([path], text_field).kind
 
@@ -81,19 +85,22 @@ def check_files(paths: Sequence[Path], text_field: str = "text") -> Table:
     return found
 
 
-def check_rows(rows: Iterable[Located], convert: Converter, *, typed: bool) -> Table:
+def check_rows(rows: Iterable[Located], convert: Converter, *, typed: bool, sample: bool = False) -> Table:
     """Check rows, which must all be of one kind.
 
     Args:
         rows (`Iterable[tuple[str, dict]]`): Where each row is, and the row.
         convert (`Converter`): Turns rows into what is trained on.
         typed (`bool`): The rows come from a table, whose columns have types of their own.
+        sample (`bool`, *optional*, defaults to `False`): There are other rows, so that empty answers are not counted.
 
     Raises:
-        UserError: a row is none, is of another kind than the first, or cannot be stored. The message says where it is.
+        UserError: a row is none, is of another kind than the first, or cannot be stored, or the answers of all rows
+            are empty. The message says where it is.
     """
     kind = first = ""
     columns: Columns = {}
+    answers = Emptiness(convert.text_field)
     for where, row in rows:
         try:
             found, made = convert(row)
@@ -103,11 +110,21 @@ def check_rows(rows: Iterable[Located], convert: Converter, *, typed: bool) -> T
             raise UserError(f"{where}: {error.sentence}") from None
         if kind and found != kind:
             raise UserError(
-                f"{where}: a {found} row, but {first} is a {kind} row; all rows must be of one kind. "
-                "Split the file, or bring all rows into one form."
+                f"{where}: a {found} row, but {_seen_from(where, first)} is a {kind} row; all rows must be of one "
+                "kind. Split the data, or bring all rows into one form."
             )
-        kind, first = kind or found, first or where.rpartition(", ")[2]
-    return Table(kind, columns, convert.sentences())
+        kind, first = kind or found, first or where
+        answers.add(where, found, made)
+    if sample:
+        return Table(kind, columns, convert.sentences(), [])
+    answers.check()
+    return Table(kind, columns, convert.sentences(), answers.sentences())
+
+
+def _seen_from(here: str, place: str) -> str:
+    """Return a place as it is named beside another one: without the file's name where that is the same."""
+    file, _, line = place.rpartition(", ")
+    return line if file == here.rpartition(", ")[0] else place
 
 
 def _check_name(path: Path) -> None:
@@ -163,7 +180,7 @@ def _json_lines(path: Path) -> Iterator[Located]:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text, parse_constant=_refuse_constant)
+                row = read_json(text)
             except (ValueError, RecursionError) as error:
                 raise _malformed(path, number, error) from None
             yield f"line {number}", _require_object(row, path, number)
@@ -173,13 +190,13 @@ def _json_list(path: Path) -> Iterator[Located]:
     """Yield the rows of a list one by one, so that each has its line."""
     with _open(path) as file:
         text = _decode(file.read().removeprefix(codecs.BOM_UTF8), path, 1)
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    reader = decoder()
     # Each turn reads one row and what separates it from the next; `counted` is how far newlines have been counted.
     at, line, counted = _skip_space(text, text.index("[") + 1), 1, 0
     while not text.startswith("]", at):
         line, counted = line + text.count("\n", counted, at), at
         try:
-            row, at = decoder.raw_decode(text, at)
+            row, at = reader.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise _malformed(path, getattr(error, "lineno", line), error) from None
         yield f"line {line}", _require_object(row, path, line)
@@ -201,10 +218,6 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON; write null instead")
-
-
 def _decode(raw: bytes, path: Path, first_line: int) -> str:
     try:
         return raw.decode("utf-8")
@@ -216,10 +229,9 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
 
 
 def _malformed(path: Path, line: int, error: Exception) -> UserError:
-    detail = str(error) if isinstance(error, ValueError) else "nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-        detail = f"{error.msg[:1].lower()}{error.msg[1:]} at column {error.colno}"
-    return UserError(f"{path}, line {line}: not valid JSON: {detail}; {_JSON_FORM}.")
+    if isinstance(error, DuplicateKeyError):
+        return UserError(f"{path}, line {line}: {error}; leave one out.")
+    return UserError(f"{path}, line {line}: not valid JSON: {reason_of(error)}; {_JSON_FORM}.")
 
 
 def _require_object(row: Any, path: Path, line: int) -> dict[str, Any]:
@@ -237,11 +249,22 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[Located]:
             names = file.schema_arrow.names
             # Only the columns that decide are read: a file may have other, large ones.
             read = [name for name in names if name in deciding_columns(text_field)] or names[:1]
+            decode = _decoder_of(file.schema_arrow, read)
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=read):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"row {number}", dict.fromkeys(names) | row
+                    yield f"row {number}", dict.fromkeys(names) | decode(row)
     except pa.ArrowException as error:
         detail = str(error).splitlines()[0]
         raise UserError(f"data file {path} cannot be read as Parquet: {detail}") from None
+
+
+def _decoder_of(schema: Any, names: Sequence[str]) -> Callable[[Row], Row]:
+    """Return what makes a row of some columns as `datasets` reads them, which stores values of many types as JSON."""
+    if b'"Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
+        return lambda row: row
+    from datasets import Features
+
+    declared = Features.from_arrow_schema(schema)
+    return Features({name: declared[name] for name in names}).decode_example

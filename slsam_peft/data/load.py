@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from slsam_peft.data.columns import features, stored
 from slsam_peft.data.files import SUFFIXES, Table, check_files, check_rows, read_rows, suffix_of
 from slsam_peft.data.folders import OTHER_DATA, files_by_split
-from slsam_peft.data.rows import TEMPLATE_OPTIONS
+from slsam_peft.data.places import in_files, in_parts, remember
+from slsam_peft.data.rows import TEMPLATE_OPTIONS, TOOLS
 from slsam_peft.data.spellings import Converter, Row, deciding_columns
 from slsam_peft.data.tables import changed, is_table
 from slsam_peft.errors import UserError
@@ -27,6 +28,10 @@ STDLIB_DOCS = "stdlib_docs"  # a name that needs no network: see slsam_peft.data
 
 _FILE_SUFFIXES = (*SUFFIXES, *OTHER_DATA)
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
+
+
+class NoSplitError(UserError):
+    """A data set has no split of the name that was asked for."""
 
 
 def load_split(
@@ -62,24 +67,61 @@ def load_split(
     path = Path(name).expanduser()
     if name == STDLIB_DOCS and not path.exists():
         return _stdlib_docs(split)
-    if path.is_dir() and any((path / file).is_file() for file in _SAVED):
-        return _saved(path, split, streaming, text_field)
     if path.is_dir():
-        return _from_files(path, files_by_split(path, config), split, streaming, text_field)
+        return _from_folder(path, split, config, streaming, text_field)
     if is_file_name(name):
         return _from_files(path, {"train": [path]}, split, streaming, text_field)
     return _from_hub(name, split, config, streaming, text_field)
 
 
 def load_eval_split(name: str, split: str, **options: Any) -> "Dataset | IterableDataset":
-    """Load held-out data: a file or folder of its own where `split` names one, else a split of the data set `name`.
+    """Load held-out data: a split of the data set `name`, or a file or folder of its own where `split` names one.
 
-    Takes the keywords of `load_split` and raises as it does.
+    Args:
+        name (`str`): A data set, as of `load_split`.
+        split (`str`): A split of it, or a part of one. What is spelled as a path, with a separator, a dot before it
+            or the extension of a data file, is a file or folder instead; so is the name of one that lies here where
+            the data set has no such split. The only split of a folder is taken, or `"train"` where it has several.
+        **options: Keywords of `load_split`.
+
+    Raises:
+        UserError: as of `load_split`.
     """
-    if is_file_name(split) or Path(split).expanduser().is_dir():
-        options["config"] = None  # one of the data set `name`
-        return load_split(split, "train", **options)
-    return load_split(name, split, **options)
+    return _held_out(name, split, options)[1]
+
+
+def eval_place(name: str, split: str) -> str | None:
+    """Return the file or folder that `load_eval_split` reads, `None` where that is a split of the data set `name`.
+
+    Raises:
+        UserError: it has to read that split to know, and cannot.
+    """
+    if is_path(split):
+        return split
+    return _held_out(name, split, {})[0] if Path(split).expanduser().exists() else None
+
+
+def _held_out(name: str, split: str, options: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """Return the place of held-out data that are none of a data set's splits, and the data."""
+    if not is_path(split):
+        try:
+            return None, load_split(name, split, **options)
+        except NoSplitError:
+            if not Path(split).expanduser().exists():
+                raise
+    own = {**options, "config": None}  # the configuration is one of the data set `name`
+    path = Path(split).expanduser()
+    if not path.is_dir():
+        return split, load_split(split, "train", **own)
+    return split, _from_folder(path, None, None, own.get("streaming", False), own.get("text_field", "text"))
+
+
+def is_path(split: str) -> bool:
+    """Return whether an evaluation split is spelled as a path; that something of its name lies here tells nothing."""
+    path = Path(split).expanduser()
+    if path.suffix.lower() in _FILE_SUFFIXES:
+        return True
+    return (split.startswith((".", "~")) or os.sep in split) and (is_file_name(split) or path.is_dir())
 
 
 def is_file_name(name: str) -> bool:
@@ -111,7 +153,7 @@ def _part(splits: Mapping[str, "Dataset"], split: str, what: str) -> "Dataset":
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
-        raise UserError(f"data set {what!r} has no split {split!r}; {have}") from error
+        raise NoSplitError(f"data set {what!r} has no split {split!r}; {have}") from error
     if sum(max(0, part.to - part.from_) for part in parts) == 0:
         raise UserError(f"data set {what!r} has no split {split!r}; that corresponds to no data, and {have}")
     chosen = []
@@ -119,17 +161,41 @@ def _part(splits: Mapping[str, "Dataset"], split: str, what: str) -> "Dataset":
         rows = splits[part.splitname]
         whole = (part.from_, part.to) == (0, len(rows))
         chosen.append(rows if whole else rows.select(range(part.from_, part.to)))
-    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+    if len(chosen) == 1 and chosen[0] is splits[parts[0].splitname]:
+        return chosen[0]
+    made = chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+    return remember(made, in_parts([(splits[part.splitname], part.from_, part.to) for part in parts]))
+
+
+def _from_folder(
+    path: Path, split: str | None, config: str | None, streaming: bool, text_field: str
+) -> "Dataset | IterableDataset":
+    """Load a split of a folder of files, or of one from `save_to_disk`; see `_only` where it is `None`."""
+    if any((path / file).is_file() for file in _SAVED):
+        return _saved(path, split, streaming, text_field)
+    return _from_files(path, files_by_split(path, config), split, streaming, text_field)
+
+
+def _only(path: Path, splits: Mapping[str, Any]) -> str:
+    """Return which split of a folder is taken where none is named: the only one, or else `"train"`, which is said."""
+    if len(splits) == 1:
+        return next(iter(splits))
+    if "train" in splits:
+        logger.warning("The folder %s has the splits %s; 'train' is read.", path, " and ".join(map(repr, splits)))
+    return "train"
 
 
 def _from_files(
-    path: Path, files: Mapping[str, Sequence[Path]], split: str, streaming: bool, text_field: str
+    path: Path, files: Mapping[str, Sequence[Path]], split: str | None, streaming: bool, text_field: str
 ) -> "Dataset | IterableDataset":
     """Load local files: those of JSON by this package's own reader, those of Parquet by `datasets`."""
+    split = split or _only(path, files)
     wanted = [name for name in dict.fromkeys(re.findall(r"(?:^|\+)\s*(\w+)", split)) if name in files]
     if streaming:
         if split not in files:
-            raise UserError(f"data set {str(path)!r} has no split {split!r} that can be streamed; take {list(files)}.")
+            raise NoSplitError(
+                f"data set {str(path)!r} has no split {split!r} that can be streamed; take {list(files)}."
+            )
         return _table(files[split], text_field, streaming=True)
     # A split that is not asked for is not read; its name alone is told.
     found = {name: _table(files[name], text_field) for name in wanted}
@@ -139,7 +205,11 @@ def _from_files(
 def _table(files: Sequence[Path], text_field: str, *, streaming: bool = False) -> Any:
     """Load all rows of files of one type."""
     found = check_files(files, text_field)
-    _say(str(files[0]) if len(files) == 1 else str(files[0].parent), found.said)
+    _say(str(files[0]) if len(files) == 1 else str(files[0].parent), [*found.said, *found.empty])
+    return remember(_rows_of(files, found, streaming, text_field), in_files(files, text_field))
+
+
+def _rows_of(files: Sequence[Path], found: Table, streaming: bool, text_field: str) -> Any:
     if suffix_of(files[0]) == ".parquet":
         return _of_parquet(files, found, streaming, text_field)
     from datasets import Dataset, IterableDataset
@@ -180,7 +250,7 @@ def _of_parquet(files: Sequence[Path], found: Table, streaming: bool, text_field
     return _converted(data, text_field) if found.said or _is_padded(data, text_field) else data
 
 
-def _saved(path: Path, split: str, streaming: bool, text_field: str) -> "Dataset | IterableDataset":
+def _saved(path: Path, split: str | None, streaming: bool, text_field: str) -> "Dataset | IterableDataset":
     """Load what `save_to_disk` wrote; every row is checked."""
     from datasets import Dataset, load_from_disk
 
@@ -189,6 +259,7 @@ def _saved(path: Path, split: str, streaming: bool, text_field: str) -> "Dataset
     except Exception as error:  # datasets raises a dozen kinds
         raise UserError(f"data folder {path} cannot be loaded by load_from_disk: {_brief(error)}") from error
     splits = {"train": data} if isinstance(data, Dataset) else {str(name): rows for name, rows in data.items()}
+    split = split or _only(path, splits)
     part = _part(splits, split, str(path))
     made = _in_form(part, f"{path}, split {split!r}", text_field)
     return made.to_iterable_dataset() if streaming else made
@@ -203,7 +274,7 @@ def _from_hub(
         data = load_dataset(name, config, split=split, streaming=streaming)
         first = next(iter(data), None)
     except Exception as error:  # datasets raises a dozen kinds, network errors among them
-        raise UserError(_why(name, split, error)) from error
+        raise _refusal(name, split, error) from error
     if first is None:
         raise UserError(f"data set {name!r}, split {split!r}, is empty; it needs at least one row.")
     return _in_form(data, f"data set {name!r}, split {split!r}", text_field)
@@ -221,8 +292,9 @@ def _in_form(data: Any, where: str, text_field: str) -> Any:
         deciding = [name for name in data.column_names if name in deciding_columns(text_field)]
         rows = data.select_columns(deciding or data.column_names)
     numbered = ((f"{where}, row {i}", dict(row)) for i, row in enumerate(rows, 1))
-    found = check_rows(numbered if rows is not data else [next(numbered)], convert, typed=True)
-    _say(where, found.said)
+    sample = rows is data  # a stream, of which the first row is looked at
+    found = check_rows([next(numbered)] if sample else numbered, convert, typed=True, sample=sample)
+    _say(where, [*found.said, *found.empty])
     decoded = _decoded_texts(data.features or {}, text_field)
     if decoded:
         logger.warning(
@@ -231,7 +303,8 @@ def _in_form(data: Any, where: str, text_field: str) -> Any:
             where,
             " and ".join(map(repr, decoded)),
         )
-    return _converted(data, text_field) if found.said or _is_padded(data, text_field) else data
+    made = _converted(data, text_field) if found.said or _is_padded(data, text_field) else data
+    return remember(made, lambda number: f"{where}, row {number}")
 
 
 def _decoded_texts(declared: Mapping[str, Any], text_field: str) -> list[str]:
@@ -240,7 +313,7 @@ def _decoded_texts(declared: Mapping[str, Any], text_field: str) -> list[str]:
 
     found = []
     for name, kind in declared.items():
-        if name not in deciding_columns(text_field) or name == TEMPLATE_OPTIONS:
+        if name not in deciding_columns(text_field) or name in (TEMPLATE_OPTIONS, TOOLS):
             continue
         inner = getattr(kind, "feature", kind)  # of a list
         parts = [inner[key] for key in ("content", "value") if key in inner] if isinstance(inner, dict) else [kind]
@@ -270,14 +343,14 @@ def _say(where: str, sentences: Sequence[str]) -> None:
         logger.warning("%s: %s", where, sentence)
 
 
-def _why(what: str, split: str, error: Exception) -> str:
+def _refusal(what: str, split: str, error: Exception) -> UserError:
     detail = _brief(error)
     if "split" in detail.lower():
-        return (
+        return NoSplitError(
             f"data set {what!r} has no split {split!r}: {detail}\nName one that it has, a part of one "
             "('train[:90%]', and 'train[90%:]' to evaluate), or a held-out file as the evaluation split."
         )
-    return (
+    return UserError(
         f"data set {what!r} is no local file or folder (from {Path.cwd()}), and loading it from the Hub failed: "
         f"{detail}\nCheck the name, and the connection."
     )

@@ -67,8 +67,8 @@ def read_own(name: str, held_out: str | None = None) -> OwnRows:
         held_out (`str`, *optional*): A held-out file, or the split of `name` to read instead of `"train"`.
 
     Raises:
-        UserError: they cannot be read, a row has no answer that could be scored, or some rows have a prompt and others
-            none. The message names file and line or row.
+        UserError: they cannot be read, a row has no answer that could be scored or an empty one, or some rows have
+            a prompt and others none. The message names file and line or row.
     """
     data = load_split(name) if held_out is None else load_eval_split(name, held_out)
     where = held_out or name
@@ -92,6 +92,8 @@ def _pair(row: dict[str, Any], where: str) -> Pair:
         if row.get(name) and row[name] != "{}":
             raise UserError(f"{where} has {name!r}, which a comparison cannot take; leave the column out.")
     if row.get("messages") is None and row.get("prompt") is None and isinstance(row.get("text"), str):
+        if not row["text"]:
+            raise UserError(f"{where}: the text is empty, and there is nothing to predict; leave the row out.")
         return "", row["text"]
     try:
         return pair_of(as_texts(row), where)

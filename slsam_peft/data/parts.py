@@ -24,15 +24,16 @@ def without_parts(data: Any, tokenizer: Any) -> Any:
         tokenizer (`PreTrainedTokenizerBase`): The model's. A processor, which takes pictures, is no such.
 
     Raises:
-        UserError: a content has a part that is no text.
+        UserError: a content has a part that is no text; the message says where.
     """
     if not getattr(tokenizer, "chat_template", None) or takes_parts(tokenizer):
         return data
     if is_table(data) and not any(_has_parts(dict(row)) for row in _conversations(data)):
         return data
+    made = changed(data, as_texts, _COLUMNS)
     if is_table(data):
         logger.warning("rows were converted: contents that are lists of texts into texts, which the template takes.")
-    return changed(data, as_texts, _COLUMNS)
+    return made
 
 
 def takes_parts(tokenizer: Any) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slsam_peft.config import hint_at
+from slsam_peft.data.strict_json import read_json, reason_of
 
 COLUMNS = ("input_ids", "prompt", "completion", "messages", "conversations")
 
@@ -16,6 +17,14 @@ FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
 }
 TEMPLATE_OPTIONS = "chat_template_kwargs"  # a column: what a row's chat template is given
+TOOLS = "tools"  # a column: the tools that a conversation may call, as objects or as their JSON text
+
+# What the trainer says itself when it has a chat template written, and what would change the form of what comes back.
+RESERVED = (
+    *("self", "conversation", "conversations", "messages", "input", "processing_class", "add_generation_prompt"),
+    *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("padding", "truncation", "max_length"),
+)
 
 # The roles that chat templates know: everybody's, Llama's name of a tool, Granite's parts of a prompt.
 ROLES = ("system", "user", "assistant", "tool", "ipython", "control", "document")
@@ -53,7 +62,13 @@ def kind_of(row: Mapping[str, Any], text_field: str = "text") -> str:
         RowError: the row has none of these forms; the message says what is wrong.
     """
     present = {name: value for name, value in row.items() if value is not None}
-    _check_template_columns(present)
+    kind = _kind(present, row, text_field)
+    _check_template_columns(present, kind)
+    return kind
+
+
+def _kind(present: Mapping[str, Any], row: Mapping[str, Any], text_field: str) -> str:
+    """Return the kind of a row by the columns of it that are present, without those that its template is given."""
     if "input_ids" in present:
         _check_token_ids(present)
         return "tokenized"
@@ -113,9 +128,51 @@ def _require_text(name: str, value: Any) -> None:
         raise RowError(f"'{name}' must be a text, not {type_name(value)}")
 
 
-def _check_template_columns(row: Mapping[str, Any]) -> None:
-    if not isinstance(row.get(TEMPLATE_OPTIONS, {}), dict):
-        raise RowError(f"'{TEMPLATE_OPTIONS}' must be an object, not {type_name(row[TEMPLATE_OPTIONS])}")
+def _check_template_columns(row: Mapping[str, Any], kind: str) -> None:
+    """Check what a row's chat template is given, as far as it comes to that."""
+    options = row.get(TEMPLATE_OPTIONS, {})
+    if not isinstance(options, dict):
+        raise RowError(f"'{TEMPLATE_OPTIONS}' must be an object, not {type_name(options)}")
+    if kind == "tokenized":
+        return
+    # TRL reads a text as JSON whatever kind of row it stands in.
+    tools = row.get(TOOLS)
+    if isinstance(tools, str):
+        tools = _tools_of(tools)
+    if kind not in ("messages", "conversational prompt-completion"):
+        return
+    _check_objects(f"'{TOOLS}'", tools)
+    for name in (TOOLS, "documents"):
+        _check_objects(f"'{TEMPLATE_OPTIONS}' has {name!r}, which", options.get(name))
+    template = options.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise RowError(f"'{TEMPLATE_OPTIONS}' has 'chat_template', which must be a text, not {type_name(template)}")
+    taken = [name for name in options if name in RESERVED]
+    if taken:
+        raise RowError(
+            f"'{TEMPLATE_OPTIONS}' has {taken[0]!r}, which training says itself; keep to what the chat template "
+            "knows by other names, and leave this one out"
+        )
+
+
+def _tools_of(text: str) -> Any:
+    try:
+        return read_json(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(
+            f"'{TOOLS}' is a text that is no JSON: {reason_of(error)}; write a list of objects, or its JSON text"
+        ) from None
+
+
+def _check_objects(what: str, value: Any) -> None:
+    """Check that a value is a list of objects, or null."""
+    if value is None:
+        return
+    if not isinstance(value, list):
+        raise RowError(f"{what} must be a list of objects, not {type_name(value)}")
+    for entry in value:
+        if not isinstance(entry, dict):
+            raise RowError(f"{what} must be a list of objects, and holds {type_name(entry)}")
 
 
 def _check_token_ids(row: Mapping[str, Any]) -> None:
@@ -172,6 +229,14 @@ def _check_message(where: str, message: Mapping[str, Any]) -> None:
             raise RowError(f"{where} has a content of parts, and one is {type_name(part)} instead of an object")
         if part.get("type") == "text" and not isinstance(part.get("text"), str):
             raise RowError(f"{where} has a part of type 'text' whose 'text' is {type_name(part.get('text'))}")
+    # What is called: an object for each tool.
+    _check_objects(f"{where} has 'tool_calls', which", message.get("tool_calls") or None)
+    for position, call in enumerate(message.get("tool_calls") or (), 1):
+        arguments = called(call).get("arguments")
+        if arguments is not None and not isinstance(arguments, dict):
+            raise RowError(
+                f"{where}, tool call {position} has arguments that are {type_name(arguments)}; write them as an object"
+            )
     # What no chat template knows, and nobody would miss until the model has learnt without it.
     weight = message.get("weight")
     if weight is not None and weight != 1:
@@ -181,6 +246,12 @@ def _check_message(where: str, message: Mapping[str, Any]) -> None:
         )
     if message.get("function_call") is not None:
         raise RowError(f"{where} has a 'function_call', which chat templates do not know; write it as 'tool_calls'")
+
+
+def called(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a tool call that has its name and its arguments: its function, or all of it."""
+    function = call.get("function")
+    return function if isinstance(function, dict) else call
 
 
 def type_name(value: Any) -> str:

@@ -62,7 +62,7 @@ def pair_of(row: dict[str, Any], where: str) -> Pair:
         where (`str`): File and row, for the message.
 
     Raises:
-        UserError: it has no question, or not one answer.
+        UserError: it has no question, or not one answer, or that is empty.
     """
     if row.get("messages"):
         *prompt, answer = row["messages"]
@@ -70,11 +70,14 @@ def pair_of(row: dict[str, Any], where: str) -> Pair:
             return [dict(m) for m in prompt], text
     elif row.get("prompt") is not None:
         prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and completion:
             return prompt, completion
-        if len(completion) == 1 and (text := _text_of(completion[0])):
+        if not isinstance(prompt, str) and len(completion) == 1 and (text := _text_of(completion[0])):
             return [dict(m) for m in prompt], text
-    raise UserError(f"{where}: it needs a prompt and one answer, a text: 'prompt' and 'completion', or 'messages'.")
+    raise UserError(
+        f"{where}: it needs a prompt and one answer, a text that is not empty: 'prompt' and 'completion', or "
+        "'messages'."
+    )
 
 
 def _text_of(message: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ TRL renames 'from' and 'value' in one column and nothing else: roles that no cha
 column of its own and arguments that are JSON texts would reach the template, or get lost, without a word.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +11,15 @@ from slsam_peft.data.rows import (
     COLUMNS,
     PER_TOKEN,
     TEMPLATE_OPTIONS,
+    TOOLS,
     RowError,
+    called,
     kind_of,
     left_out,
     require_messages,
     type_name,
 )
+from slsam_peft.data.strict_json import read_json, reason_of
 
 Row = dict[str, Any]
 
@@ -45,7 +47,7 @@ ARGUMENTS = "arguments of tool calls from JSON texts into objects"
 def deciding_columns(text_field: str = "text") -> tuple[str, ...]:
     """Return every column that a `Converter` reads or changes."""
     alpaca = (*_ALPACA, "input", "history")
-    return (*COLUMNS, *_CONVERSATIONS, *_SYSTEM, *alpaca, *PER_TOKEN, TEMPLATE_OPTIONS, text_field)
+    return (*COLUMNS, *_CONVERSATIONS, *_SYSTEM, *alpaca, *PER_TOKEN, TEMPLATE_OPTIONS, TOOLS, text_field)
 
 
 class Converter:
@@ -150,28 +152,30 @@ class Converter:
         if known != role:
             made = made | {"role": known}
             self.converted[ROLE_NAMES] = None
-        return self._tool_calls(made)
+        return self._tool_calls(where, made)
 
-    def _tool_calls(self, message: Row) -> Row:
+    def _tool_calls(self, where: str, message: Row) -> Row:
         """Turn arguments that are JSON texts, as OpenAI has them, into the objects that chat templates print."""
         calls = message.get("tool_calls")
         if not isinstance(calls, list):
             return message
-        made = [self._call(call) for call in calls]
+        made = [self._call(f"{where}, tool call {i}", call) for i, call in enumerate(calls, 1)]
         return message if made == calls else message | {"tool_calls": made}
 
-    def _call(self, call: Any) -> Any:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
+    def _call(self, where: str, call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        function = called(call)
+        if not isinstance(arguments := function.get("arguments"), str):
             return call
         try:
-            read = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return call
-        if not isinstance(read, dict):
-            return call
+            # Tools that take nothing are called with an empty text.
+            read = read_json(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"{where} has arguments that are no JSON: {reason_of(error)}; write an object") from None
         self.converted[ARGUMENTS] = None
-        return call | {"function": function | {"arguments": read}}
+        made = {**function, "arguments": read}  # what is read and is no object is refused with the row's kind
+        return made if function is call else call | {"function": made}
 
     def _take_system(self, row: Row) -> None:
         """Put a system prompt that stands in a column of its own into the conversation."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slsam_peft.data.columns import Columns, features, stored, widened
+from slsam_peft.data.places import place_of
 from slsam_peft.data.rows import RowError
 from slsam_peft.data.spellings import Row
 from slsam_peft.errors import UserError
@@ -26,7 +27,8 @@ def changed(data: Any, change: Change, names: Sequence[str]) -> Any:
         names (`Sequence[str]`): The columns that it reads and changes; the others stay as they are.
 
     Raises:
-        UserError: a row cannot be changed; of a stream, a `RowError` comes while it is read.
+        UserError: a row cannot be changed; the message says where it is. Of a stream, a `RowError` comes while it is
+            read.
     """
     if not is_table(data):
         return data.map(change, remove_columns=data.column_names)
@@ -37,7 +39,7 @@ def changed(data: Any, change: Change, names: Sequence[str]) -> Any:
         try:
             columns = widened(columns, change(dict(row)))
         except RowError as error:
-            raise UserError(f"row {number}: {error.sentence}") from None
+            raise UserError(f"{place_of(data, number)}: {error.sentence}") from None
     return data.map(
         _stored,
         fn_kwargs={"columns": columns, "change": change, "names": given},

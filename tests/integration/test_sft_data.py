@@ -235,5 +235,5 @@ def test_parts_reach_a_template_that_takes_them(folder: Path, caplog: pytest.Log
 def test_a_part_that_is_no_text_is_refused(folder: Path) -> None:
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]
     Path("a.jsonl").write_text(json.dumps(PLAIN) + "\n" + json.dumps({"messages": picture}) + "\n")
-    with pytest.raises(UserError, match=r"row 2: 'messages', message 1 has a part of type 'image_url'"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: 'messages', message 1 has a part of type 'image_url'"):
         trainer(load_split("a.jsonl"))

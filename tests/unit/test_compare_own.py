@@ -10,12 +10,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from transformers import GPT2Config, PreTrainedConfig
 
-from slsam_peft.cli.compare_own import FLAGS
+from slsam_peft.cli.compare_own import FLAGS, check_files
 from slsam_peft.cli.compare_work import duration, span, state
 from slsam_peft.data import own_rows
 from slsam_peft.data.own_rows import hold_out, split_own
 from slsam_peft.errors import UserError
+from slsam_peft.runs.compare import own_data
 from slsam_peft.runs.compare.advice import advise, is_own
 from slsam_peft.runs.compare.grid import LEAST_SEEDS, METHODS, rates_around, spend
 from slsam_peft.runs.compare.jobs import Plan
@@ -29,6 +31,7 @@ from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.timing import Pace, Sample, estimate, probe, samples_of, seconds_per_step
 from slsam_peft.runs.compare.wishes import Wishes, epochs_of, name_of
 from slsam_peft.runs.compare.worker import next_row
+from tests.tiny import tokenizer
 
 COSTS = {"plain": 1.0, "auto": 1.25}
 
@@ -163,6 +166,8 @@ def test_every_spelling_is_read_and_says_what_counts(tmp_path: Path) -> None:
     [
         ([{"prompt": "a"}], r"my\.jsonl, line 1: 'prompt' without 'completion'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "row 1: it needs a prompt and one answer"),
+        ([*asked(60), {"prompt": "a", "completion": ""}], "row 61: it needs a prompt and one answer.* not empty"),
+        ([{"text": "a"}, {"text": ""}], "row 2: the text is empty, and there is nothing to predict"),
         (
             [{"prompt": "a", "completion": "b", "tools": [{"name": "t"}]}],
             "row 1 has 'tools', which a comparison cannot",
@@ -189,6 +194,40 @@ def test_too_few_held_out_rows_are_named(tmp_path: Path) -> None:
         split_own(data, lines(tmp_path, asked(27, start=20), "held.jsonl"))
     with pytest.raises(UserError, match="23 rows are too few; a comparison needs 24 to train on"):
         split_own(lines(tmp_path, asked(23), "few.jsonl"), lines(tmp_path, asked(40, start=30), "held.jsonl"))
+
+
+def test_a_folder_of_the_name_of_a_split_is_not_scored_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs read the same held-out rows as the one that begins a comparison, from whatever folder."""
+    data = tmp_path / "data"
+    for folder in (data, tmp_path / "test"):
+        folder.mkdir()
+    lines(data, asked(24), "train.jsonl")
+    lines(data, asked(24, start=30), "test.jsonl")
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path, monkeypatch)
+    for eval_data, expected in (("test", "test"), ("./data/test.jsonl", str(data / "test.jsonl"))):
+        check_files(Wishes(data="data", eval_data=eval_data), tmp_path / "out")
+        made = own_data.own_comparison(Wishes(data="data", eval_data=eval_data, model="m"))
+        assert made.values["tasks"]["data"]["test_file"] == expected
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = lines(tmp_path, asked(48))
+    model(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"max_length=65 is more than the 64 positions of m .*use --max_length 64"):
+        own_data.own_comparison(Wishes(data=data, model="m", max_length=65))
+    assert own_data.own_comparison(Wishes(data=data, model="m", max_length=64)).settings.training.max_length == 64
+    monkeypatch.setattr(own_data, "load_config", lambda source: PreTrainedConfig())  # one that does not say
+    assert own_data.own_comparison(Wishes(data=data, model="m", max_length=65)).settings.training.max_length == 65
+
+
+def model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a tokenizer and a configuration of 64 positions where a comparison looks for those of `m`."""
+    monkeypatch.setattr(own_data, "find_model", lambda name: name)
+    monkeypatch.setattr(own_data, "load_tokenizer", lambda source: tokenizer())
+    monkeypatch.setattr(own_data, "load_config", lambda source: GPT2Config(n_positions=64))
 
 
 # Wishes

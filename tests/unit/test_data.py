@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from slsam_peft.data.files import check_file
-from slsam_peft.data.load import load_eval_split, load_split
+from slsam_peft.data.load import eval_place, load_eval_split, load_split
+from slsam_peft.data.parts import without_parts
+from slsam_peft.data.places import place_of
 from slsam_peft.data.rows import RowError, kind_of
 from slsam_peft.errors import UserError
+from tests.tiny import tokenizer
 
 TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 SHAREGPT = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
@@ -116,6 +119,22 @@ BAD_FILES = {
     "not UTF-8": ("a.jsonl", TEXT.encode() + '{"text": "é"}\n'.encode("latin-1"), ["line 2", "not UTF-8", "0xe9"]),
     "not UTF-8 in list": ("a.json", b'[{"text": "a"},\n{"text": "\xe9"}]', ["line 2", "not UTF-8"]),
     "UTF-16": ("a.jsonl", TEXT.encode("utf-16"), ["line 1", "not UTF-8", "0xff"]),
+    "a key twice": (
+        "a.jsonl",
+        TEXT.encode() + b'{"text": "b", "text": "c"}\n',
+        ["line 2: the key 'text' comes twice in one object", "leave one out"],
+    ),
+    "a key twice, deeper": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n',
+        ["line 1: the key 'content' comes twice"],
+    ),
+    "a key twice in list": ("a.json", b'[{"text": "a"},\n{"text": "b", "text": "b"}]', ["line 2: the key 'text'"]),
+    "tools that are no JSON": (
+        "a.jsonl",
+        TEXT.encode() + b'{"text": "b", "tools": "{bad"}\n',  # TRL reads them beside a text too
+        ["line 2: 'tools' is a text that is no JSON: expecting property name"],
+    ),
     "deep nesting": ("a.jsonl", b'{"text": ' + b"[" * 100_000, ["line 1", "nested too deeply"]),
     "unknown extension": ("a.csv", b"text\na\n", ["'.csv' is not known", ".json, .jsonl, .parquet"]),
     "no Parquet": ("a.parquet", b"PAR1 but not really", ["a.parquet cannot be read as Parquet"]),
@@ -196,6 +215,59 @@ def test_a_held_out_file_serves_as_the_evaluation_split(tmp_path: Path) -> None:
     train = str(jsonl(tmp_path / "a.jsonl", {"text": "a"}))
     held_out = str(jsonl(tmp_path / "b.jsonl", {"text": "b"}))
     assert load_eval_split(train, held_out)["text"] == ["b"]
+
+
+def test_what_lies_in_the_working_folder_is_no_split_of_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A split is one of the data set unless it is spelled as a path; a folder called "test" changes nothing."""
+    data, work = tmp_path / "data", tmp_path / "work"
+    for folder in (data, work / "test", work / "held"):
+        folder.mkdir(parents=True)
+    jsonl(data / "train.jsonl", {"text": "a"})
+    jsonl(data / "test.jsonl", {"text": "b"})
+    monkeypatch.chdir(work)
+    (work / "test" / "notes.md").write_text("no data")
+    (work / "train").write_text("a file, and no data")
+    assert load_eval_split("../data", "test")["text"] == ["b"]
+    assert load_eval_split("../data", "train")["text"] == ["a"]
+    jsonl(work / "test" / "train.jsonl", {"text": "unrelated"})
+    assert load_eval_split("../data", "test")["text"] == ["b"]
+    assert load_eval_split("../data", "test[:1]")["text"] == ["b"]
+    assert load_eval_split("../data", "./test")["text"] == ["unrelated"]
+    jsonl(work / "held" / "a.jsonl", {"text": "c"})
+    assert load_eval_split("../data", "held")["text"] == ["c"]  # the data set has no such split
+    assert [eval_place("../data", split) for split in ("test", "train", "./test", "held", "a.jsonl")] == [
+        None,
+        None,
+        "./test",
+        "held",
+        "a.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["files", "saved"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_the_only_split_of_a_held_out_folder_is_taken(
+    tmp_path: Path, saved: bool, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, held = jsonl(tmp_path / "a.jsonl", {"text": "a"}), tmp_path / "held"
+    if saved:
+        datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["b"]})}).save_to_disk(str(held))
+    else:
+        held.mkdir()
+        jsonl(held / "test.jsonl", {"text": "b"})
+    assert [row["text"] for row in load_eval_split(str(data), str(held), streaming=streaming)] == ["b"]
+    assert not caplog.messages
+
+
+def test_of_several_splits_of_a_held_out_folder_the_one_that_is_taken_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jsonl(tmp_path / "train.jsonl", {"text": "a"})
+    jsonl(tmp_path / "test.jsonl", {"text": "b"})
+    assert load_eval_split("stdlib_docs", str(tmp_path))["text"] == ["a"]
+    assert "has the splits 'test' and 'train'; 'train' is read" in caplog.text
 
 
 def test_a_folder_has_splits_by_file_name(tmp_path: Path) -> None:
@@ -412,7 +484,7 @@ def test_files_of_a_folder(
 def test_files_of_a_folder_are_of_one_kind(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", {"text": "a"})
     jsonl(tmp_path / "b.jsonl", {"messages": TURNS})
-    with pytest.raises(UserError, match=r"b\.jsonl, line 1: a messages row, but line 1 is a text row"):
+    with pytest.raises(UserError, match=r"b\.jsonl, line 1: a messages row, but \S+a\.jsonl, line 1 is a text row"):
         load_split(str(tmp_path))
     (tmp_path / "b.jsonl").unlink()
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
@@ -463,3 +535,140 @@ def test_a_damaged_archive_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read: "):
         load_split(str(tmp_path / "a.jsonl.gz"))
+
+
+SILENT = [*TURNS[:1], {"role": "assistant", "content": ""}]
+EMPTY: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "text": ({"text": ""}, {"text": "a"}, "text"),
+    "completion": ({"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}, "completion"),
+    "conversational completion": (
+        {"prompt": TURNS[:1], "completion": SILENT[1:]},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        "completion",
+    ),
+    "messages": ({"messages": SILENT}, {"messages": TURNS}, "messages"),
+    "no part": (
+        {
+            "messages": [
+                {"role": "user", "content": PARTS},
+                {"role": "assistant", "content": [{**PARTS[0], "text": ""}]},
+            ]
+        },
+        {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS}]},
+        "messages",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+@pytest.mark.parametrize(("empty", "full", "column"), EMPTY.values(), ids=EMPTY)
+def test_empty_answers_are_counted_and_refused_where_there_are_no_others(
+    tmp_path: Path,
+    empty: dict[str, Any],
+    full: dict[str, Any],
+    column: str,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def written(name: str, rows: list[dict[str, Any]]) -> Path:
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "jsonl":
+            return jsonl(path, *rows)
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            datasets.Dataset.from_list(rows).save_to_disk(str(path))
+        return path
+
+    path = written("some", [full, empty, full, empty])
+    assert rows_of(path) == [full, empty, full, empty]  # they are told, and stay
+    place = {"jsonl": f"{path}, line 2", "parquet": f"{path}, row 2", "saved": f"{path}, split 'train', row 2"}[kind]
+    assert len(caplog.messages) == 1
+    assert f"2 of 4 rows have an empty answer, in '{column}', and teach the model to say nothing; first: {place}." in (
+        caplog.text
+    )
+    with pytest.raises(
+        UserError, match=rf"(line|row) 1: there is nothing to learn: .*'{column}', is empty, .* all 2 "
+    ):
+        load_split(str(written("all", [empty, empty])))
+
+
+def test_conversations_without_an_answer_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"messages": TURNS}, {"messages": TURNS[:1]}, {"messages": CALL})
+    assert len(load_split(str(path))) == 3
+    assert len(caplog.messages) == 1
+    assert (
+        f"1 of 3 rows have no message of the assistant's, so that no answer is learnt from them; first: {path}, "
+        in (caplog.text)
+    )
+
+
+def test_of_a_stream_from_the_hub_one_row_says_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = datasets.Dataset.from_dict({"text": ["", "a"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: table.to_iterable_dataset())
+    assert len(list(load_split("someone/some-data", streaming=True))) == 2
+
+
+@pytest.mark.parametrize("tools", ["5", '[{"name": "f"}, 5]', '{"name": "f"}', '[{"name": "f", "name": "g"}]'])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_tools_that_the_template_cannot_take_are_named(tmp_path: Path, tools: str, kind: str) -> None:
+    good, bad = ({"messages": TURNS, "tools": text} for text in ('[{"name": "f"}]', tools))
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        jsonl(path, good, bad)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([good, bad]), path)
+    else:
+        datasets.Dataset.from_list([good, bad]).save_to_disk(str(path))
+    with pytest.raises(UserError, match=r"(line|row) 2: 'tools' "):
+        load_split(str(path))
+
+
+def test_tables_that_hold_columns_as_json_are_read_as_datasets_reads_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    message = {"role": "assistant", "content": "a", "tool_calls": [call]}
+    row = {"messages": [message], "tools": [{"name": "f"}], "chat_template_kwargs": {"thinking": False}}
+    text, json_value = datasets.Value("string"), datasets.Json()
+    messages = datasets.List({"role": text, "content": text, "tool_calls": json_value})
+    made = datasets.Features({"messages": messages, "tools": json_value, "chat_template_kwargs": json_value})
+    table = datasets.Dataset.from_list([row, row], features=made)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    assert rows_of(tmp_path / "a.parquet") == rows_of(tmp_path / "saved") == [row, row]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", [2, 4, 5]),
+        ("train[1:]", [4, 5]),
+        ("train[2:]+train[:1]", [5, 2]),
+        ("train[:2]+train", [2, 4, 2, 4, 5]),
+    ],
+)
+def test_rows_of_files_keep_their_lines(tmp_path: Path, split: str, expected: list[int]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{TEXT}\n{TEXT}{TEXT}")
+    data = load_split(str(path), split)
+    assert [place_of(data, i + 1) for i in range(len(data))] == [f"{path}, line {line}" for line in expected]
+    assert place_of(datasets.Dataset.from_dict({"text": ["a"]}), 1) == "row 1"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "saved"])
+def test_a_part_that_the_template_cannot_take_is_named_by_its_place(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = {"type": "image", "text": None}
+    picture = {"messages": [{"role": "user", "content": [image]}, {"role": "assistant", "content": PARTS}]}
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text(f"\n\n{json.dumps({'messages': TURNS})}\n{json.dumps(picture)}\n")
+    else:
+        datasets.Dataset.from_list([picture] * 2).save_to_disk(str(path))
+    place = rf"{path}, line 4" if kind == "jsonl" else rf"{path}, split 'train', row 1"
+    with pytest.raises(UserError, match=rf"{place}: 'messages', message 1 has a part of type 'image'"):
+        without_parts(load_split(str(path)), tokenizer())
+    assert not caplog.messages  # nothing was converted

@@ -1,12 +1,15 @@
 """Usual spellings of training rows become TRL's own; what cannot be is refused."""
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
+from trl.data_utils import _tokenize
 
-from slsam_peft.data.rows import RowError
+from slsam_peft.data.rows import RESERVED, RowError
 from slsam_peft.data.spellings import Converter
+from tests.tiny import tokenizer
 
 ASKED = {"role": "user", "content": "2 + 2?"}
 ANSWERED = {"role": "assistant", "content": "4"}
@@ -31,6 +34,12 @@ UNCHANGED: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]},
     {"prompt": [ASKED], "completion": [ANSWERED], "chat_template_kwargs": {"thinking": False}},
     {"input_ids": [1, 2], "labels": [-100, 2], "text": None},
+    {"messages": [ASKED, ANSWERED], "tools": '[{"type": "function"}]'},
+    {"messages": [ASKED, ANSWERED], "tools": "null"},
+    {"messages": [ASKED, {**ANSWERED, "tool_calls": []}], "tools": []},
+    {"messages": [ASKED, ANSWERED], "chat_template_kwargs": {"chat_template": "{{ messages }}", "documents": [{}]}},
+    {"text": "a", "tools": 5, "chat_template_kwargs": {"tokenize": True}},  # no template is given these
+    {"input_ids": [1, 2], "tools": "{bad"},
 ]
 
 
@@ -85,6 +94,11 @@ CONVERTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"messages": [ASKED, ANSWERED], "prompt_id": "a"},
     ),
     "arguments as texts": ({"messages": [ASKED, call('{"x": 1}')]}, {"messages": [ASKED, call({"x": 1})]}),
+    "no arguments, as a text": ({"messages": [ASKED, call("")]}, {"messages": [ASKED, call({})]}),
+    "arguments as texts, without a function": (
+        {"messages": [ASKED, {**ANSWERED, "tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}]},
+        {"messages": [ASKED, {**ANSWERED, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]},
+    ),
     "Alpaca": (
         {"instruction": "Add.", "input": "2, 2", "output": "4"},
         {"prompt": [{"role": "user", "content": "Add.\n2, 2"}], "completion": [ANSWERED]},
@@ -134,7 +148,47 @@ def test_columns_of_other_kinds_of_rows_do_not_come_along(
     assert bool(convert.sentences()) == bool(said)
 
 
+def templated(**columns: Any) -> dict[str, Any]:
+    return {"messages": [ASKED, ANSWERED], **columns}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "arguments no JSON": (
+        {"messages": [ASKED, call("{bad")]},
+        "'messages', message 2, tool call 1 has arguments that are no JSON: expecting property name",
+    ),
+    "arguments with a key twice": ({"messages": [call('{"x": 1, "x": 2}')]}, "the key 'x' comes twice"),
+    "arguments a list": (
+        {"messages": [call("[1]")]},
+        "tool call 1 has arguments that are a list; write them as an obj",
+    ),
+    "arguments a number": ({"messages": [call(5)]}, "tool call 1 has arguments that are a number"),
+    "calls no list": (
+        {"messages": [{**ANSWERED, "tool_calls": "f"}]},
+        "has 'tool_calls', which must be a list of obj",
+    ),
+    "call no object": ({"messages": [{**ANSWERED, "tool_calls": ["f"]}]}, "a list of objects, and holds a text"),
+    "tools a number": (templated(tools=5), "'tools' must be a list of objects, not a number"),
+    "tools of texts": (templated(tools=["f"]), "'tools' must be a list of objects, and holds a text"),
+    "tools no JSON": (templated(tools="{bad"), "'tools' is a text that is no JSON: expecting property name"),
+    "tools a JSON text of none": (templated(tools='"f"'), "'tools' must be a list of objects, not a text"),
+    "options no object": (templated(chat_template_kwargs=5), "'chat_template_kwargs' must be an object, not a number"),
+    "options with tools": (
+        templated(chat_template_kwargs={"tools": 5}),
+        "has 'tools', which must be a list of objects",
+    ),
+    "options with documents": (templated(chat_template_kwargs={"documents": "a"}), "has 'documents', which must be"),
+    "options with a template": (
+        templated(chat_template_kwargs={"chat_template": 5}),
+        "which must be a text, not a num",
+    ),
+    **{
+        f"options with {name}": (
+            templated(chat_template_kwargs={"thinking": True, name: None}),
+            f"'chat_template_kwargs' has '{name}', which training says itself",
+        )
+        for name in ("self", "messages", "conversation", "tokenize", "return_dict", "add_generation_prompt", "padding")
+    },
     "unknown role": ({"conversations": [{"from": "narrator", "value": "a"}]}, "message 1 has the role 'narrator'"),
     "no value": ({"conversations": [{"from": "human"}]}, "needs a 'content'"),
     "value no text": ({"conversations": [{"from": "human", "value": 4}]}, "not a number"),
@@ -154,3 +208,12 @@ def test_everything_else_is_refused(row: dict[str, Any], said: str) -> None:
     with pytest.raises(RowError) as caught:
         Converter()(row)
     assert said in str(caught.value)
+
+
+def test_every_argument_that_the_trainer_says_itself_is_reserved() -> None:
+    """What TRL passes on, by its own code, would come twice; so would the names of the functions' parameters."""
+    asked = {"conversation", "add_generation_prompt", "tokenize", "return_dict", "return_assistant_tokens_mask"}
+    assert asked <= {*RESERVED}
+    assert {*inspect.signature(_tokenize).parameters} - {"apply_chat_template_kwargs"} <= {*RESERVED}
+    for name in asked - {"conversation"}:
+        assert name in inspect.signature(tokenizer().apply_chat_template).parameters

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import TemplateError
 
-from slsam_peft.data.load import is_file_name
+from slsam_peft.data.load import eval_place, is_file_name
 from slsam_peft.data.own_rows import OwnSplit, split_own
 from slsam_peft.data.scoring import tokenize
 from slsam_peft.errors import UserError
@@ -60,16 +60,22 @@ def own_comparison(wishes: Wishes) -> OwnComparison:
     """Read data and tokenizer and return the comparison; the same wishes and rows give the same one.
 
     Raises:
-        UserError: the rows or the model's tokenizer cannot be read, or the rows are too few, see
-            `slsam_peft.data.own_rows`.
+        UserError: the rows or the model's tokenizer cannot be read, the rows are too few, see
+            `slsam_peft.data.own_rows`, or `max_length` is more than the model has positions.
     """
     split = split_own(wishes.data, wishes.eval_data)
     if wishes.batch_size > len(split.train):
         raise UserError(
             f"batch_size={wishes.batch_size} is more than the {len(split.train)} training rows; use a smaller one."
         )
+    most = _most_positions(wishes.model)
+    if wishes.max_length is not None and most is not None and wishes.max_length > most:
+        raise UserError(
+            f"max_length={wishes.max_length} is more than the {most} positions of {wishes.model} "
+            f"(max_position_embeddings); use --max_length {most}, or less."
+        )
     lengths = _lengths(wishes.model, split)
-    limit = wishes.max_length or _max_length(lengths, _most_positions(wishes.model))
+    limit = wishes.max_length or _max_length(lengths, most or LONGEST)
     values = _values(wishes, split, limit)
     return OwnComparison(values, parse_settings(values), split, _said(wishes, split, lengths, values["training"]))
 
@@ -86,9 +92,11 @@ def _lengths(model: str, split: OwnSplit) -> list[Lengths]:
         ) from error
 
 
-def _most_positions(model: str) -> int:
+def _most_positions(model: str) -> int | None:
+    """Return the tokens that a model takes, `None` where its configuration does not say."""
     config = load_config(find_model(model)).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or LONGEST
+    most = getattr(config, "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def _max_length(lengths: Sequence[Lengths], most: int) -> int:
@@ -102,7 +110,8 @@ def _values(wishes: Wishes, split: OwnSplit, max_length: int) -> dict[str, Any]:
     steps = wishes.steps or math.ceil((wishes.epochs or epochs_of(rows)) * rows / wishes.batch_size)
     task = {"source": "own_data", "file": _place(wishes.data)}
     if wishes.eval_data is not None:
-        task["test_file"] = _place(wishes.eval_data)
+        own = eval_place(wishes.data, wishes.eval_data)
+        task["test_file"] = wishes.eval_data if own is None else str(Path(own).expanduser().absolute())
     counts = {"rows": rows, "validation_rows": len(split.validation), "test_rows": len(split.test)}
     training = {
         "steps": steps,
