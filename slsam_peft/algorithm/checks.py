@@ -58,7 +58,7 @@ class Checks:
             ValueError: it does not: what the second pass of a step would see is other noise than the first one's.
         """
         buffers = self._sources.buffers
-        if buffers.settled or loss.is_meta or not pending.whole:
+        if buffers.settled or loss.is_meta:
             return
         buffers.settled = True
         changed = buffers.changed(pending.state[Buffers][1])
@@ -67,9 +67,7 @@ class Checks:
         first = [None if b.now is None else b.now.detach().clone() for b in changed]
         with self._aside():
             rng.restore(pending.state)
-            again = pending.passes.forward_only or (
-                pending.passes.unlogged if closure is pending.passes.logged else closure
-            )
+            again = pending.forward_only or (pending.passes.unlogged if closure is pending.passes.logged else closure)
             again()
             seen = [(b, f) for b, f in zip(changed, first, strict=True) if not _only_tracks(b.module)]
             other = [b.name for b, f in seen if not _close(b.now, f)]

@@ -297,6 +297,7 @@ class PassRunner(ArmParameters):
         self.in_place |= {*bypassed, *(together & set(self.parameters))}
         self._tell_in_place(len(self.in_place))
         self.clear()
+        pending.cached_states.clear()  # what they lead to has been run through
         rng.restore(pending.state)
         with step.perturbation.applied():
             return self._run(step, pending, pending.passes.unlogged)

@@ -69,7 +69,7 @@ class AlongGradient(ABC):
         unit: torch.Tensor,
     ) -> Offsets:
         """Return the perturbation, see `Radius`."""
-        rho = self.length(norm, unit)
+        rho = self.length(norm, unit) * (norm > 0)  # where there is no gradient, there is no e
         return Offsets(scaled(gradients, rho / (norm + EPSILON)), rho)
 
 

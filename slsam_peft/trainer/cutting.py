@@ -101,15 +101,17 @@ def first_sequences(
     return Cut(_cut_rows(inputs, rows, examples, wanted, images), wanted, examples)
 
 
-def scored_items(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Return how many positions a causal model's loss scores, shape `()`, not read by the host.
+def scored_items(inputs: Mapping[str, Any], *, shifted: bool = True) -> torch.Tensor:
+    """Return how many positions a model's loss scores, shape `()`, not read by the host.
 
-    A position is scored by its successor's label, so the first column never counts. TRL's and transformers' collators
-    ignore the label of each document's first token; where another collator does not, the loss counts it, and so does
-    this.
+    Where a position is scored by its successor's label, the first column never counts. TRL's and transformers'
+    collators ignore the label of each document's first token; where another collator does not, the loss counts it, and
+    so does this.
 
     Args:
         inputs (`Mapping`): A batch with `shift_labels`, `labels` or, as DPO's, `completion_mask`.
+        shifted (`bool`, *optional*, defaults to `True`): Whether a position is scored by its successor's label, as in
+            causal models; else by its own, as in encoder-decoders.
 
     Raises:
         ValueError: it has none of them.
@@ -118,7 +120,7 @@ def scored_items(inputs: Mapping[str, Any]) -> torch.Tensor:
         return (inputs["shift_labels"] != IGNORED).sum()
     labels = inputs.get("labels")
     if labels is not None:
-        return (labels[..., 1:] != IGNORED).sum() if labels.dim() > 1 else (labels != IGNORED).sum()
+        return ((labels[..., 1:] if shifted and labels.dim() > 1 else labels) != IGNORED).sum()
     if inputs.get("completion_mask") is not None:
         return (inputs["completion_mask"][..., 1:] != 0).sum()
     raise ValueError(f"a batch of {', '.join(map(str, inputs))} holds no labels, so nothing says what is scored.")

@@ -9,6 +9,7 @@ import torch
 from trl import KTOTrainer
 
 _COUNTERS = ("_metrics", "_total_train_tokens", "_stored_metrics")
+_GATHERING = ("gather_for_metrics", "gather")
 
 
 def _own(value: Any, use_gather_object: bool = False) -> Any:
@@ -29,8 +30,9 @@ def muted(trainer: Any) -> Iterator[None]:
     """Run a loss without logging it.
 
     TRL's `compute_loss` appends to `_metrics`, adds to `_total_train_tokens` and synchronises with the host three
-    times per call, through `accelerator.gather_for_metrics`. Inside the context the first two are a sink and the
-    third returns zeros on the host; for `KTOTrainer` it stays, since the loss itself depends on what it gathers.
+    times per call, through `accelerator.gather_for_metrics`, and for rewards through `accelerator.gather`. Inside the
+    context the first two are a sink and what gathers returns zeros on the host; for `KTOTrainer` it stays, since the
+    loss itself depends on what it gathers.
 
     Args:
         trainer (`Trainer`): A transformers or TRL trainer.
@@ -40,11 +42,12 @@ def muted(trainer: Any) -> Iterator[None]:
     for name, value in counters.items():
         trainer.__dict__[name] = value if isinstance(value, int) else _sink()
     if not isinstance(trainer, KTOTrainer):
-        accelerator.__dict__["gather_for_metrics"] = _nothing_gathered
+        accelerator.__dict__.update(dict.fromkeys(_GATHERING, _nothing_gathered))
     try:
         yield
     finally:
-        accelerator.__dict__.pop("gather_for_metrics", None)
+        for name in _GATHERING:
+            accelerator.__dict__.pop(name, None)
         trainer.__dict__.update(counters)
 
 

@@ -4,6 +4,7 @@ Batch -> the sequences that make its ascent, and those of the next batch that ri
 takes a fresh dictionary, since the trainer's loss may take entries out of the one it is given.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from peft import PeftModel, PeftType
 from torch import nn
 from trl import DPOTrainer, RewardTrainer
 
+from slsam_peft.algorithm import rng
 from slsam_peft.algorithm.ascents import Ascent
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
@@ -29,10 +31,12 @@ from slsam_peft.trainer.cutting import (
 from slsam_peft.trainer.documents import IGNORED
 from slsam_peft.trainer.joining import CannotJoinError, Joined, join
 from slsam_peft.trainer.muting import forward_only, muted
+from slsam_peft.trainer.riding import has_own_loss, overrides_loss
 from slsam_peft.trainer.token_losses import TokenLosses
 
 Batch = Mapping[str, Any]
 
+SAME_LOSS = 1e-2  # relative: bfloat16 rounds to 4e-3; another loss is farther away
 _BESIDE_TOKENS = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # keys and values, no tokens of the batch
 
 
@@ -68,6 +72,10 @@ class TrainerPasses:
         self.images = None if config is None else ImageCounts.of(config)
         self.prompted = _prepends_tokens(trainer.model)
         self.whole = coupled(trainer)
+        self.own_loss = has_own_loss(trainer) and not overrides_loss(trainer)
+        # Whether losses are divided by the number of items that they are handed; `None`: not known yet.
+        self.divides: bool | None = True if self.own_loss or ascent.exact else None
+        self.shifted = self.own_loss or getattr(trainer, "_loss_shifts_labels", True)
         self.joined: Joined | None = None
         self._rode: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None  # of the step before
 
@@ -81,19 +89,21 @@ class TrainerPasses:
             coming (`Mapping` or `None`): The next batch, where some of its sequences may ride along.
         """
 
-        def run(batch: Batch) -> torch.Tensor:
+        def run(batch: Batch, count: Any = num_items) -> torch.Tensor:
             with nullcontext() if self.losses is None else self.losses.looked_at():
-                return self.step(model, dict(batch), num_items)
+                return self.step(model, dict(batch), count)
 
-        def quiet(batch: Batch) -> torch.Tensor:
+        def quiet(batch: Batch, count: Any = num_items) -> torch.Tensor:
             with muted(self.trainer):
-                return run(batch)
+                return run(batch, count)
 
-        def forward(batch: Batch) -> torch.Tensor:
+        def forward(batch: Batch, count: Any = num_items) -> torch.Tensor:
             with muted(self.trainer), forward_only(self.trainer):
-                return run(batch)
+                return run(batch, count)
 
         rode, self._rode = self._rode, None
+        if self.divides is None:
+            self.divides = self._find_out(model, inputs, forward, num_items)
         divisor, items = self._units(inputs, num_items)
         self.joined = None
         sequences = self._count(inputs) if self.ascent.cuts else None
@@ -110,15 +120,40 @@ class TrainerPasses:
             whole=sequences is None,
         )
 
+    def _find_out(self, model: nn.Module, inputs: Batch, forward: Any, num_items: Any) -> bool | None:
+        """Find out whether the loss is divided by the number of items that it is handed; `None`: not to be told yet.
+
+        Many losses are handed one and take a mean all the same. With twice the items the loss halves, or stays.
+        """
+        if num_items is None or self._is_mean:
+            return None
+        sources = rng.sources_of(model.parameters(), {n: m for n, m in model.named_modules() if m._buffers})
+        before, losses = rng.snapshot(sources), []
+        for count in (num_items, num_items * 2):
+            rng.restore(before)
+            losses.append(forward(inputs, count).detach())
+        rng.restore(before)
+        once, twice = (float(loss) for loss in losses)
+        if not (math.isfinite(once) and math.isfinite(twice)) or once == 0.0:
+            return None
+        return abs(twice - once / 2) < abs(twice - once)
+
     def _units(self, inputs: Batch, num_items: Any) -> tuple[Any, Any]:
         """Return what a micro-batch's loss is divided by, and how many items of that it holds itself."""
-        if num_items is None:  # a mean, divided by the number of micro-batches
-            return None, 1.0
+        if num_items is None or self._is_mean:
+            return None, 1.0  # a mean, divided by the number of micro-batches
+        if self.divides is False:  # a mean of each micro-batch, and the trainer takes it for a share of the step's
+            return 1.0 / self._ranks, 1.0
         return num_items / self._ranks, self._items(inputs)
+
+    @property
+    def _is_mean(self) -> bool:
+        """Whether the trainer says that its loss is a mean, which it divides by the number of micro-batches."""
+        return getattr(self.trainer, "loss_is_scaled_for_ga", None) is False
 
     def _items(self, inputs: Batch) -> torch.Tensor:
         """Return how many tokens of a batch are scored, at least 1, shape `()`."""
-        items, labels = scored_items(inputs), inputs.get("labels")
+        items, labels = scored_items(inputs, shifted=self.shifted), inputs.get("labels")
         if self.prompted and labels is not None and labels.dim() > 1:
             items = items + (labels[:, 0] != IGNORED).sum()
         return items.clamp(min=1)
@@ -149,15 +184,16 @@ class TrainerPasses:
             cut = dict(inputs)
 
         def seen_in() -> torch.Tensor | None:
-            tokens = _first_tokens(inputs, cut)
-            return self._loss_of(tokens, num_items)
+            return self._loss_of(_first_tokens(inputs, cut), num_items) if self.own_loss else None
 
-        return Cut(
-            run=lambda: quiet(cut),
-            items=1.0 if num_items is None else self._items(cut),
-            forward_only=lambda: forward(cut),
-            seen_in=seen_in,
-        )
+        items = self._units(cut, num_items)[1]
+        if not (self.divides and isinstance(items, torch.Tensor) and getattr(self.trainer, "aux_loss_enabled", False)):
+            return Cut(lambda: quiet(cut), items, lambda: forward(cut), seen_in)
+        # Losses of routers are means, divided by the number of micro-batches. So that the others are one as well, they
+        # are divided by the items of a step that would consist of such parts.
+        batches = self.trainer.current_gradient_accumulation_steps
+        count = items * batches * self._ranks
+        return Cut(lambda: quiet(cut, count), num_items / self._ranks / batches, lambda: forward(cut, count))
 
     def _loss_of(self, tokens: torch.Tensor | None, num_items: Any) -> torch.Tensor | None:
         if self.losses is None or tokens is None or num_items is None:
@@ -193,8 +229,11 @@ class TrainerPasses:
             return _known(self._loss_of(joined.own, num_items))
 
         def both() -> torch.Tensor:
-            forward(joined.inputs)
-            return torch.stack([_known(losses.of(joined.own)), _known(losses.of(~joined.own))])
+            loss = forward(joined.inputs)
+            own, riding = (_known(losses.of(tokens)) for tokens in (joined.own, ~joined.own))
+            if not torch.isclose((own + riding) * self._ranks / num_items, loss, rtol=SAME_LOSS, equal_nan=True):
+                raise NotSeparableError("the trainer's loss is not the sum of its tokens' losses (compute_loss)")
+            return torch.stack([own, riding])
 
         return Riding(logged, unlogged, both, joined.own, joined.riding_items.clamp(min=1))
 

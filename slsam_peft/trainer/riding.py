@@ -40,6 +40,33 @@ def not_pairs(arms: Sequence[Arm], pairs: Sequence[Pair]) -> str:
     return f"only plain pairs of LoRA factors can run with two weights, and {others[0]} is none"
 
 
+def has_own_loss(trainer: Any) -> bool:
+    """Whether a trainer's loss is TRL's own for supervised fine-tuning: a sum over tokens by `num_items_in_batch`.
+
+    Where `compute_loss` is overridden it may be another one; the first pass in which sequences ride shows that.
+    """
+    return (
+        isinstance(trainer, SFTTrainer)
+        and trainer.compute_loss_func is None
+        and trainer.label_smoother is None
+        and trainer.model_accepts_loss_kwargs
+    )
+
+
+def overrides_loss(trainer: Any) -> bool:
+    """Whether a trainer has a `compute_loss` that is not TRL's for supervised fine-tuning."""
+    return "compute_loss" in vars(trainer) or type(trainer).compute_loss is not SFTTrainer.compute_loss
+
+
+def _rope_that_looks_at_the_length(config: Any) -> str | None:
+    """Return the kind of rotary positions that a model scales by the longest sequence of a batch; `None`: none."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    settings = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [settings, *settings.values()] if isinstance(settings, dict) else []  # of each kind of layer, in some
+    found = (kind.get("rope_type", kind.get("type")) for kind in kinds if isinstance(kind, dict))
+    return next((rope for rope in found if rope in ("longrope", "dynamic")), None)
+
+
 def why_not(trainer: Any) -> str | None:
     """Return why no sequence may ride along in a trainer's passes; `None` where they may.
 
@@ -60,10 +87,14 @@ def why_not(trainer: Any) -> str | None:
         )
     if is_fsdp2(trainer):
         return "parameters are sharded (FSDP2), and pieces cannot stand side by side"
-    if trainer.compute_loss_func is not None or not trainer.model_accepts_loss_kwargs:
-        return "it needs TRL's own loss, normalised by num_items_in_batch, and here is another one"
     if trainer.label_smoother is not None:
         return "it needs TRL's own loss, and label smoothing makes another one"
+    if not has_own_loss(trainer):
+        return "it needs TRL's own loss, normalised by num_items_in_batch, and here is another one"
+    if args.neftune_noise_alpha:
+        return "NEFTune's noise depends on the length of a batch, which riding sequences change"
+    if rope := _rope_that_looks_at_the_length(model.config):
+        return f"positions of rope_type={rope!r} depend on the length of a batch, which riding sequences change"
     if trainer.aux_loss_enabled:
         return "the router's auxiliary loss of a mixture of experts is over all sequences of a batch"
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):

@@ -28,6 +28,7 @@ from slsam_peft.saving.hashes import HASHES_NAME, write_hashes
 from slsam_peft.saving.record import write_record
 from slsam_peft.saving.recorded import recorded_fallbacks
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
+from slsam_peft.saving.same_run import check_same_run, check_steps_left, keys_of, warn_of_earlier_runs
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
 from slsam_peft.trainer.advice import advise
@@ -40,7 +41,7 @@ from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
 from slsam_peft.trainer.rates import LearningRates
-from slsam_peft.trainer.riding import lora_pairs, not_pairs, why_not
+from slsam_peft.trainer.riding import has_own_loss, lora_pairs, not_pairs, why_not
 from slsam_peft.trainer.sharded import check_resumed, check_sharding, is_fsdp2
 from slsam_peft.trainer.support import (
     check_optimizer,
@@ -206,7 +207,7 @@ class SLSAMMixin(_Base):
 
     def _make_passes(self) -> TrainerPasses:
         losses = None
-        if isinstance(self, SFTTrainer) and self.slsam_config.is_perturbed:
+        if self.slsam_config.is_perturbed and has_own_loss(self):
             losses = TokenLosses(self.model, str(self.args.loss_type))
         return TrainerPasses(self, super().training_step, self.slsam.ascent, losses, self.slsam_fallbacks)
 
@@ -310,8 +311,9 @@ class SLSAMMixin(_Base):
         """Train as the trainer does; with `resume_from_checkpoint=True` from the newest intact checkpoint.
 
         Raises:
-            ValueError: the checkpoint asked for was cut short while it was saved, or `True` and there is none; or
-                FSDP2 shards the model in a way that cannot be resumed.
+            ValueError: the checkpoint asked for was cut short while it was saved, or `True` and there is none; it is
+                of another base, adapter, optimizer or run (see `slsam_peft.saving.same_run`); or FSDP2 shards the
+                model in a way that cannot be resumed.
         """
         if resume_from_checkpoint:
             check_resumed(self, self.slsam_config)
@@ -319,6 +321,9 @@ class SLSAMMixin(_Base):
             resume_from_checkpoint = intact_checkpoint(
                 resume_from_checkpoint, str(self.args.output_dir), sampler=sampler
             )
+            check_same_run(self, resume_from_checkpoint)
+        elif self.args.should_save and self.args.save_strategy != "no":
+            warn_of_earlier_runs(str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -364,7 +369,15 @@ class SLSAMMixin(_Base):
                 logger.warning("The sampler starts afresh: %s", error)
             else:
                 self._slsam_checkpoint, self._slsam_restored = checkpoint, True
+        before = keys_of(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            check_steps_left(self.state, checkpoint)
+            if lost := before - keys_of(self.optimizer):
+                raise ValueError(
+                    f"{checkpoint} was made with another optimizer than optim={self.args.optim}: it has no "
+                    f"{', '.join(sorted(lost))}. Use the same optimizer, or start afresh."
+                )
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with same_dtypes(self.model):

@@ -233,6 +233,7 @@ NOT_RIDING = {
     "accumulation": ({"gradient_accumulation_steps": 2}, r"one micro-batch per step.*=2"),
     "DoRA": ({"peft_config": lora(use_dora=True)}, "only pairs of LoRA factors can"),
     "biases": ({"peft_config": lora(lora_bias=True)}, "only pairs of LoRA factors can"),
+    "NEFTune": ({"neftune_noise_alpha": 5.0}, "NEFTune's noise depends on the length of a batch"),
     "label smoothing": ({"label_smoothing_factor": 0.1}, "label smoothing makes another one"),
 }
 
@@ -250,6 +251,16 @@ def test_where_nothing_can_ride_the_ascent_is_a_pass_of_its_own(case, tmp_path):
     assert all(log["slsam/rho"] > 0 for log in trainer.state.log_history if "loss" in log)
     with pytest.raises(ValueError, match=message):
         build(SLSAMTrainer, tmp_path, SLSAMConfig(ascent="ahead", descent="all"), **settings).train()
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope", "default"])
+def test_nothing_rides_where_positions_depend_on_the_longest_sequence(rope, tmp_path):
+    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 64}
+    settings = {"default": {}, "dynamic": {"factor": 2.0}, "longrope": {"factor": 2.0, **factors}}[rope]
+    model = llama(rope_parameters={"rope_type": rope, "rope_theta": 1e4, **settings})
+    trainer = build(SLSAMTrainer, tmp_path, model=model, per_device_train_batch_size=3, max_steps=1)
+    trainer.train()
+    assert trainer.slsam.ascent.rides == (rope == "default")
 
 
 @pytest.mark.filterwarnings("ignore:.compute_loss_func. is deprecated:FutureWarning")

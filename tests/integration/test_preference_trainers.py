@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMMixin
@@ -131,3 +132,18 @@ def test_the_model_card_keeps_the_trainers_own_citation():
     plain = SimpleNamespace()  # a trainer of transformers has no such card
     name_on_cards(plain)
     assert not vars(plain)
+
+
+@pytest.mark.parametrize("case", [OTHERS["DPO"], OTHERS["reward"]], ids=["DPO", "reward"])
+def test_small_passes_gather_nothing(case, tmp_path, monkeypatch):
+    """What is gathered for metrics makes the host wait, and ranks for each other."""
+    calls = []
+    gather = Accelerator.gather
+    monkeypatch.setattr(Accelerator, "gather", lambda self, value: calls.append(0) or gather(self, value))
+
+    def count(config):
+        calls.clear()
+        build(case, tmp_path, config, max_steps=2).train()
+        return len(calls)
+
+    assert count(SLSAMConfig(trace=False)) == count(None) > 0

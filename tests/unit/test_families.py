@@ -11,6 +11,7 @@ from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm import rng
+from slsam_peft.algorithm.step import Cut, Passes
 from tests.decoders import batch, closures, decoder, passes_of
 from tests.families import batch_of, model_of
 from tests.reference import assert_step_is_exact, reference_step
@@ -274,15 +275,18 @@ def test_numpy_is_not_loaded_for_its_generator(monkeypatch):
     assert "numpy.random" not in state
 
 
-def test_noise_that_cannot_be_replayed_is_refused_by_name():
+@pytest.mark.parametrize("part", [False, True])
+def test_noise_that_cannot_be_replayed_is_refused_by_name(part):
     torch.manual_seed(0)
     model = decoder("llama", dropout=0.0).unload()
     settings = {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.0}
     model = get_peft_model(model, LoraConfig(**settings, monteclora_config=MontecloraConfig())).double().train()
-    closure, _ = closures(model, batch())
-    slsam = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0))
+    closure, forward_only = closures(model, batch())
+    slsam = SLSAM(arms_of(model), SLSAMConfig(active_fraction=1.0, ascent="partial" if part else "two_pass"))
+    cut = Cut(closures(model, batch(rows=1))[0])
+    passes = Passes(closure, closure, forward_only, sequences=2, cut=lambda wanted: cut)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.\S* and \d+ buffers more change"):
-        slsam.update(closure)
+        slsam.accumulate(passes) if part else slsam.update(closure)
     assert all(p.grad is None for p in model.parameters())
 
 

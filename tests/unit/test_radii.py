@@ -6,7 +6,7 @@ import torch
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.algorithm.factors import Factors, product_norm_squared
 from slsam_peft.algorithm.norms import joint_norm
-from slsam_peft.algorithm.radius import Adaptive, Length, Neuron, WeightSpace
+from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron, WeightSpace
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.saving.card import settings_of
 from slsam_peft.trainer.factors import factors_of
@@ -158,6 +158,15 @@ def four_times_alpha(model):
         for f in factors_of(model):
             f.down.div_(2)
             f.up.div_(2)
+
+
+@pytest.mark.parametrize("radius", [Length(0.3), LossRise(0.5, 2.0)])
+def test_where_there_is_no_gradient_the_length_is_zero(radius):
+    """As of a sequence with nothing to learn: what is logged is the length of e, and that is none."""
+    nothing = torch.zeros(3)
+    offsets, rho = radius.offsets([nothing], [torch.ones(3)], torch.zeros(()), torch.ones(()))
+    assert float(rho) == 0.0
+    assert not offsets[0].any()
 
 
 @pytest.mark.parametrize("rewritten", [twice_the_rank, four_times_alpha])

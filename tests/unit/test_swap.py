@@ -11,9 +11,10 @@ from slsam_peft.algorithm.leaks import CrossLayerDependencyError, check_cut
 from slsam_peft.algorithm.perturbation import Perturbation
 from slsam_peft.algorithm.step import Passes
 from slsam_peft.algorithm.swap import Swap, sites_of
-from tests.decoders import batch, closures, decoder
+from tests.decoders import batch, closures, decoder, passes_of
 from tests.reference import assert_gradients_are, assert_step_is_exact, reference_step
 from tests.tiny import llama, lora
+from tests.tolerances import EXACT_FLOAT64
 from tests.unit.test_peft_methods import METHODS, adapted
 
 RHO = 0.3
@@ -280,3 +281,52 @@ def test_a_cut_is_checked_at_w_plus_e_too():
         check_cut(below(x), Upper((above,)), "the blocks")
         with pytest.raises(CrossLayerDependencyError, match="depends on parameters above it"):
             check_cut(below(above(x)), Upper((above,)), "the blocks")
+
+
+class Past(nn.Module):
+    """A block that reads its weight past its module where it keeps it in a list."""
+
+    def __init__(self, past):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+        self.kept = [self.inner.weight] if past else None
+
+    def forward(self, hidden):
+        weight = self.inner.weight if self.kept is None else self.kept[0]
+        return hidden + self.outer(torch.tanh(nn.functional.linear(hidden, weight, self.inner.bias)))
+
+
+class Blocks(nn.Module):
+    """Four of them, the last of which reads past its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Past(i == 3) for i in range(4)])
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden.square().mean()
+
+
+@pytest.mark.parametrize("drawn", range(4))
+def test_a_pass_from_kept_hidden_states_is_made_again_in_place(drawn):
+    """Its graph below the kept hidden state has been run through by then."""
+    torch.manual_seed(0)
+    model, hidden = Blocks(), torch.randn(3, 4, dtype=torch.float64)
+    mask = torch.arange(4) >= drawn
+    slsam = SLSAM(arms_of(model), SLSAMConfig(rho=0.1, active_fraction=0.5, descent="all", design=lambda p, g: mask))
+    closure, forward_only = passes_of(lambda: model(hidden))
+    slsam.update(closure, None, forward_only)
+    made = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    parameters = [p for n, p in model.named_parameters() if int(n.split(".")[1]) >= drawn]
+    gradients = torch.autograd.grad(model(hidden), parameters)
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.add_(0.1 * gradient / norm)
+    model(hidden).backward()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert float((made[name] - parameter.grad).abs().max()) <= EXACT_FLOAT64 * largest, name
