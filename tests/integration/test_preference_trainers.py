@@ -104,6 +104,7 @@ def test_a_cost_budget_is_refused(case, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
 @pytest.mark.parametrize("case", [OTHERS["DPO"], OTHERS["reward"]], ids=["DPO", "reward"])
 def test_a_partial_ascent_takes_whole_pairs(case, tmp_path):
     """Of four pairs, stacked as four chosen above four rejected sequences, the ascent takes one of each."""
@@ -134,6 +135,7 @@ def test_the_model_card_keeps_the_trainers_own_citation():
     assert not vars(plain)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
 @pytest.mark.parametrize("case", [OTHERS["DPO"], OTHERS["reward"]], ids=["DPO", "reward"])
 def test_small_passes_gather_nothing(case, tmp_path, monkeypatch):
     """What is gathered for metrics makes the host wait, and ranks for each other."""
