@@ -19,13 +19,10 @@ from slsam_peft.adapters.skeleton import Shapes, skeleton_of
 from slsam_peft.adapters.vocabulary import as_trained
 from slsam_peft.algorithm.arms import Arms, arms_of
 from slsam_peft.errors import UserError
-from slsam_peft.models.load import load_config
+from slsam_peft.models.load import MALFORMED, load_config, refused
 from slsam_peft.models.shapes import first_line
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-
-# What PEFT raises, one way or another, when an adapter does not belong on the structure it is put on.
-_MISFITS = (ValueError, KeyError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +73,7 @@ def read_structure(folder: Path) -> AdapterStructure:
     fresh.task_type = None  # a plain module is all it is put into
     try:
         found = _placed(skeleton_of(shapes), fresh, shapes)
-    except _MISFITS as error:
+    except MALFORMED as error:
         raise UserError(
             f"the arms of {folder} cannot be told: {reason}, and its own names do not say enough "
             f"({first_line(error)}).\nPut the base model's config.json where {SETTINGS} says it is."
@@ -85,11 +82,8 @@ def read_structure(folder: Path) -> AdapterStructure:
 
 
 def _config(folder: Path) -> Any:
-    try:
-        with _without_warnings():
-            return PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what a malformed file leads to
-        raise UserError(f"{folder / SETTINGS} cannot be read: {first_line(error)}") from error
+    with refused(f"{folder / SETTINGS} cannot be read"), _without_warnings():
+        return PeftConfig.from_pretrained(str(folder))
 
 
 _Placed = tuple[nn.Module, dict[nn.Parameter, str]]
@@ -104,11 +98,11 @@ def _in_base(config: Any, shapes: Shapes) -> tuple[_Placed | None, str]:
             shape.quantization_config = None
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, *MALFORMED):
         return None, f"the configuration of its base model {base!r} is not at hand"
     try:
         return _placed(model, config, shapes), ""
-    except _MISFITS:
+    except MALFORMED:
         return None, f"it does not fit the configuration of its base model {base!r}"
 
 

@@ -22,7 +22,7 @@ from slsam_peft.adapters.arms import (
 from slsam_peft.adapters.load import below
 from slsam_peft.algorithm.arms import Arm, Arms
 from slsam_peft.errors import UserError
-from slsam_peft.models.load import is_path
+from slsam_peft.models.load import is_path, refused
 from slsam_peft.models.shapes import find_config, first_line
 from slsam_peft.saving.recorded import fallbacks_in, read_record
 from slsam_peft.saving.trace_data import FILE_NAME, read_trace
@@ -158,11 +158,8 @@ def _without_weights(name: str) -> Any:
     """Return a model on the meta device, from its configuration alone, with every parameter trainable."""
     config = find_config(name)
     config.quantization_config = None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"cannot build a {config.model_type!r} model: {first_line(error)}") from error
+    with refused(f"cannot build a {config.model_type!r} model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model.requires_grad_(True)
 
 

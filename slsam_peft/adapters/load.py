@@ -14,7 +14,7 @@ from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.adapters.vocabulary import as_trained, is_copy, resize, tensor_of
 from slsam_peft.errors import UserError
-from slsam_peft.models.load import find_model, is_path, load_config, load_model, load_tokenizer
+from slsam_peft.models.load import MALFORMED, find_model, is_path, load_config, load_model, load_tokenizer, refused
 from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
 from slsam_peft.saving.record import Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
@@ -84,10 +84,8 @@ def open_adapter(folder: str | Path, model: str | None = None) -> Adapter:
         raise UserError(
             f"{folder} holds {what}: {SETTINGS} is missing. Name the folder an adapter was saved in.{below(path)}"
         )
-    try:
+    with refused(f"{path / SETTINGS} cannot be read"):
         config: Any = PeftConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / SETTINGS} cannot be read: {brief(error)}") from error
     if config.task_type not in (None, "CAUSAL_LM"):
         raise UserError(f"{folder} is an adapter for {config.task_type}; adapters of causal language models work.")
     if config.is_prompt_learning:
@@ -123,8 +121,9 @@ def _base_of(config: Any, given: str | None) -> str:
         UserError: there is no name, or no such folder.
     """
     name = given or config.base_model_name_or_path
-    if not name:
-        raise UserError("the adapter does not name its base model; name it with --model.")
+    if not name or not isinstance(name, str):
+        named = f"names {name!r} as" if name else "does not name"
+        raise UserError(f"the adapter {named} its base model; name it with --model.")
     there = Path(name).expanduser().is_dir()
     if is_path(name) and not there:
         if given is not None:
@@ -154,23 +153,18 @@ def fit(adapter: Adapter, config: Any) -> Fit:
         adapter (`Adapter`): The adapter.
         config (`PreTrainedConfig`): The base's.
     """
-    # The base's own sizes, against those it had in training.
-    shape = []
-    if adapter.record is not None:
-        here = base_shape(config)
-        shape = [
-            f"{name} is {here[name]}, trained on {value}"
-            for name, value in adapter.record["base"]["shape"].items()
-            if here[name] != value
-        ]
     # The adapter's tensors, against the places that PEFT makes for them.
-    with torch.device("meta"):
+    with torch.device("meta"), refused(f"no model can be made of the configuration of {adapter.base}"):
         base = AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
         own = {name: tuple(p.shape) for name, p in base.named_parameters(remove_duplicate=False)}
-        try:
+    try:
+        with torch.device("meta"):
             model: Any = get_peft_model(base, adapter.config, low_cpu_mem_usage=True)
-        except ValueError as error:  # no module has a name that is to be adapted
-            return Fit([*shape, brief(error)], sorted(adapter.shapes), [], [])
+    except MALFORMED as error:  # no module has a name that is to be adapted, or a setting is of a wrong kind
+        shape = _other_sizes(adapter, config)
+        return Fit([*shape, f"{adapter.folder / SETTINGS}: {brief(error)}"], sorted(adapter.shapes), [], [])
+    # The base's own sizes, against those it had in training: with the blocks that PEFT repeats (layer_replication).
+    shape = _other_sizes(adapter, base.config)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     places: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     # Embeddings that are adapted or were resized are saved in full beside the adapter.
@@ -186,6 +180,15 @@ def fit(adapter: Adapter, config: Any) -> Fit:
             if adapter.shapes[name] != known[name]
         ],
     )
+
+
+def _other_sizes(adapter: Adapter, config: Any) -> list[str]:
+    """Return the fields of a base's config that differ from the recorded ones; none where nothing is recorded."""
+    if adapter.record is None:
+        return []
+    here = base_shape(config)
+    recorded = adapter.record["base"]["shape"].items()
+    return [f"{name} is {here[name]}, trained on {value}" for name, value in recorded if here[name] != value]
 
 
 def plain_config(config: Any) -> Any:
@@ -243,10 +246,8 @@ def load_adapted(
     quantization = settings_of(adapter.quantization, config, dtype, adapter.base)
     base = load_model(adapter.base, dtype, quantization, attention)
     resize(base, config)
-    try:
+    with refused(f"the adapter {adapter.folder} cannot be loaded"):
         model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=trainable)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"the adapter {adapter.folder} cannot be loaded: {brief(error)}") from error
     return model.eval(), adapter_tokenizer(adapter)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from slsam_peft.adapters.base_files import BaseFiles, Stored
 from slsam_peft.adapters.load import Adapter, brief, plain_config
 from slsam_peft.errors import UserError
+from slsam_peft.models.load import refused
 from slsam_peft.saving.record import adapter_prefixes, base_name
 
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others subtract from the base what the adapter starts with
@@ -55,6 +56,12 @@ class Merge:
             raise UserError(
                 f"{adapter.folder} starts from init_lora_weights={start!r}, which changes the base's weights too. "
                 "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), then merge it."
+            )
+        if getattr(adapter.config, "layer_replication", None):
+            raise UserError(
+                f"{adapter.folder} repeats blocks of its base (layer_replication="
+                f"{adapter.config.layer_replication}): the base's files have one copy of each, so it cannot be merged "
+                "into them. Hand it on as an adapter: leave out --merge."
             )
         model = without_base(adapter, config)
         base = model.get_base_model()
@@ -138,10 +145,8 @@ def without_base(adapter: Adapter, config: Any) -> PeftModel:
             if parameter not in made:  # tied ones stay one
                 made[parameter] = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
             setattr(module, name, made[parameter])
-    try:
+    with refused(f"the adapter {adapter.folder} cannot be loaded"):
         return PeftModel.from_pretrained(base, str(adapter.folder), low_cpu_mem_usage=True, torch_device="cpu")
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"the adapter {adapter.folder} cannot be loaded: {brief(error)}") from error
 
 
 def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from slsam_peft.cli.parsing import nearest
 from slsam_peft.config import SLSAMConfig
@@ -19,6 +19,7 @@ USAGE = f"{PROG} [--config FILE] [--field value ...]"
 _RENAMED = {"seed": "slsam_seed"}  # SFTConfig has a `seed` of its own
 _ENVIRONMENT = "env"  # TrlParser's key for environment variables
 _NEEDED = {"model_name_or_path": "model", "dataset_name": "data set"}
+_TEXT_OR_TRUTH = ("resume_from_checkpoint",)  # said to be texts, and read as the truth values they look like
 _NO_GPU = "support bf16/gpu"  # from transformers' message where bf16 is asked for and there is no GPU
 
 
@@ -83,7 +84,11 @@ def parse(argv: list[str]) -> Settings:
     arguments += ["--config", config] if config else []
     try:
         slsam, script, model, training = parser.parse_args_and_config(arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except OSError as error:
+        raise UserError(
+            f"a file that the settings name, {error.filename}, cannot be read: {error.strerror}."
+        ) from error
+    except (ValueError, TypeError, ImportError, LookupError, ArithmeticError) as error:
         if _NO_GPU in str(error):
             raise UserError(_no_gpu()) from error
         raise UserError(str(error)) from error
@@ -158,6 +163,11 @@ def read_config(path: str) -> tuple[dict[Any, Any], dict[Any, int]]:
         place = f", line {mark.line + 1}" if mark else ""
         detail = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"config file {path}{place}: not valid YAML: {detail}.") from None
+    except (ValueError, RecursionError) as error:  # such as a date that is none
+        raise UserError(
+            f"config file {path}: a value cannot be read: {error}. Write a text that looks like a date or a number in "
+            "quotes."
+        ) from None
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"
         raise UserError(f"config file {path} {what}; it must be a mapping, one `name: value` per line.")
@@ -176,7 +186,7 @@ def read_config(path: str) -> tuple[dict[Any, Any], dict[Any, int]]:
 def _check_config(parser: "TrlParser", path: str, values: dict[Any, Any], lines: dict[Any, int]) -> None:
     """Check what TRL's parser takes as it comes: a file's values are its defaults, and defaults are not checked."""
     actions = {action.dest: action for action in parser._actions}
-    optional = _optional_fields(parser)
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     problems = []
     for key, value in values.items():
         name = str(key)
@@ -185,22 +195,23 @@ def _check_config(parser: "TrlParser", path: str, values: dict[Any, Any], lines:
             if name != _ENVIRONMENT:
                 problems.append(f"{where}: there is no setting {name!r}.{nearest(name, actions)}")
             continue
-        problem = _problem(actions[name], value, name in optional)
+        problem = _problem(actions[name], value, hints.get(name, Any))
         if problem:
             problems.append(f"{where}: {name}: {problem}.")
     if problems:
         raise UserError("\n".join([*problems, f"`{PROG} --help-all` lists all settings."]))
 
 
-def _optional_fields(parser: "TrlParser") -> set[str]:
-    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-    return {name for name, hint in hints.items() if type(None) in get_args(hint)}
+def _problem(action: argparse.Action, value: Any, hint: Any) -> str:
+    """Return what is wrong with a YAML value, or an empty string. Texts are converted and checked by argparse.
 
-
-def _problem(action: argparse.Action, value: Any, optional: bool) -> str:
-    """Return what is wrong with a YAML value, or an empty string. Texts are converted and checked by argparse."""
+    Args:
+        action (`argparse.Action`): The flag of the same name.
+        value (`Any`): From the file.
+        hint (`type`): The setting's type.
+    """
     if value is None:
-        return "" if optional else "has no value; give one or leave the line out"
+        return "" if type(None) in get_args(hint) else "has no value; give one or leave the line out"
     if action.choices is not None and value not in action.choices:
         allowed = ", ".join(map(str, action.choices))
         quotes = " Write it in quotes: YAML reads a bare no as false." if value is False and "no" in allowed else ""
@@ -209,12 +220,32 @@ def _problem(action: argparse.Action, value: Any, optional: bool) -> str:
         )
     if isinstance(value, str):
         return ""
+    if getattr(action.type, "__name__", "") == "str":
+        return _text_problem(action.dest, value, hint)
     types = {"int": (int,), "float": (int, float), "string_to_bool": (bool,)}
     kind = getattr(action.type, "__name__", "")
     if kind not in types or (type(value) in types[kind]):
         return ""
     phrase = {"int": "an integer", "float": "a number", "string_to_bool": "true or false"}[kind]
     return f"{value!r} is not allowed; it must be {phrase}"
+
+
+def _text_problem(name: str, value: Any, hint: Any) -> str:
+    """Return what is wrong with a YAML value that is no text, where a text can be given; or an empty string."""
+    kinds = [get_origin(kind) or kind for kind in (get_args(hint) or (hint,))] if get_origin(hint) is not list else []
+    takes_list = list in kinds or get_origin(hint) is list
+    if takes_list and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return ""
+    if any(isinstance(value, kind) for kind in (dict, int) if kind in kinds) and not isinstance(value, bool):
+        return ""
+    if isinstance(value, bool) and (name in _TEXT_OR_TRUTH or any(get_origin(k) is Literal for k in get_args(hint))):
+        return ""
+    if takes_list:
+        return f"{value!r} is not allowed; it must be a text, or a list of texts"
+    if dict in kinds:
+        return f"{value!r} is not allowed; it must be a mapping"
+    quotes = "" if isinstance(value, list | dict) else f": write it in quotes, '{value}'"
+    return f"{value!r} is not allowed; it must be a text{quotes}"
 
 
 def _unknown(parser: "TrlParser", arguments: list[str]) -> str:

@@ -111,15 +111,12 @@ def _own_memory() -> float | None:
 
 
 def _fraction(config: SLSAMConfig, expected: "ExpectedCost") -> float:
+    """Return the share of active arms, as training settles it; a budget is solved for."""
+    from slsam_peft.algorithm.assembly import fraction_of
+
     config = config.resolved
-    if config.cost_budget is not None:
-        return expected.solve(config.cost_budget)
-    if config.active_fraction is not None and config.active_fraction < expected.least_fraction:
-        raise ValueError(
-            f"active_fraction={config.active_fraction} of {len(expected.arms)} arms is less than one arm; use at "
-            f"least {expected.least_fraction:.3g}, or a finer granularity."
-        )
-    return max(config.fraction, expected.least_fraction)
+    solved = None if config.cost_budget is None else expected.solve(config.cost_budget)
+    return fraction_of(config, len(expected.arms), solved)
 
 
 def _model_facts(args: argparse.Namespace, model: Any) -> dict[str, Any]:

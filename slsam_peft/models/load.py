@@ -4,12 +4,14 @@
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
@@ -17,6 +19,13 @@ from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.models.smollm2 import SMOLLM2, fetch_smollm2
+
+# What transformers and PEFT raise, one way or another, for files that hold values of a wrong kind, or that do not
+# belong on each other: their constructors check few of them.
+MALFORMED = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+    AssertionError, RecursionError, re.error, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 Tell = Callable[[str], None]  # is told what is going on, before each part that takes time
 
@@ -78,7 +87,7 @@ def load_config(source: str, *, local: bool = False) -> PreTrainedConfig:
     Raises:
         UserError: it cannot be found or read. The message holds the loader's own words.
     """
-    with _refused_by_name(source, "cannot be read"):
+    with refused_by_name(source, "cannot be read"):
         return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
 
 
@@ -88,7 +97,7 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         UserError: it cannot be found or read. The message holds the loader's own words.
     """
-    with _refused_by_name(source):
+    with refused_by_name(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -109,7 +118,7 @@ def load_model(
     Raises:
         UserError: it cannot be found or read. The message holds the loader's own words.
     """
-    with _refused_by_name(source):
+    with refused_by_name(source):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or "auto",
@@ -141,16 +150,37 @@ def load_with_tokenizer(source: str, dtype: torch.dtype, *, nf4: bool = False) -
 
 
 @contextmanager
-def _refused_by_name(source: str, what: str = "could not be loaded") -> Iterator[None]:
+def refused(what: str, then: str = "") -> Iterator[None]:
+    """Turn whatever a library raises, while it makes an object of a file, into a refusal that names the file.
+
+    Args:
+        what (`str`): The beginning of the message: the file, and what cannot be done with it.
+        then (`str`, *optional*): Its end: what to do.
+
+    Raises:
+        UserError: the block raised one of `MALFORMED`, or a `UserError`, which passes as it is.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, ImportError, NotImplementedError, SafetensorError) as error:
-        # These are raised for names, files, architectures and quantisations that transformers does not know.
-        hint = "" if "/" in source or Path(source).exists() else hint_at(source, (SMOLLM2,))
-        raise UserError(
-            f"model {source} {what}: {' '.join(str(error).split())[:400]}{hint}\nName a folder with a causal language "
-            f"model in it, a name on the Hub that can be reached, or {SMOLLM2}."
-        ) from error
+    except MALFORMED as error:
+        raise UserError(f"{what}: {brief(error)}{then}") from error
+
+
+@contextmanager
+def refused_by_name(source: str, what: str = "could not be loaded") -> Iterator[None]:
+    """Turn whatever a library raises for a model's files into a refusal that names the model, as `refused` does."""
+    hint = "" if "/" in source or Path(source).exists() else hint_at(source, (SMOLLM2,))
+    then = (
+        f"{hint}\nName a folder with a causal language model in it, a name on the Hub that can be reached, or "
+        f"{SMOLLM2}."
+    )
+    with refused(f"model {source} {what}", then):
+        yield
+
+
+def brief(error: BaseException, limit: int = 400) -> str:
+    """Return an error's message on one line, cut off where it is long; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def compute_dtype(name: str) -> torch.dtype:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
-from slsam_peft.models.load import load_config
+from slsam_peft.models.load import load_config, refused
 from slsam_peft.models.smollm2 import SMOLLM2
 
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
@@ -104,12 +104,9 @@ def meta_model(
     config.quantization_config = None
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     lora = LoraConfig(r=lora_r, target_modules=targets, task_type="CAUSAL_LM")
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-            model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"cannot build a {config.model_type!r} model with LoRA: {first_line(error)}") from error
+    with refused(f"cannot build a {config.model_type!r} model with LoRA"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if own and all(p.requires_grad for p in own):

@@ -1,7 +1,9 @@
 """Runs one supervised fine-tuning from parsed settings: what can fail is checked before the model is loaded."""
 
+import dataclasses
 import errno
 import logging
+import math
 import re
 import tempfile
 import zipfile
@@ -10,24 +12,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from transformers import AutoConfig, TrainerCallback
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.config import SLSAMConfig, hint_at
 from slsam_peft.data.load import is_file_name, load_eval_split, load_split
-from slsam_peft.errors import UserError
+from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.bnb_cpu import keep_trainable
-from slsam_peft.models.load import find_model
-from slsam_peft.runs.sequences import CheckedTrainer, check_enough_rows, check_token_ids
+from slsam_peft.models.load import find_model, refused
+from slsam_peft.runs.sequences import CheckedTrainer, check_enough_rows, check_positions, check_token_ids
 from slsam_peft.runs.signals import StopOnSignal
+from slsam_peft.saving.record import base_name
 from slsam_peft.saving.resume import intact_checkpoint, last_intact_checkpoint, what_is_missing
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
 logger = logging.getLogger(__name__)
 
 LONGEST_QUOTE = 300  # characters of an error of a library that reads damaged files
+METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")  # of every evaluation
+TOKEN_METRICS = ("entropy", "mean_token_accuracy", "num_tokens")  # that TRL adds
+_REFUSALS = (ValueError, RuntimeError, OSError, ImportError, SafetensorError)  # of settings, by libraries
+_UNBOUNDED = ("max_grad_norm",)  # settings in which infinity has a meaning: nothing is clipped
 
 
 class _Begun(TrainerCallback):
@@ -55,12 +65,15 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
     Raises:
         UserError: the output folder cannot be written, there is no such checkpoint, the data or the model cannot be
             read, or settings do not fit each other. Nothing has been written then.
-        DivergedError: too many steps in a row had a NaN or infinite loss or gradient. Checkpoints stay.
+        DivergedError: too many steps in a row had a NaN or infinite loss or gradient, or what was trained holds such
+            values. Checkpoints stay; no adapter is saved.
         Interrupted: SIGINT or SIGTERM ended training, see `slsam_peft.runs.signals`.
     """
     # What can be refused without the model, from the cheapest check to the dearest.
     folder = str(args.output_dir)  # SFTConfig has set one
     check_counts(args)
+    check_finite(args, model)
+    check_metric(args)
     check_output_folder(folder)
     args.resume_from_checkpoint = find_checkpoint(args, sampler=not slsam.accept_state_mismatch)
     check_model(model, args)
@@ -79,7 +92,7 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
                 raise
             # A damaged file makes its reader raise anything; without one, what is no refusal is a bug.
             damage = damaged_file(args.resume_from_checkpoint)
-            if not damage and not isinstance(error, ValueError | RuntimeError | OSError | SafetensorError):
+            if not damage and not isinstance(error, _REFUSALS):
                 raise
             reason = " ".join(str(error).split())[:LONGEST_QUOTE] if damage else str(error)
             raise UserError(f"training cannot start: {reason}{damage}") from error
@@ -89,7 +102,8 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
                 "no step was made: the data set gave no batch. Nothing was trained, and nothing is saved in "
                 f"{folder}. Check its rows, max_length and the batch size."
             )
-    # Only what was trained to the end is saved as an adapter.
+    # Only what was trained to the end, and to numbers, is saved as an adapter.
+    check_trained(trainer.model, folder)
     trainer.save_model(folder)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -113,6 +127,63 @@ def check_counts(args: SFTConfig) -> None:
         raise UserError(f"num_train_epochs={args.num_train_epochs} is not allowed; it must be a number > 0.")
     if args.max_length is not None and args.max_length < 1:
         raise UserError(f"max_length={args.max_length} is not allowed; it must be an integer >= 1.")
+
+
+def check_finite(*settings: Any) -> None:
+    """Check that the numbers among some settings are numbers: NaN and infinity pass the libraries' own comparisons.
+
+    Args:
+        settings (`SFTConfig`, `ModelConfig`): Dataclasses. Infinity is allowed in `max_grad_norm`, and in
+            `num_train_epochs` where `max_steps` ends training.
+
+    Raises:
+        UserError: one is not finite. The message names it.
+    """
+    for group in settings:
+        unbounded = (*_UNBOUNDED, "num_train_epochs") if getattr(group, "max_steps", -1) > 0 else _UNBOUNDED
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if not isinstance(value, float) or math.isfinite(value):
+                continue
+            if math.isnan(value) or field.name not in unbounded:
+                raise UserError(f"{field.name}={value} is not allowed; it must be a finite number.")
+    noise = next((a for group in settings if (a := getattr(group, "neftune_noise_alpha", None)) is not None), 0.0)
+    if noise < 0:
+        raise UserError(f"neftune_noise_alpha={noise} is not allowed; it must be a number >= 0.")
+
+
+def check_metric(args: SFTConfig) -> None:
+    """Check that an evaluation gives the metric that tells the best checkpoint: the trainer looks after training.
+
+    Raises:
+        UserError: it does not.
+    """
+    name = args.metric_for_best_model
+    known = (*METRICS, *TOKEN_METRICS)
+    if args.eval_strategy == "no" or name is None or name.removeprefix("eval_") in known:
+        return
+    raise UserError(
+        f"metric_for_best_model={name} is not allowed: an evaluation gives {', '.join(f'eval_{m}' for m in known)}."
+    )
+
+
+def check_trained(model: Any, folder: str) -> None:
+    """Check that everything that was trained is finite.
+
+    Args:
+        model (`nn.Module`): What was trained.
+        folder (`str`): The run's output folder, for the message.
+
+    Raises:
+        DivergedError: some of it is not.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    wrong = [name for name, parameter in trained if not bool(torch.isfinite(parameter.detach()).all())]
+    if wrong:
+        raise DivergedError(
+            f"training has diverged: {len(wrong)} of {len(trained)} trained tensors hold NaN or infinite values "
+            f"({wrong[0]}). No adapter was saved; checkpoints in {folder} stay. Lower learning_rate or weight_decay."
+        )
 
 
 def damaged_file(checkpoint: str | None) -> str:
@@ -213,14 +284,11 @@ def check_model(model: ModelConfig, args: SFTConfig) -> None:
             f"train LoRA adapters on it, or leave out load_in_{bits}bit."
         )
     name = model.model_name_or_path = find_model(name, logger.warning)
-    try:
+    then = "\nmodel_name_or_path must be a model folder or a name on the Hub."
+    with refused(f"model {name} cannot be loaded", then):
         config = AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model {name} cannot be loaded: {error}\nmodel_name_or_path must be a model folder or a name on the Hub."
-        ) from error
     if not config.architectures:
         raise UserError(f"model {name} cannot be loaded: its config.json names no class under 'architectures'.")
 
@@ -257,7 +325,7 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
     """
     # TRL loads the model from these; what is given as a mapping wins.
     given = args.model_init_kwargs or {}
-    if isinstance(given, str):
+    if not isinstance(given, dict):
         raise UserError(
             f"model_init_kwargs={given!r} must be a mapping in YAML, or a JSON object, '{{...}}', as a flag."
         )
@@ -266,6 +334,11 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     } | given
+    if args.activation_offloading and args.device.type == "cpu":
+        raise UserError(
+            "activation_offloading=True moves activations from a GPU to the CPU's memory, and training runs on the "
+            "CPU; leave it out."
+        )
     # Whatever does not fit is found here, before anything is trained.
     try:
         trainer = CheckedTrainer(
@@ -279,11 +352,44 @@ def build_trainer(train: Any, held_out: Any, args: SFTConfig, model: ModelConfig
         )
         keep_trainable(trainer.model)
         check_token_ids(trainer)
+        check_positions(trainer)
+        check_named(trainer.model, model)
         check_enough_rows(trainer)
         _ = trainer.slsam  # builds the arms, so that what does not fit them is known before training
-    except (ValueError, ImportError, OSError, RuntimeError, TemplateError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError, TemplateError, SafetensorError) as error:
         raise UserError(f"{model.model_name_or_path} cannot be trained with these settings: {error}") from error
     return trainer
+
+
+def check_named(model: Any, settings: ModelConfig) -> None:
+    """Check that each entry of the adapter's settings has an effect.
+
+    PEFT refuses a name in `target_modules` that matches nothing, and trains without one in the other settings.
+
+    Args:
+        model (`nn.Module`): The model; anything but a `PeftModel` passes.
+        settings (`ModelConfig`): What was asked for: `lora_modules_to_save`, `lora_target_parameters`.
+
+    Raises:
+        UserError: a name matches nothing; the message names it and what is near.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    saved = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    wrapped = set(getattr(model.base_model, "targeted_parameter_names", ()))
+    names = {base_name(name) for name, _ in model.get_base_model().named_parameters()}
+    for setting, found in (("lora_modules_to_save", saved), ("lora_target_parameters", wrapped)):
+        given = getattr(settings, setting) or ()
+        for name in [given] if isinstance(given, str) else given:
+            if any(full.endswith(name) for full in found):
+                continue
+            known = {".".join(full.split(".")[-2 if "." in name else -1 :]) for full in names}
+            if setting == "lora_modules_to_save":
+                known = {part for full in names for part in full.split(".")[:-1]}
+            raise UserError(
+                f"{setting}: {name!r} matches nothing in the model.{hint_at(name, known)} Name it by the end of its "
+                "full name, or leave it out."
+            )
 
 
 def peft_config_of(model: ModelConfig) -> Any:

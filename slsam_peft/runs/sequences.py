@@ -1,8 +1,10 @@
 """Turns rows into sequences as TRL does, and says what it does not: a missing end token, ids that are none."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
+from torch import nn
 from trl import SFTTrainer
 from trl.data_utils import is_conversational
 
@@ -12,6 +14,10 @@ from slsam_peft.errors import UserError
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
 _BATCH = 1024
+_LEARNED = ("position", "wpe")  # in names of embeddings of positions
+_SCALED = ("linear", "dynamic", "yarn")  # ways of rotary embeddings that reach `factor` times as far
+
+logger = logging.getLogger(__name__)
 
 
 class CheckedTrainer(SLSAMTrainer):
@@ -80,6 +86,58 @@ def _largest_id(data: Any) -> int:
         found = compute.max(compute.list_flatten(batch["input_ids"])).as_py()
         largest = max(largest, -1 if found is None else found)
     return largest
+
+
+def check_positions(trainer: SFTTrainer) -> None:
+    """Check that no row is longer than the model has positions; warn where it can compute with more than it knows.
+
+    Raises:
+        UserError: one is, and each position has an embedding of its own; the message names the length that would do.
+    """
+    model: Any = trainer.model
+    config = model.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    held_out: Any = trainer.eval_dataset
+    sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
+    longest = max([_longest_row(data) for data in sets if data is not None], default=0)
+    if not isinstance(known, int) or known < 1 or longest <= known:
+        return
+    if any(
+        isinstance(module, nn.Embedding) and any(word in name.rpartition(".")[2] for word in _LEARNED)
+        for name, module in model.named_modules()
+    ):
+        raise UserError(
+            f"the longest row has {longest} tokens, and the model has embeddings for {known} positions; set "
+            f"max_length={known} or less, which cuts longer rows."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = rope.get("factor") if rope.get("rope_type") in _SCALED else None
+    if longest > known * (scaled or 1):
+        logger.warning(
+            "The longest row has %d tokens, and the model was made for %d: what it computes beyond is not what it "
+            "learned. max_length=%d cuts longer rows.",
+            longest,
+            known,
+            known,
+        )
+
+
+def _longest_row(data: Any) -> int:
+    """Return the tokens of the longest sequence in a table, counted by documents where rows are packed of them.
+
+    0 for a stream, or a table that TRL has not prepared.
+    """
+    if not is_table(data) or "input_ids" not in data.column_names:
+        return 0
+    compute = import_module("pyarrow.compute")
+    packed = "seq_lengths" in data.column_names  # each document's positions begin at 0
+    column = "seq_lengths" if packed else "input_ids"
+    longest = 0
+    for batch in data.select_columns([column]).with_format("arrow").iter(_BATCH):
+        values = batch[column]
+        lengths = compute.list_flatten(values) if packed else compute.list_value_length(values)
+        longest = max(longest, compute.max(lengths).as_py() or 0)
+    return longest
 
 
 def check_enough_rows(trainer: SFTTrainer) -> None:

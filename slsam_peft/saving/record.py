@@ -46,7 +46,7 @@ SHAPE_FIELDS = (
 # Names of what lies below a layer of PEFT and is the base model's.
 _BASE_CHILDREN = ("base_layer", "original_module", "token_adapter")
 _PACKAGES = ("slsam_peft", "torch", "transformers", "trl", "peft", "bitsandbytes")
-_TRAINING = (
+TRAINING = (
     "learning_rate",
     "lr_scheduler_type",
     "per_device_train_batch_size",
@@ -77,7 +77,7 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
         record = {
             "schema": RECORD_SCHEMA,
             "method": {"name": "sl-sam", **trainer.slsam_config.to_dict()},
-            "training": {"steps": trainer.state.global_step} | {n: _plain(trainer.args, n) for n in _TRAINING},
+            "training": {"steps": trainer.state.global_step} | {n: plain_value(trainer.args, n) for n in TRAINING},
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "fallbacks": [fallback._asdict() for fallback in trainer.slsam_fallbacks],
             "base": describe_base(model),
@@ -244,6 +244,7 @@ def _plain_linears(model: nn.Module) -> Iterator[str]:
             yield base_name(f"{name}.").removesuffix(".")
 
 
-def _plain(arguments: Any, name: str) -> Any:
+def plain_value(arguments: Any, name: str) -> Any:
+    """Return a setting of `TrainingArguments` as it is recorded: an enumeration's value."""
     value = getattr(arguments, name)
     return getattr(value, "value", value)

@@ -91,14 +91,24 @@ def intact_checkpoint(asked: str | bool, folder: str, *, sampler: bool = True) -
 
 def _newest(folder: str | os.PathLike, sampler: bool) -> tuple[str | None, dict[str, str]]:
     """Return the newest intact checkpoint, and why each newer one is not."""
-    found = [(int(match[1]), path) for path in _folders(folder) if (match := _CHECKPOINT.fullmatch(path.name))]
     passed: dict[str, str] = {}
-    for _, path in sorted(found, reverse=True):
+    for path in reversed(checkpoints_in(folder)):
         why = what_is_missing(path, sampler=sampler)
         if why is None:
             return str(path), passed
         passed[str(path)] = why
     return None, passed
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """Return the `checkpoint-<step>` folders in a folder, intact or not, by their steps."""
+    found = [(int(match[1]), path) for path in _folders(folder) if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def has_optimizer(checkpoint: str | os.PathLike) -> bool:
+    """Return whether a checkpoint holds an optimizer's state: one of the model alone does not."""
+    return any((Path(checkpoint) / name).exists() for name in (OPTIMIZER_NAME, *_SHARDED_OPTIMIZER))
 
 
 def what_is_missing(checkpoint: str | os.PathLike, *, sampler: bool = True) -> str | None:
