@@ -239,10 +239,10 @@ def test_settings_that_change_no_step_are_not_compared(checkpoint, tmp_path):
     assert resume(checkpoint, tmp_path, config).slsam.steps == 4
 
 
-def test_other_arms_are_refused_by_name(checkpoint, tmp_path):
-    """Arms of other names: PEFT itself would load the factors that fit and leave the rest."""
+def test_an_adapter_on_other_modules_is_refused_by_name(checkpoint, tmp_path):
+    """PEFT itself would load the factors that fit and leave the rest."""
     config = SLSAMConfig(rho=0.1, active_fraction=0.5)
-    with pytest.raises(StateMismatchError, match=r"saved for 5 arms and this model has 3; .*'.*layers\.0'"):
+    with pytest.raises(ValueError, match=r"of another adapter: layers_to_transform=None there, \[1, 2, 4\] here"):
         resume(checkpoint, tmp_path, config, lora(target_modules=["q_proj"], layers_to_transform=[1, 2, 4]))
 
 
