@@ -3,7 +3,7 @@
 import io
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,14 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
     return asked
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def load_task_data(job: Mapping[str, Any]) -> str:
     from slsam_peft.runs.compare.settings import TaskSettings
 
@@ -113,6 +121,7 @@ def test_a_signal_ends_it_with_what_there_is_and_the_same_command_goes_on(
     runner: list[Mapping[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    interruptible: None,
 ) -> None:
     from slsam_peft.runs.compare import run as module
 
