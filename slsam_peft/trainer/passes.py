@@ -230,10 +230,9 @@ class TrainerPasses:
 
         def both() -> torch.Tensor:
             loss = forward(joined.inputs)
-            own, riding = (_known(losses.of(tokens)) for tokens in (joined.own, ~joined.own))
-            if not torch.isclose((own + riding) * self._ranks / num_items, loss, rtol=SAME_LOSS, equal_nan=True):
+            if not torch.isclose(_known(self._loss_of(joined.own | True, num_items)), loss, SAME_LOSS, equal_nan=True):
                 raise NotSeparableError("the trainer's loss is not the sum of its tokens' losses (compute_loss)")
-            return torch.stack([own, riding])
+            return torch.stack([_known(losses.of(joined.own)), _known(losses.of(~joined.own))])
 
         return Riding(logged, unlogged, both, joined.own, joined.riding_items.clamp(min=1))
 
