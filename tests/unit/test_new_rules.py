@@ -129,10 +129,9 @@ def test_a_loss_rise_divides_by_the_gradient_of_the_mean_loss(norm, unit):
     (first, second), rho = LossRise(0.3, 2.0).offsets(
         gradients, gradients, torch.tensor(norm, dtype=torch.float64), torch.tensor(unit, dtype=torch.float64)
     )
-    expected = min(0.3 / (norm * unit), 2.0) if norm else 2.0
+    expected = min(0.3 / (norm * unit), 2.0) if norm else 0.0
     assert float(rho) == pytest.approx(expected, rel=1e-9)
-    length = expected if norm else 0.0
-    assert torch.cat([first, second]).tolist() == pytest.approx((length * direction).tolist(), rel=1e-8)
+    assert torch.cat([first, second]).tolist() == pytest.approx((expected * direction).tolist(), rel=1e-8)
 
 
 def test_a_length_is_kept_whatever_the_gradient_and_its_unit():
