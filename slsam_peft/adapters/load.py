@@ -14,7 +14,16 @@ from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.adapters.vocabulary import as_trained, is_copy, resize, tensor_of
 from slsam_peft.errors import UserError
-from slsam_peft.models.load import MALFORMED, find_model, is_path, load_config, load_model, load_tokenizer, refused
+from slsam_peft.models.load import (
+    MALFORMED,
+    brief,
+    find_model,
+    is_path,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refused,
+)
 from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
 from slsam_peft.saving.record import Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
@@ -269,8 +278,3 @@ def raw_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors as they are in its file."""
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def brief(error: BaseException, limit: int = 300) -> str:
-    """Return an error's message on one line, cut off where it is long."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__

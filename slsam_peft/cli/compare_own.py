@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli.outputs import check_appendable, write_output
 from slsam_peft.data.files import check_file
-from slsam_peft.data.load import is_file_name, is_path
+from slsam_peft.data.held_out import is_path
+from slsam_peft.data.load import is_file_name
 from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.wishes import Wishes, name_of
 

@@ -3,7 +3,8 @@
 import logging
 from typing import Any
 
-from slsam_peft.data.load import load_eval_split, load_split
+from slsam_peft.data.held_out import load_eval_split
+from slsam_peft.data.load import load_split
 from slsam_peft.data.parts import without_parts
 from slsam_peft.data.scoring import Tokens, pair_of, tokenize
 from slsam_peft.errors import UserError

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 STDLIB_DOCS = "stdlib_docs"  # a name that needs no network: see slsam_peft.data.stdlib_docs
 
-_FILE_SUFFIXES = (*SUFFIXES, *OTHER_DATA)
+FILE_SUFFIXES = (*SUFFIXES, *OTHER_DATA)
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 
 
@@ -36,7 +36,7 @@ class NoSplitError(UserError):
 
 def load_split(
     name: str,
-    split: str = "train",
+    split: str | None = "train",
     *,
     config: str | None = None,
     streaming: bool = False,
@@ -51,7 +51,8 @@ def load_split(
         name (`str`): A `.json`, `.jsonl`, `.ndjson` or `.parquet` file, packed by gzip or not, a folder of such files
             (splits by file name, as in `datasets.load_dataset`) or one from `save_to_disk`, a data set's name on the
             Hub, or `"stdlib_docs"`. A file has the one split `"train"`.
-        split (`str`, *optional*, defaults to `"train"`): A split, or a part of one: `"train[:90%]"`.
+        split (`str` or `None`, *optional*, defaults to `"train"`): A split, or a part of one: `"train[:90%]"`. `None`
+            takes the only split of a file or folder, or `"train"` where it has several, which is said.
         config (`str`, *optional*): The data set's configuration.
         streaming (`bool`, *optional*, defaults to `False`): Read while training instead of beforehand.
         text_field (`str`, *optional*, defaults to `"text"`): Name of the plain text column.
@@ -66,69 +67,19 @@ def load_split(
     # What exists here comes before what has the same name elsewhere.
     path = Path(name).expanduser()
     if name == STDLIB_DOCS and not path.exists():
-        return _stdlib_docs(split)
+        return _stdlib_docs(split or "train")
     if path.is_dir():
         return _from_folder(path, split, config, streaming, text_field)
     if is_file_name(name):
         return _from_files(path, {"train": [path]}, split, streaming, text_field)
-    return _from_hub(name, split, config, streaming, text_field)
-
-
-def load_eval_split(name: str, split: str, **options: Any) -> "Dataset | IterableDataset":
-    """Load held-out data: a split of the data set `name`, or a file or folder of its own where `split` names one.
-
-    Args:
-        name (`str`): A data set, as of `load_split`.
-        split (`str`): A split of it, or a part of one. What is spelled as a path, with a separator, a dot before it
-            or the extension of a data file, is a file or folder instead; so is the name of one that lies here where
-            the data set has no such split. The only split of a folder is taken, or `"train"` where it has several.
-        **options: Keywords of `load_split`.
-
-    Raises:
-        UserError: as of `load_split`.
-    """
-    return _held_out(name, split, options)[1]
-
-
-def eval_place(name: str, split: str) -> str | None:
-    """Return the file or folder that `load_eval_split` reads, `None` where that is a split of the data set `name`.
-
-    Raises:
-        UserError: it has to read that split to know, and cannot.
-    """
-    if is_path(split):
-        return split
-    return _held_out(name, split, {})[0] if Path(split).expanduser().exists() else None
-
-
-def _held_out(name: str, split: str, options: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """Return the place of held-out data that are none of a data set's splits, and the data."""
-    if not is_path(split):
-        try:
-            return None, load_split(name, split, **options)
-        except NoSplitError:
-            if not Path(split).expanduser().exists():
-                raise
-    own = {**options, "config": None}  # the configuration is one of the data set `name`
-    path = Path(split).expanduser()
-    if not path.is_dir():
-        return split, load_split(split, "train", **own)
-    return split, _from_folder(path, None, None, own.get("streaming", False), own.get("text_field", "text"))
-
-
-def is_path(split: str) -> bool:
-    """Return whether an evaluation split is spelled as a path; that something of its name lies here tells nothing."""
-    path = Path(split).expanduser()
-    if path.suffix.lower() in _FILE_SUFFIXES:
-        return True
-    return (split.startswith((".", "~")) or os.sep in split) and (is_file_name(split) or path.is_dir())
+    return _from_hub(name, split or "train", config, streaming, text_field)
 
 
 def is_file_name(name: str) -> bool:
     """Return whether `name` can only be a local file: it exists, or it is spelled as no name on the Hub is."""
     path = Path(name).expanduser()
     spelled_as_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
-    return path.is_file() or spelled_as_path or path.suffix.lower() in _FILE_SUFFIXES
+    return path.is_file() or spelled_as_path or path.suffix.lower() in FILE_SUFFIXES
 
 
 def _stdlib_docs(split: str) -> "Dataset":

@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from slsam_peft.data.load import load_eval_split, load_split
+from slsam_peft.data.held_out import load_eval_split
+from slsam_peft.data.load import load_split
 from slsam_peft.data.parts import as_texts
 from slsam_peft.data.rows import TEMPLATE_OPTIONS, RowError
 from slsam_peft.data.scoring import Pair, pair_of

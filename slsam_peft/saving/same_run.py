@@ -177,6 +177,25 @@ def check_steps_left(state: Any, checkpoint: str | os.PathLike) -> None:
     )
 
 
+def check_same_optimizer(before: set[str], optimizer: Any, name: Any, checkpoint: str | os.PathLike) -> None:
+    """Check that an optimizer still has all settings that it had before a checkpoint's state was read into it.
+
+    Args:
+        before (`set[str]`): What `keys_of` returned then.
+        optimizer (`Optimizer`): As it is now.
+        name (`str`): `TrainingArguments.optim`, for the message.
+        checkpoint (`str` or `os.PathLike`): The checkpoint.
+
+    Raises:
+        ValueError: it has not: the checkpoint's is of another kind.
+    """
+    if lost := before - keys_of(optimizer):
+        raise ValueError(
+            f"{checkpoint} was made with another optimizer than optim={name}: it has no {', '.join(sorted(lost))}. "
+            "Use the same optimizer, or start afresh."
+        )
+
+
 def warn_of_earlier_runs(folder: str) -> None:
     """Warn where a run starts afresh in a folder with checkpoints: resuming takes the highest number.
 

@@ -4,17 +4,14 @@ Batch -> the sequences that make its ascent, and those of the next batch that ri
 takes a fresh dictionary, since the trainer's loss may take entries out of the one it is given.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
 from torch import nn
 from trl import DPOTrainer, RewardTrainer
 
-from slsam_peft.algorithm import rng
 from slsam_peft.algorithm.ascents import Ascent
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
@@ -26,9 +23,8 @@ from slsam_peft.trainer.cutting import (
     count_sequences,
     coupled,
     first_sequences,
-    scored_items,
 )
-from slsam_peft.trainer.documents import IGNORED
+from slsam_peft.trainer.divisor import Divisor
 from slsam_peft.trainer.joining import CannotJoinError, Joined, join
 from slsam_peft.trainer.muting import forward_only, muted
 from slsam_peft.trainer.riding import has_own_loss, overrides_loss
@@ -37,7 +33,6 @@ from slsam_peft.trainer.token_losses import TokenLosses
 Batch = Mapping[str, Any]
 
 SAME_LOSS = 1e-2  # relative: bfloat16 rounds to 4e-3; another loss is farther away
-_BESIDE_TOKENS = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # keys and values, no tokens of the batch
 
 
 class TrainerPasses:
@@ -70,12 +65,9 @@ class TrainerPasses:
         self.stacked = 2 if isinstance(trainer, DPOTrainer | RewardTrainer) else 1  # chosen rows above rejected ones
         config = getattr(trainer.model, "config", None)
         self.images = None if config is None else ImageCounts.of(config)
-        self.prompted = _prepends_tokens(trainer.model)
         self.whole = coupled(trainer)
         self.own_loss = has_own_loss(trainer) and not overrides_loss(trainer)
-        # Whether losses are divided by the number of items that they are handed; `None`: not known yet.
-        self.divides: bool | None = True if self.own_loss or ascent.exact else None
-        self.shifted = self.own_loss or getattr(trainer, "_loss_shifts_labels", True)
+        self.divisor = Divisor(trainer, own_loss=self.own_loss, needed=not ascent.exact)
         self.joined: Joined | None = None
         self._rode: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None  # of the step before
 
@@ -102,9 +94,8 @@ class TrainerPasses:
                 return run(batch, count)
 
         rode, self._rode = self._rode, None
-        if self.divides is None:
-            self.divides = self._find_out(model, inputs, forward, num_items)
-        divisor, items = self._units(inputs, num_items)
+        self.divisor.find_out(model, lambda count: forward(inputs, count), num_items)
+        divisor, items = self.divisor.units(inputs, num_items)
         self.joined = None
         sequences = self._count(inputs) if self.ascent.cuts else None
         return Passes(
@@ -119,49 +110,6 @@ class TrainerPasses:
             rode=rode,
             whole=sequences is None,
         )
-
-    def _find_out(self, model: nn.Module, inputs: Batch, forward: Any, num_items: Any) -> bool | None:
-        """Find out whether the loss is divided by the number of items that it is handed; `None`: not to be told yet.
-
-        Many losses are handed one and take a mean all the same. With twice the items the loss halves, or stays.
-        """
-        if num_items is None or self._is_mean:
-            return None
-        sources = rng.sources_of(model.parameters(), {n: m for n, m in model.named_modules() if m._buffers})
-        before, losses = rng.snapshot(sources), []
-        for count in (num_items, num_items * 2):
-            rng.restore(before)
-            losses.append(forward(inputs, count).detach())
-        rng.restore(before)
-        once, twice = (float(loss) for loss in losses)
-        if not (math.isfinite(once) and math.isfinite(twice)) or once == 0.0:
-            return None
-        return abs(twice - once / 2) < abs(twice - once)
-
-    def _units(self, inputs: Batch, num_items: Any) -> tuple[Any, Any]:
-        """Return what a micro-batch's loss is divided by, and how many items of that it holds itself."""
-        if num_items is None or self._is_mean:
-            return None, 1.0  # a mean, divided by the number of micro-batches
-        if self.divides is False:  # a mean of each micro-batch, and the trainer takes it for a share of the step's
-            return 1.0 / self._ranks, 1.0
-        return num_items / self._ranks, self._items(inputs)
-
-    @property
-    def _is_mean(self) -> bool:
-        """Whether the trainer says that its loss is a mean, which it divides by the number of micro-batches."""
-        return getattr(self.trainer, "loss_is_scaled_for_ga", None) is False
-
-    def _items(self, inputs: Batch) -> torch.Tensor:
-        """Return how many tokens of a batch are scored, at least 1, shape `()`."""
-        items, labels = scored_items(inputs, shifted=self.shifted), inputs.get("labels")
-        if self.prompted and labels is not None and labels.dim() > 1:
-            items = items + (labels[:, 0] != IGNORED).sum()
-        return items.clamp(min=1)
-
-    @property
-    def _ranks(self) -> int:
-        """By how much the trainer multiplies a loss that it divides by the items of all ranks."""
-        return self.trainer.accelerator.num_processes if self.trainer.args.average_tokens_across_devices else 1
 
     def _count(self, inputs: Batch) -> int | None:
         """Return how many sequences a micro-batch has; `None`, said once, where they cannot be told apart."""
@@ -186,20 +134,16 @@ class TrainerPasses:
         def seen_in() -> torch.Tensor | None:
             return self._loss_of(_first_tokens(inputs, cut), num_items) if self.own_loss else None
 
-        items = self._units(cut, num_items)[1]
-        if not (self.divides and isinstance(items, torch.Tensor) and getattr(self.trainer, "aux_loss_enabled", False)):
-            return Cut(lambda: quiet(cut), items, lambda: forward(cut), seen_in)
-        # Losses of routers are means, divided by the number of micro-batches. So that the others are one as well, they
-        # are divided by the items of a step that would consist of such parts.
-        batches = self.trainer.current_gradient_accumulation_steps
-        count = items * batches * self._ranks
-        return Cut(lambda: quiet(cut, count), num_items / self._ranks / batches, lambda: forward(cut, count))
+        if self.divisor.has_router_loss(num_items):
+            count, items = self.divisor.of_a_part(cut, num_items)
+            return Cut(lambda: quiet(cut, count), items, lambda: forward(cut, count))
+        return Cut(lambda: quiet(cut), self.divisor.units(cut, num_items)[1], lambda: forward(cut), seen_in)
 
     def _loss_of(self, tokens: torch.Tensor | None, num_items: Any) -> torch.Tensor | None:
         if self.losses is None or tokens is None or num_items is None:
             return None
         loss = self.losses.of(tokens)
-        return None if loss is None else loss * self._ranks / num_items
+        return None if loss is None else loss * self.divisor.ranks / num_items
 
     def _riding(
         self, inputs: Batch, coming: Batch, run: Any, quiet: Any, forward: Any, num_items: Any
@@ -230,7 +174,9 @@ class TrainerPasses:
 
         def both() -> torch.Tensor:
             loss = forward(joined.inputs)
-            if not torch.isclose(_known(self._loss_of(joined.own | True, num_items)), loss, SAME_LOSS, equal_nan=True):
+            if not torch.isclose(
+                _known(self._loss_of(torch.ones_like(joined.own), num_items)), loss, SAME_LOSS, equal_nan=True
+            ):
                 raise NotSeparableError("the trainer's loss is not the sum of its tokens' losses (compute_loss)")
             return torch.stack([_known(losses.of(joined.own)), _known(losses.of(~joined.own))])
 
@@ -270,12 +216,6 @@ def _known(loss: torch.Tensor | None) -> torch.Tensor:
     if loss is None:
         raise NotSeparableError("the model does not return its loss token by token")
     return loss
-
-
-def _prepends_tokens(model: Any) -> bool:
-    """Whether a model puts virtual tokens in front of a batch's own, so that the first of these is scored, too."""
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    return config is not None and config.is_prompt_learning and config.peft_type not in _BESIDE_TOKENS
 
 
 def _first_tokens(inputs: Batch, cut: Batch) -> torch.Tensor | None:

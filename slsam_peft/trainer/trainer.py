@@ -28,7 +28,13 @@ from slsam_peft.saving.hashes import HASHES_NAME, write_hashes
 from slsam_peft.saving.record import write_record
 from slsam_peft.saving.recorded import recorded_fallbacks
 from slsam_peft.saving.resume import STATE_NAMES, intact_checkpoint
-from slsam_peft.saving.same_run import check_same_run, check_steps_left, keys_of, warn_of_earlier_runs
+from slsam_peft.saving.same_run import (
+    check_same_optimizer,
+    check_same_run,
+    check_steps_left,
+    keys_of,
+    warn_of_earlier_runs,
+)
 from slsam_peft.saving.trace_data import FILE_NAME as TRACE_NAME
 from slsam_peft.saving.trace_file import TraceFile, recorded_until
 from slsam_peft.trainer.advice import advise
@@ -373,11 +379,7 @@ class SLSAMMixin(_Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             check_steps_left(self.state, checkpoint)
-            if lost := before - keys_of(self.optimizer):
-                raise ValueError(
-                    f"{checkpoint} was made with another optimizer than optim={self.args.optim}: it has no "
-                    f"{', '.join(sorted(lost))}. Use the same optimizer, or start afresh."
-                )
+            check_same_optimizer(before, self.optimizer, self.args.optim, checkpoint)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with same_dtypes(self.model):

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from slsam_peft.data.files import check_file
-from slsam_peft.data.load import eval_place, load_eval_split, load_split
+from slsam_peft.data.held_out import eval_place, load_eval_split
+from slsam_peft.data.load import load_split
 from slsam_peft.data.parts import without_parts
 from slsam_peft.data.places import place_of
 from slsam_peft.data.rows import RowError, kind_of

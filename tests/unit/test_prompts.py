@@ -116,7 +116,7 @@ def test_as_many_tokens_count_as_the_loss_is_over(name, tmp_path):
     trainer = build(SLSAMTrainer, tmp_path, peft_config=PROMPTS[name], activation_checkpointing=False)
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     scored = trainer.model(**inputs, fused_lm_head=True).label_mask.sum()
-    assert trainer._make_passes()._items(inputs) == scored
+    assert trainer._make_passes().divisor.items(inputs) == scored
 
 
 def test_without_a_radius_prompts_train_as_trl_does(tmp_path):

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import TemplateError
 
-from slsam_peft.data.load import eval_place, is_file_name
+from slsam_peft.data.held_out import eval_place
+from slsam_peft.data.load import is_file_name
 from slsam_peft.data.own_rows import OwnSplit, split_own
 from slsam_peft.data.scoring import tokenize
 from slsam_peft.errors import UserError
