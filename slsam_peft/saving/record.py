@@ -22,6 +22,7 @@ from torch import nn
 from slsam_peft.algorithm.shards import is_sharded
 from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
 from slsam_peft.saving.atomic import write_atomically
+from slsam_peft.saving.row_digest import describe_rows
 
 SAMPLED_TENSORS = 256  # tensors of the base that are sampled, at most
 SAMPLED_VALUES = 4  # values of each
@@ -77,7 +78,11 @@ def write_record(trainer: Any, folder: str | os.PathLike) -> None:
         record = {
             "schema": RECORD_SCHEMA,
             "method": {"name": "sl-sam", **trainer.slsam_config.to_dict()},
-            "training": {"steps": trainer.state.global_step} | {n: plain_value(trainer.args, n) for n in TRAINING},
+            "training": {
+                "steps": trainer.state.global_step,
+                **{name: plain_value(trainer.args, name) for name in TRAINING},
+                **describe_rows(trainer.train_dataset),
+            },
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "fallbacks": [fallback._asdict() for fallback in trainer.slsam_fallbacks],
             "base": describe_base(model),

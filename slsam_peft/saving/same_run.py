@@ -19,6 +19,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.saving.record import TRAINING, UNNAMED, Record, base_shape, differing, plain_value
 from slsam_peft.saving.recorded import read_record
 from slsam_peft.saving.resume import checkpoints_in, has_optimizer
+from slsam_peft.saving.row_digest import describe_rows
 
 # Settings of PEFT that say where an adapter comes from or how it starts, and not what it computes.
 _FREE = {
@@ -63,8 +64,8 @@ def check_same_run(trainer: Any, checkpoint: str | os.PathLike) -> None:
             _check_adapter(PeftConfig.from_pretrained(str(folder)), config, model, name, folder)
     if changed:
         logger.warning(
-            "%s was made with other settings: %s. Training goes on with its optimizer and schedule; a new "
-            "learning rate takes no effect.",
+            "%s was made with other settings: %s. Training goes on with its optimizer and schedule, from its place in "
+            "an epoch of these rows; a new learning rate takes no effect.",
             checkpoint,
             ", ".join(changed),
         )
@@ -137,8 +138,9 @@ def _other_training(record: Record, trainer: Any, checkpoint: str | os.PathLike)
         ValueError: the optimizer is among them, and keeps other states.
     """
     then, args = record["training"], trainer.args
-    changed = [name for name in TRAINING if name in then and then[name] != plain_value(args, name)]
-    values = [f"{name}={then[name]} there, {plain_value(args, name)} here" for name in changed]
+    here = {name: plain_value(args, name) for name in TRAINING} | describe_rows(trainer.train_dataset)
+    changed = [name for name, value in here.items() if name in then and then[name] != value]
+    values = [f"{name}={then[name]} there, {here[name]} here" for name in changed]
     own = trainer.optimizer is None  # one that is handed over has no name
     if "optim" in changed and own and has_optimizer(checkpoint) and _kind(then["optim"]) != _kind(args.optim):
         text = values[changed.index("optim")]

@@ -224,6 +224,17 @@ def test_other_settings_of_training_are_told_once(
     assert caplog.text.count("was made with other settings: learning_rate=0.01 there, 0.005 here, seed=42") == 1
 
 
+def test_other_rows_are_told(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(SLSAMTrainer, tmp_path, CONFIG, max_steps=3)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert "made with other settings" not in caplog.text
+    rows = trainer.train_dataset
+    trainer = build(SLSAMTrainer, tmp_path, CONFIG, max_steps=3)
+    trainer.train_dataset = rows.select(range(1, len(rows)))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert f"made with other settings: rows={len(rows)} there, {len(rows) - 1} here, rows_digest=" in caplog.text
+
+
 def test_starting_afresh_beside_old_checkpoints_is_told(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
