@@ -4,17 +4,16 @@ import logging
 from importlib import import_module
 from typing import Any
 
-from torch import nn
 from trl import SFTTrainer
 from trl.data_utils import is_conversational
 
 from slsam_peft.data.parts import without_parts
 from slsam_peft.data.tables import is_table
 from slsam_peft.errors import UserError
+from slsam_peft.models.positions import known_positions, learns_positions
 from slsam_peft.trainer.trainer import SLSAMTrainer
 
 _BATCH = 1024
-_LEARNED = ("position", "wpe")  # in names of embeddings of positions
 _SCALED = ("linear", "dynamic", "yarn")  # ways of rotary embeddings that reach `factor` times as far
 
 logger = logging.getLogger(__name__)
@@ -95,22 +94,18 @@ def check_positions(trainer: SFTTrainer) -> None:
         UserError: one is, and each position has an embedding of its own; the message names the length that would do.
     """
     model: Any = trainer.model
-    config = model.config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
+    known = known_positions(model.config)
     held_out: Any = trainer.eval_dataset
     sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
     longest = max([_longest_row(data) for data in sets if data is not None], default=0)
-    if not isinstance(known, int) or known < 1 or longest <= known:
+    if known is None or longest <= known:
         return
-    if any(
-        isinstance(module, nn.Embedding) and any(word in name.rpartition(".")[2] for word in _LEARNED)
-        for name, module in model.named_modules()
-    ):
+    if learns_positions(model):
         raise UserError(
             f"the longest row has {longest} tokens, and the model has embeddings for {known} positions; set "
             f"max_length={known} or less, which cuts longer rows."
         )
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     scaled = rope.get("factor") if rope.get("rope_type") in _SCALED else None
     if longest > known * (scaled or 1):
         logger.warning(

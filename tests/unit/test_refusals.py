@@ -25,6 +25,8 @@ from slsam_peft.cli.main import main
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import load_config
 from slsam_peft.runs import finetune
+from slsam_peft.runs.compare.reading import parse_settings
+from slsam_peft.runs.compare.run import expected_costs
 from slsam_peft.runs.sequences import check_positions
 from tests.tiny import build, llama, lora, sft_args, tokenizer, train
 
@@ -261,3 +263,19 @@ def test_a_plan_of_few_arms(flags: list[str], tmp_path: Path, capsys: pytest.Cap
     assert main(["plan", "--model", str(tmp_path), "--json", *flags]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["cost"]["active_fraction"] >= 1 / len(plan["arms"])
+
+
+def test_a_comparison_of_more_tokens_than_positions_is_refused_before_training(tmp_path: Path) -> None:
+    folder = str(tmp_path / "gpt2")
+    GPT2Config(vocab_size=205, n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(folder)
+    values = {
+        "model": folder,
+        "training": {"steps": 2, "max_length": 65},
+        "tasks": {"docs": {"source": "stdlib_docs", "rows": 8}},
+        "methods": {"plain": {"learning_rates": [1e-3]}},
+        "seeds": [0],
+        "tuning_seed": 1,
+        "match": "epochs",
+    }
+    with pytest.raises(UserError, match=r"training.max_length=65 is more than the 64 positions .*; set 64 or less"):
+        expected_costs(parse_settings(values))

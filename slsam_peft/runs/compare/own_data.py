@@ -15,6 +15,7 @@ from slsam_peft.data.own_rows import OwnSplit, split_own
 from slsam_peft.data.scoring import tokenize
 from slsam_peft.errors import UserError
 from slsam_peft.models.load import compute_dtype, find_model, load_config, load_tokenizer
+from slsam_peft.models.positions import known_positions
 from slsam_peft.runs.compare.grid import rates_around, spend
 from slsam_peft.runs.compare.reading import parse_settings
 from slsam_peft.runs.compare.settings import CompareSettings
@@ -69,7 +70,7 @@ def own_comparison(wishes: Wishes) -> OwnComparison:
         raise UserError(
             f"batch_size={wishes.batch_size} is more than the {len(split.train)} training rows; use a smaller one."
         )
-    most = _most_positions(wishes.model)
+    most = known_positions(load_config(find_model(wishes.model)))
     if wishes.max_length is not None and most is not None and wishes.max_length > most:
         raise UserError(
             f"max_length={wishes.max_length} is more than the {most} positions of {wishes.model} "
@@ -91,13 +92,6 @@ def _lengths(model: str, split: OwnSplit) -> list[Lengths]:
             f"the tokenizer of {model} takes no conversation: {' '.join(str(error).split())[:300]}\nName an instruct "
             "or chat model, or give each row a text as its prompt and its completion."
         ) from error
-
-
-def _most_positions(model: str) -> int | None:
-    """Return the tokens that a model takes, `None` where its configuration does not say."""
-    config = load_config(find_model(model)).get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None
 
 
 def _max_length(lengths: Sequence[Lengths], most: int) -> int:

@@ -20,6 +20,7 @@ from slsam_peft.data.passages import passages
 from slsam_peft.data.scoring import Tokens, answered, score
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import find_model, load_config
+from slsam_peft.models.positions import known_positions, learns_positions
 from slsam_peft.runs.compare import remedies
 from slsam_peft.runs.compare.baselines import Baseline
 from slsam_peft.runs.compare.building import Report, build_trainer, load_model, lora, row_order, training_rows
@@ -42,10 +43,16 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
     It is read from the model's config alone, no weights are loaded.
 
     Raises:
-        UserError: the model's config cannot be read, a `cost_budget` is out of reach, or SL-SAM refuses a method on
-            this model.
+        UserError: the model's config cannot be read, it has fewer positions than `max_length` asks for, a
+            `cost_budget` is out of reach, or SL-SAM refuses a method on this model.
     """
     training, model = settings.training, _skeleton(settings)
+    known = known_positions(model.config)
+    if known is not None and training.max_length > known and learns_positions(model):
+        raise UserError(
+            f"training.max_length={training.max_length} is more than the {known} positions that {settings.model} has "
+            f"embeddings for; set {known} or less."
+        )
     try:
         costs = CostModel.from_model(model, training.gradient_checkpointing)
     except ValueError as error:
