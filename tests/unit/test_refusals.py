@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig
 from trl import ModelConfig
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
@@ -266,8 +266,9 @@ def test_a_plan_of_few_arms(flags: list[str], tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_comparison_of_more_tokens_than_positions_is_refused_before_training(tmp_path: Path) -> None:
-    folder = str(tmp_path / "gpt2")
-    GPT2Config(vocab_size=205, n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(folder)
+    folder = str(tmp_path / "opt")
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    OPTConfig(vocab_size=205, word_embed_proj_dim=32, max_position_embeddings=64, **sizes).save_pretrained(folder)
     values = {
         "model": folder,
         "training": {"steps": 2, "max_length": 65},
