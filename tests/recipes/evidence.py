@@ -31,6 +31,9 @@ SEED_CLAIMS = {
         ("docs", "docs-small-label-noise", FEWER, "plain"),
         ("epochs", "sums-64-label-noise", FEWER, "plain"),
     ],
+    "The default has the lower loss in": [
+        ("auto_batch16", "sums-64-label-noise", "auto", "plain, half of the steps"),
+    ],
     "lowers the loss in": [("sequences", "sequences-small-clean", "partial ascent, all blocks", "plain")],
     "Stopping early beats it in": [("epochs", "sums-64-label-noise", "plain stopped early (control)", FEWER)],
 }
@@ -39,8 +42,8 @@ TABLE = re.compile(r"^\| method \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
 NO_PROSE = re.compile(r"```.*?^```|<details>.*?</details>|`[^`]*`|\]\([^)]*\)|!\[[^\]]*\]", re.DOTALL | re.MULTILINE)
 TRIPLE = re.compile(r"([+-]\d\.\d+)\s+\[([+-]\d\.\d+),\s+([+-]\d\.\d+)\]")
 SEEDS = re.compile(r"(\d+)\s+of\s+(\d+)\s+seeds")
-RISE = r"(?:\s+with\s+a\s+rise\s+of\s+(\d\.\d+))?"
-TRIED = re.compile(rf"(\d\.\d+)(?:\s+\((\d+) %\))?{RISE}\s+at\s+(\d(?:\.\d+)?e-\d)")
+SIZE = r"(?:\s+with\s+a\s+(rise|radius)\s+of\s+(\d\.\d+))?"
+TRIED = re.compile(rf"(\d\.\d+)(?:\s+\((\d+) %\))?{SIZE}\s+at\s+(\d(?:\.\d+)?e-\d)")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?![\w])|(?<![\w./])\d{2,}(?:\s+%)?(?![\w./]\d|\w)")
 CELL = re.compile(r"(\d\.\d+)(?: \((\d+) %\))?(?:, p ([\d.e-]+))?")
 
@@ -152,10 +155,8 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
         if not claims or any((int(match[1]), int(match[2])) != _seeds_ahead(*claim) for claim in claims):
             yield match.start(), f"{where}: {match[0]} is not what the rows say"
     for match, sources, where in taken(TRIED):
-        loss, exact, rise, rate = match.groups()
-        tried = [
-            row for source in sources for row in _tried(source, float(rate), None if rise is None else float(rise))
-        ]
+        loss, exact, kind, size, rate = match.groups()
+        tried = [row for source in sources for row in _tried(source, float(rate), kind, float(size or 0.0))]
         if not any(_same(loss, row["loss"]) and (not exact or _same(exact, 100 * row["exact"])) for row in tried):
             yield match.start(), f"{where}: nothing was tried with {' '.join(match[0].split())}"
     for match, sources, where in taken(NUMBER):
@@ -180,19 +181,18 @@ def _seeds_ahead(name: str, task: str, method: str, other: str) -> tuple[int, in
     return sum(ours[seed] < theirs[seed] for seed in shared), len(shared)
 
 
-def _tried(source: Comparison, rate: float, rise: float | None) -> list[Row]:
-    """Return the validation runs at a learning rate: those with a rise of the loss, or of the reference."""
-    return [
-        row
-        for row in source.rows.values()
-        if (run := row["settings"])["learning_rate"] == rate
-        and run["split"] == "validation"
-        and (
-            row["method"] == source.settings.reference
-            if rise is None
-            else run["slsam"] is not None and slsam_config(run["slsam"]).resolved.loss_rise == rise
-        )
-    ]
+def _tried(source: Comparison, rate: float, kind: str | None, size: float) -> list[Row]:
+    """Return the validation runs at a learning rate: those with that rise or radius, or the reference's."""
+
+    def is_meant(row: Row) -> bool:
+        slsam = row["settings"]["slsam"]
+        if kind is None or slsam is None:
+            return kind is None and row["method"] == source.settings.reference
+        resolved = slsam_config(slsam).resolved
+        return (resolved.loss_rise if kind == "rise" else resolved.rho) == size
+
+    runs = [row for row in source.rows.values() if row["settings"]["split"] == "validation"]
+    return [row for row in runs if row["settings"]["learning_rate"] == rate and is_meant(row)]
 
 
 def _values(sources: list[Comparison], shown: str) -> Iterator[float]:

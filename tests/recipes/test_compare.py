@@ -344,6 +344,14 @@ def test_every_number_on_the_page_is_in_the_rows() -> None:
     assert not evidence.mismatches(page)
 
 
+def test_the_first_screen_of_the_readme_says_what_the_rows_say() -> None:
+    readme = (PAGE.parents[2] / "README.md").read_text()
+    (status,) = re.findall(r"^- \*\*Status:\*\*.*?(?=\n\n)", readme, re.DOTALL | re.MULTILINE)
+    assert len(evidence.NUMBER.findall(status)) >= 6
+    assert not evidence.mismatches(status)
+    assert evidence.mismatches(status.replace("0.54", "0.57"))
+
+
 def test_a_number_on_the_page_that_is_not_in_the_rows_is_found() -> None:
     """Each number of a difference and of a table, its last digit changed by two, is reported with its line."""
     page = PAGE.read_text()
