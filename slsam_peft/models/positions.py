@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 _LEARNED = ("position", "wpe")  # in names of embeddings of positions
+_TOWERS = ("vision", "visual", "image", "audio")  # in names of what reads no text
 
 
 def known_positions(config: Any) -> int | None:
@@ -18,8 +19,13 @@ def known_positions(config: Any) -> int | None:
 
 
 def learns_positions(model: nn.Module) -> bool:
-    """Return whether each position has an embedding of its own, so that a model cannot take a longer text."""
+    """Return whether each position has an embedding of its own, so that a model cannot take a longer text.
+
+    Positions in a picture or a sound do not count.
+    """
     return any(
-        isinstance(module, nn.Embedding) and any(word in name.rpartition(".")[2] for word in _LEARNED)
+        isinstance(module, nn.Embedding)
+        and any(word in name.rpartition(".")[2] for word in _LEARNED)
+        and not any(word in name for word in _TOWERS)
         for name, module in model.named_modules()
     )

@@ -1,41 +1,51 @@
-"""Tells a run's training rows from others, by their number and a few of them."""
+"""Tells a run's training rows from others, by their number and a digest of some."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sized
+import logging
 from typing import Any
 
-import torch
+from datasets import Dataset
 
-SAMPLED_ROWS = 64  # at most, spread over the dataset
+SAMPLED_ROWS = 1024  # at most, spread over the dataset
+_DECODED = ("Image", "Audio", "Video", "Pdf")  # features that are read from files, at a price
+
+logger = logging.getLogger(__name__)
 
 
 def describe_rows(dataset: Any) -> dict[str, int | str]:
-    """Return how many rows a dataset has and a digest of some: texts and integers, not images or sound.
+    """Return how many rows a dataset has and a digest of up to 1024 of them: their texts and integers.
 
     Args:
         dataset (`Dataset`): What a trainer was given, as it prepared it.
 
     Returns:
-        `dict[str, int | str]`: `rows` and `rows_digest`. Empty for a stream, and for rows that are made when they are
-            read, as each reading may give others.
+        `dict[str, int | str]`: `rows` and `rows_digest`. Empty for anything but a table of `datasets`, as rows that
+            are made when they are read may be others each time, and for one that cannot be read.
     """
-    made_when_read = (getattr(dataset, "format", None) or {}).get("type") == "custom"
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or made_when_read:
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return {}
+    try:
+        return _described(dataset)
+    except Exception:  # a column of any kind: neither saving nor resuming may fail for it
+        logger.debug("The rows cannot be described.", exc_info=True)
+        return {}
+
+
+def _described(dataset: Dataset) -> dict[str, int | str]:
+    kept = [name for name, kind in dataset.features.items() if not any(f"{k}(" in repr(kind) for k in _DECODED)]
     count = len(dataset)
     places = sorted({i * count // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}) if count else []
+    rows = dataset.select_columns(kept).with_format(None).select(places)
     digest = hashlib.sha256()
-    for place in places:
-        digest.update(json.dumps(_plain(dataset[place]), sort_keys=True).encode())
+    for row in rows:
+        digest.update(json.dumps(_plain(row), sort_keys=True).encode())
     return {"rows": count, "rows_digest": digest.hexdigest()[:16]}
 
 
 def _plain(value: Any) -> Any:
-    """Return a row's texts and integers in the order of their columns, and `None` for anything else."""
-    if isinstance(value, torch.Tensor):
-        return None if value.is_floating_point() else value.tolist()
-    if isinstance(value, Mapping):
+    """Return a value's texts and integers, and `None` for anything else."""
+    if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]

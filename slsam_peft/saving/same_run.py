@@ -64,8 +64,8 @@ def check_same_run(trainer: Any, checkpoint: str | os.PathLike) -> None:
             _check_adapter(PeftConfig.from_pretrained(str(folder)), config, model, name, folder)
     if changed:
         logger.warning(
-            "%s was made with other settings: %s. Training goes on with its optimizer and schedule, from its place in "
-            "an epoch of these rows; a new learning rate takes no effect.",
+            "%s was made with other settings: %s. Training goes on with its optimizer and schedule; a new "
+            "learning rate takes no effect.",
             checkpoint,
             ", ".join(changed),
         )
@@ -138,14 +138,23 @@ def _other_training(record: Record, trainer: Any, checkpoint: str | os.PathLike)
         ValueError: the optimizer is among them, and keeps other states.
     """
     then, args = record["training"], trainer.args
-    here = {name: plain_value(args, name) for name in TRAINING} | describe_rows(trainer.train_dataset)
-    changed = [name for name, value in here.items() if name in then and then[name] != value]
-    values = [f"{name}={then[name]} there, {here[name]} here" for name in changed]
+    changed = [name for name in TRAINING if name in then and then[name] != plain_value(args, name)]
+    values = [f"{name}={then[name]} there, {plain_value(args, name)} here" for name in changed]
     own = trainer.optimizer is None  # one that is handed over has no name
     if "optim" in changed and own and has_optimizer(checkpoint) and _kind(then["optim"]) != _kind(args.optim):
         text = values[changed.index("optim")]
         raise ValueError(f"{checkpoint} was made with another optimizer: {text}. {_HOW}")
-    return values
+    return values + _other_rows(then, describe_rows(trainer.train_dataset))
+
+
+def _other_rows(then: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Return that rows differ, where both are described, as a list of one line or none."""
+    if not here or all(then.get(name, value) == value for name, value in here.items()):
+        return []
+    return [
+        f"its {then['rows']} training rows are not the {here['rows']} here (other data, another order, or prepared in "
+        "another way: max_length, packing, tokenizer, chat template)"
+    ]
 
 
 def _kind(optimizer: Any) -> str:

@@ -182,12 +182,12 @@ def _seeds_ahead(name: str, task: str, method: str, other: str) -> tuple[int, in
 
 
 def _tried(source: Comparison, rate: float, kind: str | None, size: float) -> list[Row]:
-    """Return the validation runs at a learning rate: those with that rise or radius, or the reference's."""
+    """Return the validation runs at a learning rate: those with that rise or radius, or plain ones."""
 
     def is_meant(row: Row) -> bool:
         slsam = row["settings"]["slsam"]
         if kind is None or slsam is None:
-            return kind is None and row["method"] == source.settings.reference
+            return kind is None and slsam is None
         resolved = slsam_config(slsam).resolved
         return (resolved.loss_rise if kind == "rise" else resolved.rho) == size
 

@@ -24,6 +24,7 @@ from slsam_peft.cli.arguments import _check_config, build_parser, read_config
 from slsam_peft.cli.main import main
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import load_config
+from slsam_peft.models.positions import learns_positions
 from slsam_peft.runs import finetune
 from slsam_peft.runs.compare.reading import parse_settings
 from slsam_peft.runs.compare.run import expected_costs
@@ -159,6 +160,12 @@ def test_repeated_blocks_fit_and_are_not_merged(tmp_path: Path) -> None:
         Merge(opened, config, files)
 
 
+def test_positions_in_a_picture_are_not_those_of_a_text() -> None:
+    tower = nn.ModuleDict({"vision_tower": nn.ModuleDict({"position_embedding": nn.Embedding(4, 8)})})
+    assert not learns_positions(tower)
+    assert learns_positions(nn.ModuleDict({"position_embedding": nn.Embedding(4, 8)}))
+
+
 def _prepared(model: nn.Module, length: int) -> Any:
     rows = Dataset.from_list([{"input_ids": [1] * length}])
     return SimpleNamespace(model=model, train_dataset=rows, eval_dataset=None)
@@ -234,7 +241,7 @@ def test_other_rows_are_told(checkpoint: Path, tmp_path: Path, caplog: pytest.Lo
     trainer = build(SLSAMTrainer, tmp_path, CONFIG, max_steps=3)
     trainer.train_dataset = rows.select(range(1, len(rows)))
     trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert f"made with other settings: rows={len(rows)} there, {len(rows) - 1} here, rows_digest=" in caplog.text
+    assert f"other settings: its {len(rows)} training rows are not the {len(rows) - 1} here (other data" in caplog.text
 
 
 def test_starting_afresh_beside_old_checkpoints_is_told(
@@ -267,7 +274,7 @@ def test_a_plan_of_few_arms(flags: list[str], tmp_path: Path, capsys: pytest.Cap
 
 def test_a_comparison_of_more_tokens_than_positions_is_refused_before_training(tmp_path: Path) -> None:
     folder = str(tmp_path / "opt")
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     OPTConfig(vocab_size=205, word_embed_proj_dim=32, max_position_embeddings=64, **sizes).save_pretrained(folder)
     values = {
         "model": folder,
