@@ -347,7 +347,7 @@ def test_every_number_on_the_page_is_in_the_rows() -> None:
 def test_the_first_screen_of_the_readme_says_what_the_rows_say() -> None:
     readme = (PAGE.parents[2] / "README.md").read_text()
     (status,) = re.findall(r"^- \*\*Status:\*\*.*?(?=\n\n)", readme, re.DOTALL | re.MULTILINE)
-    assert len(evidence.NUMBER.findall(status)) >= 6
+    assert len(evidence.NUMBER.findall(status)) >= 5
     assert not evidence.mismatches(status)
     assert evidence.mismatches(status.replace("0.54", "0.57"))
 
