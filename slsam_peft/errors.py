@@ -1,4 +1,4 @@
-"""Defines the errors a command line shows without a traceback."""
+"""Defines the errors a command line shows without a traceback, and puts those of libraries on one line."""
 
 
 class UserError(Exception):
@@ -27,3 +27,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def brief(error: BaseException, limit: int = 400) -> str:
+    """Return an error's message on one line, cut off where it is long; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -9,8 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from slsam_peft.errors import UserError
-from slsam_peft.models.load import brief
+from slsam_peft.errors import UserError, brief
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.adapters.vocabulary import as_trained, is_copy, resize, tensor_of
-from slsam_peft.errors import UserError
+from slsam_peft.errors import UserError, brief
 from slsam_peft.models.load import (
     MALFORMED,
-    brief,
     find_model,
     is_path,
     load_config,

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from slsam_peft.adapters.base_files import BaseFiles, Stored
 from slsam_peft.adapters.load import Adapter, plain_config
-from slsam_peft.errors import UserError
-from slsam_peft.models.load import brief, refused
+from slsam_peft.errors import UserError, brief
+from slsam_peft.models.load import refused
 from slsam_peft.saving.record import adapter_prefixes, base_name
 
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others subtract from the base what the adapter starts with

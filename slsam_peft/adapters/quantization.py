@@ -10,7 +10,7 @@ from transformers.quantizers.auto import (
 )
 
 from slsam_peft.config import RECORD_NAME
-from slsam_peft.errors import UserError
+from slsam_peft.errors import UserError, brief
 
 BITSANDBYTES = "bitsandbytes"
 
@@ -50,11 +50,11 @@ def settings_of(recorded: Mapping[str, Any] | None, config: Any, dtype: torch.dt
     except (ImportError, NotImplementedError) as error:  # not installed, or read from quantised files alone
         raise UserError(
             f"the adapter was trained on a base quantised by {method}, which cannot be loaded here: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{brief(error, 300)}"
         ) from error
     except (TypeError, ValueError, AttributeError, KeyError, AssertionError) as error:  # values of odd types
         raise UserError(
-            f"base model {base} cannot be quantised as recorded: {' '.join(str(error).split())[:300]}. Delete "
+            f"base model {base} cannot be quantised as recorded: {brief(error, 300)}. Delete "
             f"{RECORD_NAME} beside the adapter: it then counts as one on a base that was not quantised."
         ) from error
     return made

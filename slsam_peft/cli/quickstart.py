@@ -12,6 +12,7 @@ from slsam_peft.cli.parsing import DTYPES
 from slsam_peft.cli.quiet import silence_libraries
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
+from slsam_peft.saving.atomic import nearest_folder, try_to_write
 
 if TYPE_CHECKING:
     from slsam_peft.cli.screen import Screen
@@ -193,10 +194,9 @@ def _check_output(folder: Path, force: bool) -> None:
         raise UserError(
             f"--output={folder} is not empty. Name another folder, or add --force to replace an adapter in it."
         )
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:  # permissions alone do not tell: a file system may be read-only, or refuse folders to anyone
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".slsam-peft-"):
-            pass
+    existing = nearest_folder(folder)
+    try:
+        try_to_write(existing)
     except OSError as error:
         raise UserError(
             f"--output={folder} cannot be made: {existing} is not a folder one may write to ({error.strerror})."

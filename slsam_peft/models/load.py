@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from slsam_peft.config import hint_at
-from slsam_peft.errors import UserError
+from slsam_peft.errors import UserError, brief
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.models.smollm2 import SMOLLM2, fetch_smollm2
 
@@ -176,11 +176,6 @@ def refused_by_name(source: str, what: str = "could not be loaded") -> Iterator[
     )
     with refused(f"model {source} {what}", then):
         yield
-
-
-def brief(error: BaseException, limit: int = 400) -> str:
-    """Return an error's message on one line, cut off where it is long; its type where it says nothing."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def compute_dtype(name: str) -> torch.dtype:

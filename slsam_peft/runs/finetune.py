@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_qu
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.data.held_out import is_path, load_eval_split
 from slsam_peft.data.load import load_split
-from slsam_peft.errors import UserError
+from slsam_peft.errors import UserError, brief
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.runs.checkpoints import damaged_file, find_checkpoint
 from slsam_peft.runs.run_checks import (
@@ -92,7 +92,7 @@ def finetune(script: ScriptArguments, args: SFTConfig, model: ModelConfig, slsam
             damage = damaged_file(args.resume_from_checkpoint)
             if not damage and not isinstance(error, _REFUSALS):
                 raise
-            reason = " ".join(str(error).split())[:LONGEST_QUOTE] if damage else str(error)
+            reason = brief(error, LONGEST_QUOTE) if damage else str(error)
             raise UserError(f"training cannot start: {reason}{damage}") from error
         stop.raise_if_stopped()
         if trainer.state.global_step == 0:

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from trl import ModelConfig, SFTConfig
 from slsam_peft.config import hint_at
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import find_model, refused
+from slsam_peft.saving.atomic import nearest_folder, try_to_write
 from slsam_peft.saving.record import base_name
 
 logger = logging.getLogger(__name__)
@@ -88,11 +88,8 @@ def check_output_folder(folder: str) -> None:
     Raises:
         UserError: it cannot.
     """
-    path = Path(folder).expanduser().absolute()
     try:
-        existing = next(part for part in (path, *path.parents) if part.exists())
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".slsam-peft-"):
-            pass
+        try_to_write(nearest_folder(Path(folder).expanduser()))
     except OSError as error:
         raise UserError(
             f"output_dir={folder} cannot be written: {error.strerror}. Name a folder that can: --output_dir FOLDER."

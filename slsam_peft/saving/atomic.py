@@ -54,3 +54,21 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             os.replace(target, Path(scratch) / "old")
         os.replace(new, target)
+
+
+def nearest_folder(target: Path) -> Path:
+    """Return what exists of the way to a folder: itself, or the nearest part above it."""
+    path = target.absolute()
+    return next(part for part in (path, *path.parents) if part.exists())
+
+
+def try_to_write(folder: Path) -> None:
+    """Try out whether a folder can be made in an existing one, and leave it as it was.
+
+    Permissions alone do not tell: a file system may be read-only, or refuse folders to anyone.
+
+    Raises:
+        OSError: it cannot.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".slsam-peft-"):
+        pass

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SAMPLED_ROWS = 1024  # at most, spread over the dataset
 _DECODED = ("Image", "Audio", "Video", "Pdf")  # features that are read from files, at a price
@@ -14,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def describe_rows(dataset: Any) -> dict[str, int | str]:
-    """Return how many rows a dataset has and a digest of up to 1024 of them: their texts and integers.
+    """Return how many rows a dataset has and a digest of up to 1024 of them, pictures and sounds left out.
 
     Args:
         dataset (`Dataset`): What a trainer was given, as it prepared it.
@@ -23,6 +24,8 @@ def describe_rows(dataset: Any) -> dict[str, int | str]:
         `dict[str, int | str]`: `rows` and `rows_digest`. Empty for anything but a table of `datasets`, as rows that
             are made when they are read may be others each time, and for one that cannot be read.
     """
+    from datasets import Dataset  # a second to import, for commands that only read a record
+
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return {}
     try:
@@ -32,21 +35,10 @@ def describe_rows(dataset: Any) -> dict[str, int | str]:
         return {}
 
 
-def _described(dataset: Dataset) -> dict[str, int | str]:
+def _described(dataset: "Dataset") -> dict[str, int | str]:
     kept = [name for name, kind in dataset.features.items() if not any(f"{k}(" in repr(kind) for k in _DECODED)]
     count = len(dataset)
     places = sorted({i * count // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}) if count else []
-    rows = dataset.select_columns(kept).with_format(None).select(places)
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(_plain(row), sort_keys=True).encode())
-    return {"rows": count, "rows_digest": digest.hexdigest()[:16]}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value's texts and integers, and `None` for anything else."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, str | int) else None
+    columns = dataset.select_columns(kept).with_format(None).select(places)[:]
+    written = json.dumps(columns, sort_keys=True, default=lambda value: None)  # bytes, times
+    return {"rows": count, "rows_digest": hashlib.sha256(written.encode()).hexdigest()[:16]}

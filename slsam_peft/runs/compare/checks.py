@@ -10,7 +10,7 @@ from transformers import SchedulerType, get_scheduler
 
 from slsam_peft.config import check_name
 from slsam_peft.data.scoring import Pair, answered
-from slsam_peft.errors import UserError
+from slsam_peft.errors import UserError, brief
 from slsam_peft.models.load import find_model, load_tokenizer
 from slsam_peft.runs.compare.building import arguments_of
 from slsam_peft.runs.compare.jobs import Plan
@@ -48,7 +48,7 @@ def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
                 job = plan.job(task, name, settings.match[0], tried, settings.tuning_seed)
                 _check_arguments(job.settings)
         except (ValueError, TypeError) as error:  # what transformers raises for arguments and schedules
-            raise UserError(f"methods.{name} or training: {' '.join(str(error).split())[:400]}") from error
+            raise UserError(f"methods.{name} or training: {brief(error)}") from error
 
 
 def _check_rows(data: TaskData, tokenizer: Any, training: TrainingSettings) -> None:
@@ -61,7 +61,7 @@ def _check_rows(data: TaskData, tokenizer: Any, training: TrainingSettings) -> N
             rows = answered(tokenizer, pairs, training.max_length, training.prompt_format)
         except (ValueError, TypeError, TemplateError) as error:
             raise UserError(
-                f"the model's tokenizer takes no conversation: {' '.join(str(error).split())[:300]}\nName an instruct "
+                f"the model's tokenizer takes no conversation: {brief(error, 300)}\nName an instruct "
                 f"or chat model, or {_without_template(pairs, training)}."
             ) from error
         if not rows:

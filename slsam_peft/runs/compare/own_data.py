@@ -13,7 +13,7 @@ from slsam_peft.data.held_out import eval_place
 from slsam_peft.data.load import is_file_name
 from slsam_peft.data.own_rows import OwnSplit, split_own
 from slsam_peft.data.scoring import tokenize
-from slsam_peft.errors import UserError
+from slsam_peft.errors import UserError, brief
 from slsam_peft.models.load import compute_dtype, find_model, load_config, load_tokenizer
 from slsam_peft.models.positions import known_positions
 from slsam_peft.runs.compare.grid import rates_around, spend
@@ -89,7 +89,7 @@ def _lengths(model: str, split: OwnSplit) -> list[Lengths]:
         return [Lengths(len(row.ids), row.prompt) for row in (tokenize(tokenizer, pair, _WHOLE) for pair in pairs)]
     except (ValueError, TypeError, TemplateError) as error:
         raise UserError(
-            f"the tokenizer of {model} takes no conversation: {' '.join(str(error).split())[:300]}\nName an instruct "
+            f"the tokenizer of {model} takes no conversation: {brief(error, 300)}\nName an instruct "
             "or chat model, or give each row a text as its prompt and its completion."
         ) from error
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from slsam_peft.config import check_name
-from slsam_peft.errors import UserError
+from slsam_peft.errors import UserError, brief
 from slsam_peft.runs.compare.methods import MethodSettings
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 
@@ -29,7 +29,7 @@ def read_settings(path: Path) -> CompareSettings:
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"config file {path} is not valid YAML: {brief(error, 300)}") from error
     try:
         return parse_settings(values)
     except UserError as error:

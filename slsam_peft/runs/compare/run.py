@@ -18,7 +18,7 @@ from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.cost.model import CostModel
 from slsam_peft.data.passages import passages
 from slsam_peft.data.scoring import Tokens, answered, score
-from slsam_peft.errors import DivergedError, UserError
+from slsam_peft.errors import DivergedError, UserError, brief
 from slsam_peft.models.load import find_model, load_config
 from slsam_peft.models.positions import known_positions, learns_positions
 from slsam_peft.runs.compare import remedies
@@ -84,7 +84,7 @@ def _skeleton(settings: CompareSettings) -> Any:
             return get_peft_model(base, lora(settings.training))
     except (ValueError, KeyError) as error:  # what transformers and PEFT raise for architectures
         raise UserError(
-            f"model={settings.model} is no causal language model: {' '.join(str(error).split())[:400]}\nName a folder "
+            f"model={settings.model} is no causal language model: {brief(error)}\nName a folder "
             "with one in it, a hub name that can be reached, or smollm2."
         ) from error
 
