@@ -152,8 +152,8 @@ def _other_rows(then: dict[str, Any], here: dict[str, Any]) -> list[str]:
     if not here or all(then.get(name, value) == value for name, value in here.items()):
         return []
     return [
-        f"its {then.get('rows')} training rows are not the {here['rows']} here (other data, another order, or prepared "
-        "in another way: max_length, packing, tokenizer, chat template)"
+        f"its {then.get('rows')} training rows are not the {here['rows']} here (other data, another order, or "
+        "prepared in another way: max_length, packing, tokenizer, chat template)"
     ]
 
 
