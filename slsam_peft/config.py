@@ -36,7 +36,7 @@ PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
 RHO = 0.05  # Foret et al. 2021; the length of the perturbation wherever neither `rho` nor `loss_rise` is set
 BALANCING_RHO = 0.5  # mu_0 of BAR, in most of the paper's grids (arXiv 2410.14802, appendix D)
 ADAPTIVE_RHO = 0.5  # Kwon et al. 2021, where lengths are in units of the weights
-LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and 0.01 behind on rows still being learnt
+LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and behind on rows still being learnt
 ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
 
 # What a method sets where the field itself is unset. `None` is no method: the parts alone were given.
@@ -182,7 +182,7 @@ class SLSAMConfig:
     method: str | None = field(
         default=None,
         metadata=_help(
-            "A whole configuration, of which every part can be set by its own field: 'auto' (the best known: some "
+            "A whole configuration, of which every part can be set by its own field: 'auto' (some "
             "layers perturbed, all trained, the ascent made by a few sequences), 'sam' (every layer, two passes), "
             "'paper' (SL-SAM exactly, arXiv 2602.09395), 'depth' (active sets compact in depth, at a cost_budget), or "
             "a rival in one pass over every layer, of which `ascent` tells more: 'bar', 'bi_lora', 'flat_lora'. "

@@ -166,9 +166,9 @@ class SLSAM:
         self._order = RunOrder(arms.layout if isinstance(arms, Arms) else None)
         self.ascent.begin(self)
         if config.method is None:
-            logger.info(
+            logger.warning(
                 "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
-                "active_fraction=%s.",
+                "active_fraction=%s. To change a part of the default, set method='auto' beside it.",
                 *(config.bandit, config.design, config.ascent, config.descent, config.fraction),
             )
 

@@ -33,7 +33,7 @@ FLAGS = (
     ("max_length", int, "N", "tokens per sequence (default: those of the longest row, at most 1,024)"),
     ("lora_r", int, "N", "rank of the adapters (default: 8; 16 from 1,000 rows on)"),
     ("learning_rate", float, "X", "middle one of plain LoRA's learning rates (default: 3e-4)"),
-    ("slsam_learning_rate", float, "X", "middle one of SL-SAM's (default: three times plain LoRA's)"),
+    ("slsam_learning_rate", float, "X", "middle one of SL-SAM's (default: twice plain LoRA's)"),
     ("dtype", str, "NAME", "what to compute in: float32 or bfloat16 (default: bfloat16 on a GPU that has it)"),
     ("load_in_4bit", None, "", "base weights in NF4"),
     ("gradient_checkpointing", None, "", "compute activations again: less memory, more time"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME = "quickstart"
 HELP = "Train a 4-bit SmolLM2-135M as plain LoRA and with SL-SAM: minutes on two cores, 93 MB fetched once"
 
-RATE_FACTOR = 2.0  # of SL-SAM's learning rate to plain LoRA's: two to four did best, see recipes/compare
+RATE_FACTOR = 2.0  # of SL-SAM's learning rate to plain LoRA's: about two did best, see recipes/compare
 
 # Name, type, default, help.
 NUMBERS = (

@@ -2,7 +2,11 @@
 
 import argparse
 import dataclasses
+import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from slsam_peft.cli.arguments import PROG, USAGE, Settings, build_parser, parse, slsam_arguments
 
@@ -57,10 +61,26 @@ def run_raw(argv: list[str]) -> int:
 def _train(settings: Settings) -> None:
     from slsam_peft.runs.finetune import finetune
 
-    trainer = finetune(settings.script, settings.training, settings.model, settings.slsam)
+    with _advice_shown():
+        trainer = finetune(settings.script, settings.training, settings.model, settings.slsam)
     if trainer.is_world_process_zero():
         _report(settings, trainer.model.get_input_embeddings().weight.shape[0])
     trainer.accelerator.end_training()
+
+
+@contextmanager
+def _advice_shown() -> Iterator[None]:
+    """Show what this package logs as information, which Python hides; of several processes the first one does."""
+    logger, shown = logging.getLogger("slsam_peft"), logging.StreamHandler()
+    before = logger.level
+    if os.environ.get("RANK", "0") == "0":
+        logger.addHandler(shown)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(shown)
+        logger.setLevel(before)
 
 
 def print_help() -> None:

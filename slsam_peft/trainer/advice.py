@@ -38,7 +38,7 @@ def advise(trainer: Any, slsam: SLSAM) -> None:
         "%d of the %d sequences of a step make its ascent: a step costs about %.2f plain LoRA steps. It %s.",
         *(wanted, sequences, 1 + wanted / sequences, where),
     )
-    logger.info("with method='auto' two to four times plain LoRA's learning rate did best in our measurements.")
+    logger.info("with method='auto' about twice plain LoRA's learning rate did best in our measurements.")
     if _epochs(trainer) <= 1:
         logger.warning(
             "this run sees each sequence once, and nothing was gained by sharpness-aware steps there in our "

@@ -61,14 +61,14 @@ def test_from_rows_to_an_adapter(here: Path, tiny_model: Path, capsys: pytest.Ca
     assert len(rows) == 6
     assert {row["settings"]["seed"] for row in rows} == {0, 1, 2}
     assert {row["method"]: row["settings"]["slsam"] for row in rows} == {"plain": None, "auto": {"method": "auto"}}
-    assert {row["method"]: row["settings"]["learning_rate"] for row in rows} == {"plain": 3e-4, "auto": 9e-4}
+    assert {row["method"]: row["settings"]["learning_rate"] for row in rows} == {"plain": 3e-4, "auto": 6e-4}
     assert "24 rows of my.jsonl to train on" in said
     assert "(1 of 6 runs done, about" in said
     assert "(6 of 6 runs done)" in said
     assert " for 6 runs, by the fastest and the slowest step timed" in " ".join(said.split())
     # What is advised is in the file, and the file trains.
     recipe = yaml.safe_load((here / "compare-my" / "sft.yaml").read_text())
-    advised = {0.0: ("plain LoRA", 3e-4), None: ("SL-SAM (method: auto)", 9e-4)}[recipe.get("rho")]
+    advised = {0.0: ("plain LoRA", 3e-4), None: ("SL-SAM (method: auto)", 6e-4)}[recipe.get("rho")]
     assert f"Use {advised[0]} with learning rate {advised[1]:g}: " in said
     assert recipe["learning_rate"] == advised[1]
     assert main(["sft", "--config", "compare-my/sft.yaml", "--max_steps", "2"]) == 0
@@ -153,7 +153,7 @@ def test_a_signal_ends_it_with_what_there_is_and_the_same_command_goes_on(
     assert len(runner) == 5
     assert len({row["key"] for row in rows_of(here / "compare-my")}) == 12
     text = (here / "compare-my" / "sft.yaml").read_text()
-    assert "# Use SL-SAM (method: auto) with learning rate 0.0016" in text
+    assert "# Use SL-SAM (method: auto) with learning rate 0.001" in text
     assert yaml.safe_load(text)["method"] == "auto"
     assert main(command) == 0
     assert len(runner) == 5
@@ -272,7 +272,7 @@ def test_the_screen_fits_into_80_columns(here: Path, tiny_model: Path) -> None:
         "24 rows of my.jsonl to train on",
         "8 rows to choose learning rates by and 16 to test on, chosen by a hash of the question",
         "48 steps of 4 sequences of at most 32 tokens: 8 epochs, counting every token of a row",
-        "learning rate 0.00052 or 0.0016",
+        "learning rate 0.00035 or 0.001",
         "12: 4 to choose learning rates, then 4 seeds of both methods",
     ):
         assert words in " ".join(text.split())

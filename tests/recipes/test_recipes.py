@@ -140,7 +140,10 @@ def test_cpu_recipe_runs_and_plain_peft_loads_its_adapter(
     flags = ["--model_name_or_path", str(tiny_model), "--output_dir", str(out), *data, *TINY]
     recipe = str(ROOT / "recipes" / "cpu_smollm2.yaml")
     assert main(["sft", "--config", recipe, *flags, "--save_strategy", "steps", "--save_steps", "1"]) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
+    captured = capsys.readouterr()
+    assert captured.err.count("1 of the 4 sequences of a step make its ascent: a step costs about 1.25 plain LoRA") == 1
+    assert "about twice plain LoRA's learning rate" in captured.err
+    said = captured.out.splitlines()[-1]
     assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{tiny_model}"), "{out}")' in said
     log = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert all(any(key in entry for entry in log) for key in ("loss", "eval_loss", "slsam/active_fraction"))
