@@ -400,7 +400,8 @@ class SLSAMTrainer(SLSAMMixin, SFTTrainer):
     """TRL's `SFTTrainer` with SL-SAM: replace the class, keep everything else.
 
     Args:
-        slsam_config (`SLSAMConfig`, *optional*): Settings of SL-SAM; `method="auto"` where they are missing. All other arguments are `SFTTrainer`'s.
+        slsam_config (`SLSAMConfig`, *optional*): Settings of SL-SAM; `method="auto"` where they are missing. All other
+            arguments are `SFTTrainer`'s.
 
     Raises:
         ValueError: as `SLSAMMixin`; and rows of which every answer is cut off by `max_length`.

@@ -141,7 +141,9 @@ def test_cpu_recipe_runs_and_plain_peft_loads_its_adapter(
     recipe = str(ROOT / "recipes" / "cpu_smollm2.yaml")
     assert main(["sft", "--config", recipe, *flags, "--save_strategy", "steps", "--save_steps", "1"]) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("1 of the 4 sequences of a step make its ascent: a step costs about 1.25 plain LoRA") == 1
+    assert (
+        captured.err.count("1 of the 4 sequences of a step make its ascent: a step costs about 1.25 plain LoRA") == 1
+    )
     assert "about twice plain LoRA's learning rate" in captured.err
     said = captured.out.splitlines()[-1]
     assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{tiny_model}"), "{out}")' in said
