@@ -76,6 +76,7 @@ class SLSAM:
         drawn (`torch.Tensor`): Probabilities its arms were drawn with, float64, shape `(L,)`.
         steps (`int`): Steps completed.
         skipped, skipped_in_a_row (`int`): Steps skipped because a loss or gradient was NaN or infinite.
+        idle (`bool`): Whether no drawn arm took part in the last step's loss, so that it was void.
         reduce (callable or `None`): Averages a list of tensors over ranks, in place: the active arms' gradients, and
             with the descent gradients the two losses, so that all ranks learn from, or skip, the same step. Set
             already where parameters are sharded (FSDP2); their gradients come averaged.
@@ -158,6 +159,7 @@ class SLSAM:
         self.norms = torch.zeros(len(arms), dtype=torch.float64)
         self.drawn = self.probabilities
         self.steps = self.skipped = self.skipped_in_a_row = 0
+        self.idle = False
         # The step in progress, and what an aborted one goes back to.
         self._watch = RadiusWatch()
         self._current: Step | None = None
@@ -266,6 +268,7 @@ class SLSAM:
         """Draw the arms of a step, after noting everything that an abort must put back."""
         if self._current is not None:  # the last step was never completed: it counts as if it had not begun
             self._abort()
+        self.idle = False
         self._random_before = rng.snapshot(self.runner.accelerators)
         self._before = state.sampler(self)
         self.runner.clear()
@@ -503,6 +506,7 @@ class SLSAM:
     def _skip_idle(self) -> None:
         """Make a step void in which no drawn arm has a gradient. It says nothing about divergence."""
         self.skipped += 1
+        self.idle = True
         self.runner.clear()  # the optimizer changes nothing
         if self.loss_scale is not None and self.loss_scale() is not None:
             self.runner.void()  # a gradient scaler wants to see one

@@ -143,7 +143,8 @@ class TrainerPasses:
         if self.losses is None or tokens is None or num_items is None:
             return None
         loss = self.losses.of(tokens)
-        return None if loss is None else loss * self.divisor.ranks / num_items
+        # Clamped as TRL does: a batch that teaches nothing has a loss of 0.
+        return None if loss is None else loss * self.divisor.ranks / torch.as_tensor(num_items).clamp(min=1)
 
     def _riding(
         self, inputs: Batch, coming: Batch, run: Any, quiet: Any, forward: Any, num_items: Any

@@ -17,8 +17,8 @@ def check_trainer(trainer: Any) -> None:
     """Refuse set-ups that SL-SAM does not support.
 
     Raises:
-        ValueError: DeepSpeed, DataParallel, torch.compile, or a trainer that generates inside its training step. The
-            message says why and what to use instead.
+        ValueError: DeepSpeed, DataParallel, torch.compile, checkpoints in the middle of a step, or a trainer that
+            generates inside its training step. The message says why and what to use instead.
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -36,6 +36,12 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             "torch.compile is not supported: active arms change in every step, so every step would be compiled "
             "again. Set torch_compile=False and pass the model as it was before torch.compile."
+        )
+    if trainer.args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint=True is not supported: it saves between a step's gradient and the optimizer's "
+            "step, when the sampler is one step ahead of the weights. Use save_steps; `slsam-peft sft` saves at the "
+            "end of the step when it is told to stop."
         )
     if hasattr(trainer, "_generate_and_score_completions"):
         raise ValueError(

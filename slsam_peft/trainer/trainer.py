@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
 from slsam_peft.algorithm.slsam import SLSAM
-from slsam_peft.config import RIDING, SLSAMConfig
+from slsam_peft.config import RECORD_NAME, RIDING, SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.data.tables import is_table
 from slsam_peft.models.bnb_cpu import keep_trainable
@@ -77,6 +78,12 @@ class _TrainingSpan(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin_training()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._keep_loss_scale()
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._push_record()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._end_training()
 
@@ -90,14 +97,14 @@ class SLSAMMixin(_Base):
     `_load_from_checkpoint` and `_load_best_model` keep the adapter's precision, and the best model's sampler comes
     with it; `train`, `_run_epoch`, `_save_checkpoint` and `_save_rng_state` see to it that training goes on from
     intact checkpoints and ends with its last step; `_save` writes `slsam.json` beside the adapter, see
-    `slsam_peft.saving.record`.
+    `slsam_peft.saving.record`, and `_push_from_checkpoint` lets it come along.
 
     Args:
         slsam_config (`SLSAMConfig`, *optional*): Settings; the defaults where it is missing.
         *args, **kwargs: The trainer's own.
 
     Attributes:
-        slsam (`SLSAM`): The algorithm; set when training starts.
+        slsam (`SLSAM`): The algorithm, made anew when training starts: what is set on an earlier one is not heeded.
         slsam_fallbacks (`Fallbacks`): What has run otherwise than meant so far; it stands in `slsam.json`, too.
 
     Raises:
@@ -134,9 +141,11 @@ class SLSAMMixin(_Base):
         self._slsam_restored = False
         self._slsam_unsolved = False
         self._slsam_index = 0
+        self._slsam_scale: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._slsam_outside: list[tuple[str, nn.Parameter]] = []
         self._slsam_candidates = may_be_trained(self.model)
         self._slsam_checkpoint: str | None = None
+        self._slsam_pushed: str | None = None
         self._slsam_trace: TraceFile | None = None
         self.slsam_arms = arms_of(self.model, self.slsam_config.granularity)
         # Model cards: PEFT's takes its tags from the model, TRL's from the trainer.
@@ -236,6 +245,12 @@ class SLSAMMixin(_Base):
             return None
         return getattr(scaler, "_scale", None)  # the tensor: `get_scale()` would wait for the device
 
+    def _keep_loss_scale(self) -> None:
+        """Undo what a gradient scaler made of an idle step: it takes one without a gradient for an overflow."""
+        for tensor, before in self._slsam_scale:
+            tensor.copy_(before)
+        self._slsam_scale = []
+
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
         """Take a step's batches from the epoch, as the trainer does; for a look-ahead ascent see the next one."""
         if not self.slsam.runner.pairs and self._slsam_batches is None:
@@ -256,6 +271,9 @@ class SLSAMMixin(_Base):
         arguments and result are unchanged; the result is the loss of this step's own tokens: at w where the ascent is
         made by the whole batch, at w + e otherwise.
         """
+        # What an evaluation has put in the place of the weights (schedule-free optimizers) goes before w is read.
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
         index, count = self._slsam_index, self.current_gradient_accumulation_steps
         self._slsam_index = (index + 1) % count
         self._see_shape(inputs, index, count)
@@ -278,6 +296,8 @@ class SLSAMMixin(_Base):
             raise
         if index == count - 1:
             self._log_step()
+            if self.slsam.idle and (scale := self._loss_scale()) is not None:
+                self._slsam_scale = [(scale, scale.clone())]
             if self._slsam_trace is not None:
                 self._slsam_trace.see(self.state.global_step + 1, self.slsam)
         return loss
@@ -337,6 +357,7 @@ class SLSAMMixin(_Base):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
+            self._slsam_index = 0  # a callback may have ended the last epoch within a step
             try:
                 super()._run_epoch(*args, **kwargs)
             finally:
@@ -349,6 +370,17 @@ class SLSAMMixin(_Base):
             for name in (TRAINER_STATE_NAME, HASHES_NAME, *(STATE_NAMES if self.args.save_only_model else ())):
                 (folder / name).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._slsam_pushed = checkpoint_folder
+        super()._push_from_checkpoint(checkpoint_folder)
+        self._slsam_pushed = None
+
+    def _push_record(self) -> None:
+        """Let the record of a checkpoint that is pushed lie beside its adapter, as the trainer's copies do."""
+        record = None if self._slsam_pushed is None else Path(self._slsam_pushed, RECORD_NAME)
+        if record is not None and record.is_file():
+            shutil.copy(record, Path(str(self.args.output_dir), RECORD_NAME))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -364,6 +396,7 @@ class SLSAMMixin(_Base):
             self._slsam_trace.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        restored = False
         if checkpoint is not None:
             self._slsam = self._build_slsam()
             self.slsam_fallbacks.recall(recorded_fallbacks(checkpoint))
@@ -374,12 +407,14 @@ class SLSAMMixin(_Base):
                     raise
                 logger.warning("The sampler starts afresh: %s", error)
             else:
-                self._slsam_checkpoint, self._slsam_restored = checkpoint, True
+                restored = True
         before = keys_of(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             check_steps_left(self.state, checkpoint)
             check_same_optimizer(before, self.optimizer, self.args.optim, checkpoint)
+        if restored:  # nothing has been refused
+            self._slsam_checkpoint, self._slsam_restored = checkpoint, True
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with same_dtypes(self.model):

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.algorithm.slsam import SLSAM
 from tests.tiny import build, lora
 from tests.tolerances import FLOAT16
 from tests.watch import clones
@@ -103,3 +104,15 @@ def test_an_overflow_leaves_everything_as_it_was(train):
     assert not any(value.any() for state in moments_after.values() for value in state.values())
     assert any(not torch.equal(p, after[n]) for n, p in clones(trainer.model, True).items())
     assert trainer.slsam.skipped_in_a_row == 0
+
+
+def test_idle_steps_leave_the_scale_alone(train, monkeypatch):
+    """A step in which nothing drawn took part has no gradient, which a gradient scaler takes for an overflow."""
+    monkeypatch.setattr(SLSAM, "_is_idle", lambda self, numbers: self.steps < 3)
+    trainer = train(2.0**10, steps=5)
+    assert trainer.slsam.skipped == 3
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    (weights, *_), *_ = trainer.seen[0]
+    (after, *_), *_ = trainer.seen[3]
+    assert all(torch.equal(after[n], w) for n, w in weights.items())
+    assert any(not torch.equal(p, after[n]) for n, p in clones(trainer.model, True).items())

@@ -79,6 +79,11 @@ def test_torch_compile_asked_for(tmp_path):
         build(SLSAMTrainer, tmp_path, SLSAMConfig(), torch_compile=True)
 
 
+def test_a_checkpoint_in_the_middle_of_a_step(tmp_path):
+    with pytest.raises(ValueError, match=r"enable_jit_checkpoint=True is not supported: .* Use save_steps"):
+        build(SLSAMTrainer, tmp_path, SLSAMConfig(), enable_jit_checkpoint=True)
+
+
 @pytest.mark.parametrize("adapted", ["by the trainer", "before", "inside"])
 def test_compiled_language_model(adapted, tmp_path):
     """Whether the adapter goes around the compiled model or was compiled with it."""
@@ -119,7 +124,7 @@ def test_compiled_model(tmp_path):
 
 
 def _fake(**changes):
-    args = SimpleNamespace(torch_compile=False, n_gpu=0)
+    args = SimpleNamespace(torch_compile=False, n_gpu=0, enable_jit_checkpoint=False)
     values = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "args": args, "model": nn.Linear(2, 2)}
     return SimpleNamespace(**{**values, **changes})
 
