@@ -39,6 +39,8 @@ ADAPTIVE_RHO = 0.5  # Kwon et al. 2021, where lengths are in units of the weight
 LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and behind on rows still being learnt
 ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
 
+_PARTED = ("bandit", "design", "ascent", "descent")  # fields that are parts of a method and have no other name
+
 # What a method sets where the field itself is unset. `None` is no method: the parts alone were given.
 _PARTS: dict[str | None, dict[str, Any]] = {
     "auto": {
@@ -474,6 +476,12 @@ class SLSAMConfig:
         """The share of active arms, resolved; the paper's 0.2 where nothing says it."""
         fraction = self.resolved.active_fraction
         return PAPER_FRACTION if fraction is None else fraction
+
+    @property
+    def filled_in(self) -> dict[str, Any]:
+        """What unset parts are filled with where others are set and no `method` is named; empty otherwise."""
+        named = self.resolved.method is not None
+        return {} if named else {n: getattr(self.resolved, n) for n in _PARTED if getattr(self, n) is None}
 
     @property
     def is_perturbed(self) -> bool:

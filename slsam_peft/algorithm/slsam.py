@@ -47,6 +47,16 @@ REDRAWS = 1000  # of arms that are not all frozen
 logger = logging.getLogger(__name__)
 
 
+def tell_filled_in(config: SLSAMConfig) -> None:
+    """Warn that parts which are set without a `method` bring others along that are not the default's."""
+    if filled := config.filled_in:
+        logger.warning(
+            "no method is named, so unset parts are these: %s. To change a part of the default, set method='auto' "
+            "beside it.",
+            ", ".join(f"{name}={value}" for name, value in filled.items()),
+        )
+
+
 class SLSAM:
     """Sparse-layer sharpness-aware minimisation over a set of arms.
 
@@ -121,7 +131,9 @@ class SLSAM:
     ) -> None:
         # The arms must be a partition of the parameters.
         self.fallbacks = Fallbacks() if fallbacks is None else fallbacks
-        self.config = config = (config or SLSAMConfig()).resolved
+        config = config or SLSAMConfig()
+        tell_filled_in(config)
+        self.config = config = config.resolved
         self.arms, self.factors, self.cost = arms, factors, cost
         check_partition(arms)
         if config.is_perturbed and config.radius == "weight":
@@ -167,12 +179,6 @@ class SLSAM:
         self._random_before: rng.State = {}
         self._order = RunOrder(arms.layout if isinstance(arms, Arms) else None)
         self.ascent.begin(self)
-        if config.method is None:
-            logger.warning(
-                "no method is named, so unset parts have these defaults: bandit=%s, design=%s, ascent=%s, descent=%s, "
-                "active_fraction=%s. To change a part of the default, set method='auto' beside it.",
-                *(config.bandit, config.design, config.ascent, config.descent, config.fraction),
-            )
 
     @property
     def probabilities(self) -> torch.Tensor:

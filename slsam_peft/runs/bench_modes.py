@@ -33,7 +33,11 @@ MODES = {
     "sam": Mode(SLSAMConfig(method="sam")),
     "paper": Mode(SLSAMConfig(method="paper")),
     "depth, budget 1": Mode(SLSAMConfig(method="depth", cost_budget=1.0)),
-    "remembered": Mode(SLSAMConfig(active_fraction=1.0, ascent="remembered")),
+    "remembered": Mode(
+        SLSAMConfig(
+            active_fraction=1.0, ascent="remembered", bandit="scale_free", design="bernoulli", descent="active"
+        )
+    ),
     # Rules of other papers.
     "asam": Mode(SLSAMConfig(method="auto", radius="asam"), named=True),
     "neuron": Mode(SLSAMConfig(method="auto", radius="neuron"), named=True),

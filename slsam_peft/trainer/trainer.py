@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
-from slsam_peft.algorithm.slsam import SLSAM
+from slsam_peft.algorithm.slsam import SLSAM, tell_filled_in
 from slsam_peft.config import RECORD_NAME, RIDING, SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.data.tables import is_table
@@ -116,7 +116,9 @@ class SLSAMMixin(_Base):
     def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
         if slsam_config is not None and not isinstance(slsam_config, SLSAMConfig):
             raise TypeError(f"slsam_config={slsam_config!r} must be an SLSAMConfig.")
-        self.slsam_config = (slsam_config or SLSAMConfig()).resolved
+        slsam_config = slsam_config or SLSAMConfig()
+        tell_filled_in(slsam_config)
+        self.slsam_config = slsam_config.resolved
         # TRL casts the adapter of a quantized base while it builds the trainer: copies go around that.
         model = kwargs.get("model", args[0] if args else None)
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}

@@ -415,8 +415,11 @@ CONFIGS = {
 }
 
 
+ALWAYS = ("default", "paper", "no radius")  # the others in the slow run
+
+
 @pytest.mark.parametrize("start", [True, False], ids=["frozen", "thawed"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_what_a_callback_freezes_is_left_alone_and_what_it_thaws_is_trained(name, start, tmp_path):
     call = Freezing(start, not start)
     settings = {"per_device_train_batch_size": 3, "max_steps": 8, "optim": "sgd", "data": texts(12)}

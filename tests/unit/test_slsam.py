@@ -303,3 +303,18 @@ def test_a_parameter_in_two_arms_is_refused():
     arms = arms_of(network(), "module")
     with pytest.raises(ValueError, match=r"0\.weight comes twice in the arms"):
         SLSAM([*arms, arms[0]], SLSAMConfig(active_fraction=0.5))
+
+
+def test_parts_without_a_method_are_told_to_bring_others_along(caplog):
+    """Not where a method is named, where every part is, or where a trainer has resolved them already."""
+    arms = arms_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), "module")
+    parts = {"bandit": "uniform", "design": "fixed_size", "ascent": "two_pass", "descent": "all"}
+    for config in (SLSAMConfig(), SLSAMConfig(rho=0.1), SLSAMConfig(method="paper"), SLSAMConfig(**parts)):
+        SLSAM(arms, config)
+    assert not caplog.records
+    given = SLSAMConfig(active_fraction=0.5, bandit="uniform")
+    SLSAM(arms, given)
+    (told,) = caplog.messages
+    assert "these: design=bernoulli, ascent=two_pass, descent=active." in told
+    SLSAM(arms, given.resolved)
+    assert len(caplog.records) == 1
