@@ -184,10 +184,10 @@ class SLSAMConfig:
     method: str | None = field(
         default=None,
         metadata=_help(
-            "A whole configuration, of which every part can be set by its own field: 'auto' (some "
-            "layers perturbed, all trained, the ascent made by a few sequences), 'sam' (every layer, two passes), "
-            "'paper' (SL-SAM exactly, arXiv 2602.09395), 'depth' (active sets compact in depth, at a cost_budget), or "
-            "a rival in one pass over every layer, of which `ascent` tells more: 'bar', 'bi_lora', 'flat_lora'. "
+            "A whole configuration, of which every part can be set by its own field: 'auto' (some layers perturbed, "
+            "all trained, the ascent made by a few sequences), 'sam' (every layer, two passes), 'paper' (SL-SAM "
+            "exactly, arXiv 2602.09395), 'depth' (active sets compact in depth, at a cost_budget), or a rival in one "
+            "pass over every layer, of which `ascent` tells more: 'bar', 'bi_lora', 'flat_lora'. "
             "Unset: 'auto'; but where active_fraction, bandit, design, ascent, ascent_fraction, descent or "
             "cost_budget is set, those parts alone, the rest being the paper's with the scale_free bandit."
         ),

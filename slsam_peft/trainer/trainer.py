@@ -143,7 +143,7 @@ class SLSAMMixin(_Base):
         self._slsam_restored = False
         self._slsam_unsolved = False
         self._slsam_index = 0
-        self._slsam_scale: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._slsam_scale: torch.Tensor | None = None
         self._slsam_outside: list[tuple[str, nn.Parameter]] = []
         self._slsam_candidates = may_be_trained(self.model)
         self._slsam_checkpoint: str | None = None
@@ -249,9 +249,9 @@ class SLSAMMixin(_Base):
 
     def _keep_loss_scale(self) -> None:
         """Undo what a gradient scaler made of an idle step: it takes one without a gradient for an overflow."""
-        for tensor, before in self._slsam_scale:
-            tensor.copy_(before)
-        self._slsam_scale = []
+        if self._slsam_scale is not None and (scale := self._loss_scale()) is not None:
+            scale.copy_(self._slsam_scale)
+        self._slsam_scale = None
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
         """Take a step's batches from the epoch, as the trainer does; for a look-ahead ascent see the next one."""
@@ -299,7 +299,7 @@ class SLSAMMixin(_Base):
         if index == count - 1:
             self._log_step()
             if self.slsam.idle and (scale := self._loss_scale()) is not None:
-                self._slsam_scale = [(scale, scale.clone())]
+                self._slsam_scale = scale.clone()
             if self._slsam_trace is not None:
                 self._slsam_trace.see(self.state.global_step + 1, self.slsam)
         return loss
@@ -375,8 +375,10 @@ class SLSAMMixin(_Base):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._slsam_pushed = checkpoint_folder
-        super()._push_from_checkpoint(checkpoint_folder)
-        self._slsam_pushed = None
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self._slsam_pushed = None
 
     def _push_record(self) -> None:
         """Let the record of a checkpoint that is pushed lie beside its adapter, as the trainer's copies do."""
