@@ -40,6 +40,9 @@ IN_EVERY_ROW = {
     ),
 }
 
+# The values of later fields that rows without them have, where that is not the default alone.
+LEFT_OUT = {"seed_stride": (None, 1)}
+
 
 def row_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return `Job.settings` as rows have them, under their names.
@@ -53,7 +56,7 @@ def row_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told(values: Mapping[str, Any], kind: type, always: Sequence[str]) -> dict[str, Any]:
-    """Return the values of a dataclass that a row holds: some always, others where they differ from their default.
+    """Return the values of a dataclass that a row holds: some always, others where rows without them have other ones.
 
     Args:
         values (`dict`): As `plain_values` gives them.
@@ -61,7 +64,8 @@ def told(values: Mapping[str, Any], kind: type, always: Sequence[str]) -> dict[s
         always (`Sequence[str]`): Names of the fields that every row holds.
     """
     defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(kind)}
-    return {name: v for name, v in values.items() if name in always or v != plain_value(defaults[name])}
+    left_out = {name: LEFT_OUT.get(name, (plain_value(default),)) for name, default in defaults.items()}
+    return {name: v for name, v in values.items() if name in always or v not in left_out[name]}
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:

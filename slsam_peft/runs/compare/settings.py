@@ -16,6 +16,8 @@ DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "nf4")
 MATCHES = ("steps", "cost", "epochs")
 
+SEED_STRIDE = 2_000_000  # far from the generator's seeds of held-out rows, too
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
@@ -33,6 +35,10 @@ class TaskSettings:
         steps (`int`, *optional*): In place of `TrainingSettings.steps`.
         puzzle (`str`, *optional*): The puzzle of `"reasoning_gym"`.
         puzzle_options (`dict`, *optional*): Its options.
+        seed_stride (`int`, *optional*): How far apart the generators of two neighbouring seeds begin. `"reasoning_gym"`
+            makes row i from the generator's seed + i: with a stride of 1 two seeds share nearly all training rows, and
+            differ in whose answers are swapped, the order and the initial adapter. Defaults to `SEED_STRIDE`, which
+            gives each seed rows of its own.
         file (`str`, *optional*): Training rows of `"jsonl"`, or of `"own_data"` whatever `slsam-peft sft` takes.
         test_file (`str`, *optional*): Its held-out rows; where it is missing the last rows of `file`, or those that
             `slsam_peft.data.own_rows` holds out.
@@ -49,6 +55,7 @@ class TaskSettings:
     steps: int | None = None
     puzzle: str | None = None
     puzzle_options: Mapping[str, Any] = field(default_factory=dict)
+    seed_stride: int | None = None
     file: str | None = None
     test_file: str | None = None
     digest: str | None = None
@@ -58,8 +65,11 @@ class TaskSettings:
         check_name("source", self.source, SOURCES)
         for name in ("rows", "test_rows", "validation_rows"):
             at_least_one(name, getattr(self, name))
-        if self.steps is not None:
-            at_least_one("steps", self.steps)
+        if self.source == "reasoning_gym" and self.seed_stride is None:
+            object.__setattr__(self, "seed_stride", SEED_STRIDE)
+        for name in ("steps", "seed_stride"):
+            if getattr(self, name) is not None:
+                at_least_one(name, getattr(self, name))
         if not isinstance(self.label_noise, int | float) or not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise={self.label_noise!r} is not allowed; it is a share in [0, 1].")
         files = ("jsonl", "own_data")
@@ -68,7 +78,8 @@ class TaskSettings:
                 needed = self.source in sources
                 verb, which = ("is needed for", self.source) if needed else ("belongs to", sources[0])
                 raise ValueError(f"{name}={getattr(self, name)!r}: it {verb} source='{which}'.")
-        for sources, name in ((("reasoning_gym",), "puzzle_options"), (files, "test_file")):
+        puzzles = ("reasoning_gym",)
+        for sources, name in ((puzzles, "puzzle_options"), (puzzles, "seed_stride"), (files, "test_file")):
             if getattr(self, name) and self.source not in sources:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it belongs to source='{sources[0]}'.")
         if self.backdoor is not None:

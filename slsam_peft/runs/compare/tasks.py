@@ -111,7 +111,8 @@ def reasoning_gym_task(task: TaskSettings, seed: int) -> TaskData:
     known: set[str] = set()
     test = generate(task.test_rows, TEST_SEED, known)
     validation = generate(task.validation_rows, TEST_SEED + 1, known)
-    train = generate(task.rows, seed, known)
+    assert task.seed_stride is not None  # `TaskSettings` sees to that
+    train = generate(task.rows, seed * task.seed_stride, known)
     return TaskData(swap_answers(train, task.label_noise, seed), validation, test)
 
 
