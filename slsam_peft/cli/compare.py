@@ -1,6 +1,7 @@
 """`slsam-peft compare` trains methods on tasks and seeds, and shows paired differences with intervals."""
 
 import argparse
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what methods are compared by (default: loss): {', '.join(METRICS)}; the last two need all_scores: "
         "true, attack_success a task with a backdoor",
     )
+    add("--reference", metavar="METHOD", help="show differences to this method instead of the YAML file's")
     add("--table", type=Path, metavar="FILE", help="write the table, as Markdown")
     plot = f"write a forest plot, the best methods on top ({' or '.join(PLOT_SUFFIXES)})"
     add("--plot", type=Path, metavar="FILE", help=plot)
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     # Mistakes in what was typed come before anything is loaded.
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
+    if args.reference is not None and args.config is None:
+        raise UserError(f"--reference={args.reference} belongs to --config; --data compares with plain LoRA.")
     wishes, trains = compare_own.wishes_of(args), not (args.list or args.report)
     if wishes is not None:
         args.config = compare_own.folder_of(args) / compare_own.CONFIG
@@ -107,7 +111,14 @@ def _read(args: argparse.Namespace, own: bool) -> "CompareSettings":
             f"{args.config} does not exist: no comparison on {args.data} has been begun there. Leave out --report and "
             "--list to begin it, or name its folder: --output FOLDER."
         )
-    return read_settings(args.config)
+    settings = read_settings(args.config)
+    if args.reference is None:
+        return settings
+    primary = settings.primary if settings.primary != args.reference else None
+    try:
+        return replace(settings, reference=args.reference, primary=primary)
+    except ValueError as error:
+        raise UserError(f"--reference: {error}") from error
 
 
 def _plan(settings: "CompareSettings", store: "RowStore", console: Any, trains: bool) -> "Plan":

@@ -252,6 +252,7 @@ def finish(plan: "Plan", rows: "Rows", lines: "Sequence[Line]", folder: Path, co
     from rich.text import Text
 
     from slsam_peft.runs.compare.advice import advise
+    from slsam_peft.runs.compare.sft_recipe import is_ours, says, sft_recipe
 
     advice = advise(plan, rows, lines)
     console.print()
@@ -262,11 +263,15 @@ def finish(plan: "Plan", rows: "Rows", lines: "Sequence[Line]", folder: Path, co
     if trained and advice.method is not None:
         import torch
 
-        from slsam_peft.runs.compare.sft_recipe import sft_recipe
-
         adapter, gpu = str(folder / ADAPTER), torch.cuda.is_available()
+        if recipe.exists() and not is_ours(recipe.read_text(encoding="utf-8")):
+            console.print(f"{recipe} is not one that compare has written, and is left as it is.", soft_wrap=True)
+            return
         write_output(recipe, sft_recipe(advice, plan.settings, str(recipe), adapter, gpu=gpu))
     if advice.method is not None and recipe.exists():
+        if not says(recipe.read_text(encoding="utf-8"), advice):
+            console.print(f"{recipe} says something else; the same command without --report writes it anew.")
+            return
         console.print("Train it, on the held-out part of the data as well:" if _is_part(plan) else "Train it:")
         console.print(Text(f"    slsam-peft sft --config {recipe}", "cyan"), soft_wrap=True)
 

@@ -36,7 +36,7 @@ def work(plan: "Plan", store: "RowStore", console: Any, limit: int | None = None
         def progress(job: "Job", step: int, steps: int) -> None:
             nonlocal shown
             pace.step(job, step)
-            if step == 1 or time.monotonic() - shown > SHOWN_SECONDS:
+            if step <= 1 or time.monotonic() - shown > SHOWN_SECONDS:
                 shown = time.monotonic()
                 name = run_name(plan, job.task, job.method, job.settings)
                 status.update(Text(f"{state(pace)}\n{name}: step {step} of {steps}"))

@@ -86,7 +86,7 @@ def build(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Figu
     text = f"{METRICS[metric].heading} minus that of '{name}'{METRICS[metric].unit}: {better} is better"
     figure.text(center, 0.5 / height, text, ha="center", va="center")
     marks = (
-        "small dots: one seed each; large mark and bar: mean and 95 % interval, filled if the interval leaves out 0"
+        "small dots: one seed each; large mark and bar: mean and 95 % t interval, filled if the interval leaves out 0"
     )
     figure.text(0.5, 0.28 / height, marks, ha="center", va="center", color="0.35", size=8)
     grey = "grey numbers: steps x cost of a step, in steps of plain LoRA"

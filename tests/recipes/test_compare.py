@@ -3,11 +3,14 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from transformers import AutoConfig, GPT2Config, TrainerCallback
 from slsam_peft.data.scoring import Tokens, score, tokenize
 from slsam_peft.errors import UserError
 from slsam_peft.models.shapes import BUILT_IN
+from slsam_peft.runs.compare import run as run_module
 from slsam_peft.runs.compare.checks import _check_rows
 from slsam_peft.runs.compare.jobs import Plan, row_settings
 from slsam_peft.runs.compare.methods import Candidate
@@ -169,6 +173,44 @@ def test_outputs_are_written(done: Path) -> None:
     assert text.count("| sam |") == 2
     assert "sums, equal cost" in text
     assert (done / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_differences_to_another_method_are_shown(
+    done: Path, tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = comparison(tiny_model, chats, primary="sam")
+    assert compare(done, values, "--report", "--reference", "sam") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Differences are to 'sam', paired by seed" in out
+    assert "uncorrected" not in out  # the primary method is what the others are compared with
+    with pytest.raises(UserError, match="--reference: reference='sum' is not"):
+        compare(done, values, "--report", "--reference", "sum")
+    with pytest.raises(UserError, match="--reference=sam belongs to --config"):
+        compare_words(["compare", "--data", str(chats), "--report", "--reference", "sam"])
+
+
+def test_a_score_that_is_not_finite_is_a_failed_run(
+    tmp_path: Path, tiny_model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = parse_settings(comparison(tiny_model, chats, all_scores=True))
+    job = Plan(settings, dict.fromkeys(settings.methods, 1.0)).job("sums", "plain", "steps", Candidate(1e-2), 0)
+    unrelated = [Tokens([1, 2, 3], 1)]
+
+    def scored(model: Any, rows: Any, *more: Any) -> Any:
+        return SimpleNamespace(loss=math.nan) if rows is unrelated else score(model, rows, *more)
+
+    monkeypatch.setattr(run_module, "passages", lambda tokenizer: unrelated)
+    monkeypatch.setattr(run_module, "score", scored)
+    assert run_module.run(job.settings) == {"error": "forgetting is not finite after training"}
+
+
+def test_rows_that_are_trained_on_are_not_scored(tmp_path: Path, tiny_model: Path, chats: Path) -> None:
+    leaking = tmp_path / "leaking.jsonl"
+    rows = chats.read_text().splitlines()
+    leaking.write_text("\n".join([*rows, rows[0]]) + "\n")
+    values = comparison(tiny_model, leaking)
+    with pytest.raises(UserError, match=r"leaking\.jsonl: 1 training rows ask what a held-out row asks"):
+        compare(tmp_path, values)
 
 
 def test_finished_comparison_trains_nothing(

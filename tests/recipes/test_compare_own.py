@@ -161,6 +161,28 @@ def test_a_signal_ends_it_with_what_there_is_and_the_same_command_goes_on(
     assert len(runner) == 5
 
 
+def test_a_file_for_sft_that_is_somebodys_own_stays(
+    here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a report says so where the file holds other advice than the rows give now."""
+    command, recipe = ["compare", "--data", "my.jsonl", "--model", str(tiny_model)], here / "compare-my" / "sft.yaml"
+    assert main(command) == 0
+    assert "slsam-peft sft --config" in capsys.readouterr().out
+    written = recipe.read_text()
+    recipe.write_text(written.replace("# Use SL-SAM", "# So far, use SL-SAM"))
+    assert main(["compare", "--data", "my.jsonl", "--report"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "sft.yaml says something else; the same command without --report writes it anew." in out
+    assert "slsam-peft sft --config" not in out
+    recipe.write_text("learning_rate: 1.0\n")
+    assert main(command) == 0
+    assert "is not one that compare has written, and is left as it is." in " ".join(capsys.readouterr().out.split())
+    assert recipe.read_text() == "learning_rate: 1.0\n"
+    recipe.unlink()
+    assert main(command) == 0
+    assert recipe.read_text() == written
+
+
 def test_rows_that_change_are_not_mixed_with_those_before(
     here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from rich.console import Console
+from scipy import stats
 
 from slsam_peft.cli.compare_report import markdown, tables
 from slsam_peft.cli.compare_work import run_name
@@ -31,11 +33,13 @@ from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.settings import (
+    SEED_STRIDE,
     CompareSettings,
+    TaskSettings,
     TrainingSettings,
     plain_values,
 )
-from slsam_peft.runs.compare.statistics import holm, paired_difference
+from slsam_peft.runs.compare.statistics import holm, paired_difference, t_interval
 from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.tasks import load_task, swap_answers
 from slsam_peft.runs.compare.worker import next_row
@@ -232,7 +236,7 @@ def test_smaller_batches_cost_in_proportion() -> None:
     assert plan.job("docs", "sam", "cost", Candidate(1e-3), 0).settings["training"]["batch_size"] == 2
     assert plan.job("docs", "plain", "cost", Candidate(1e-4), 0).settings["training"]["batch_size"] == 4
     job = plan.job("docs", "sam", "cost", Candidate(1e-3), 0)
-    tuned = {j.key: {"loss": 1.0} for j in plan.tuning("docs", "sam", "cost")}
+    tuned = {j.key: {"loss": 1.0, "data": "others"} for j in plan.tuning("docs", "sam", "cost")}
     row = {"loss": 1.0, "accuracy": 0.5, "exact": 0.5, "cost": 2.0, "data": "same"}
     line = next(x for x in build_report(plan, {**tuned, job.key: row}) if (x.method, x.match) == ("sam", "cost"))
     assert (line.cost, line.total_cost) == (1.0, 12.0)
@@ -490,15 +494,23 @@ def test_workers_share_the_jobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seeds", "share"), [(12, 0.92), (5, 0.83), (3, 0.70)])
-def test_interval_covers_the_mean_as_often_as_is_said(seeds: int, share: float) -> None:
-    """Of 300 samples: bootstrap intervals of few values fall short of 95 %, and the report says by how much."""
+def test_intervals_cover_the_mean_as_often_as_is_said(seeds: int, share: float) -> None:
+    """Of 300 samples: bootstrap intervals of few values fall short of 95 %, as the table says; t intervals do not."""
     generator = torch.Generator().manual_seed(1)
-    hits = 0
+    hits = bootstrap_hits = 0
     for _ in range(300):
         sample = dict(enumerate((0.5 + torch.randn(seeds, generator=generator)).tolist()))
         difference = paired_difference(sample, dict.fromkeys(sample, 0.0))
         hits += difference.low <= 0.5 <= difference.high
-    assert hits / 300 == pytest.approx(share, abs=0.06)
+        bootstrap_hits += difference.bootstrap[0] <= 0.5 <= difference.bootstrap[1]
+    assert hits / 300 == pytest.approx(0.95, abs=0.04)
+    assert bootstrap_hits / 300 == pytest.approx(share, abs=0.06)
+
+
+def test_intervals_are_those_of_the_paired_t_test() -> None:
+    values = [0.1, -0.2, 0.05, 0.4, 0.3]
+    reference = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert t_interval(np.array(values)) == pytest.approx((reference.low, reference.high), rel=1e-9)
 
 
 def test_difference_is_paired_by_seed() -> None:
@@ -520,6 +532,20 @@ def test_few_or_equal_seeds_give_no_false_certainty() -> None:
     assert math.isnan(paired_difference(dict.fromkeys(range(5), 1.0), dict.fromkeys(range(5), 2.0)).p)
     equal = paired_difference({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 2.0, 2: 3.0})
     assert (equal.low, equal.mean, equal.high, equal.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_the_primary_method_keeps_its_own_p_value(tmp_path: Path) -> None:
+    plan = Plan(settings(match=["cost"]), COSTS)
+    rows = finished(plan, tmp_path).read()
+    for primary, corrected in ((None, {"sam", "cheap"}), ("sam", set())):
+        plan = Plan(settings(match=["cost"], primary=primary), COSTS)
+        lines = [line for line in build_report(plan, rows) if line.differences]
+        raised = {x.method for x in lines if x.corrected["loss"] > x.differences["loss"].p}
+        assert raised <= corrected
+        assert bool(raised) == bool(corrected)
+        assert ("uncorrected that of 'sam'" in markdown(lines, "loss", plan.settings)) == (primary is not None)
+    with pytest.raises(ValueError, match="primary='plain'"):
+        replace(plan.settings, primary="plain")
 
 
 def test_holm_by_hand() -> None:
@@ -556,7 +582,7 @@ def test_report_is_complete_on_80_columns(name: str, tmp_path: Path) -> None:
     plan = Plan(settings(), COSTS)
     rows = finished(plan, tmp_path).read()
     lines = [replace(line, method=name, task="[/sums] [b]") for line in build_report(plan, rows)]
-    lines[1] = replace(lines[1], scores={metric: {1: 0.5} for metric in lines[1].scores}, failed=1)
+    lines[1] = replace(lines[1], scores={metric: {1: 0.5} for metric in lines[1].scores}, failures=frozenset({0}))
     lines[2] = replace(lines[2], chosen=None, cost=None, scores={metric: {} for metric in lines[2].scores})
     sam = next(line for line in lines[3:] if line.differences)
     console = Console(width=80, record=True)
@@ -825,7 +851,23 @@ def test_puzzles_are_split_and_reproducible() -> None:
     assert (data.test, data.validation) == (other.test, other.validation)
     questions = [pair[0][0]["content"] for pair in data.train + data.validation + data.test]
     assert len(set(questions)) == len(questions) == 56
+    assert not {str(pair) for pair in data.train} & {str(pair) for pair in other.train}
     assert all(answer.lstrip("-").isdigit() for _, answer in data.test)
+
+
+def test_rows_that_were_made_with_shared_puzzles_keep_their_keys() -> None:
+    """A stride of 1 is what rows without one had: nearly all puzzles of a seed are those of the next one."""
+    pytest.importorskip("reasoning_gym")
+    options = {"source": "reasoning_gym", "puzzle": "chain_sum", "rows": 32, "test_rows": 16, "validation_rows": 8}
+    shared, own = (settings(tasks={"d": {**options, **more}}) for more in ({"seed_stride": 1}, {}))
+    one, two = ({str(pair) for pair in load_task(shared.tasks["d"], seed).train} for seed in (3, 4))
+    assert len(one & two) == 31
+    rows = [row_settings(Plan(s, COSTS).job("d", "plain", "cost", Candidate(1e-4), 3).settings) for s in (shared, own)]
+    assert "seed_stride" not in rows[0]["task"]
+    assert rows[1]["task"].pop("seed_stride") == SEED_STRIDE
+    assert rows[0] == rows[1]
+    with pytest.raises(ValueError, match="seed_stride=1.*reasoning_gym"):
+        TaskSettings(source="stdlib_docs", rows=8, seed_stride=1)
 
 
 @pytest.mark.parametrize(

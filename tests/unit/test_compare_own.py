@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 from transformers import GPT2Config, PreTrainedConfig
 
 from slsam_peft.cli.compare_own import FLAGS, check_files
@@ -26,7 +26,6 @@ from slsam_peft.runs.compare.reading import parse_settings
 from slsam_peft.runs.compare.report import build_report
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.sft_recipe import sft_recipe
-from slsam_peft.runs.compare.statistics import t_interval
 from slsam_peft.runs.compare.store import RowStore
 from slsam_peft.runs.compare.timing import Pace, Sample, estimate, probe, samples_of, seconds_per_step
 from slsam_peft.runs.compare.wishes import Wishes, epochs_of, name_of
@@ -381,12 +380,6 @@ def said(folder: Path, auto: list[float], count: int | None = None, **more: Any)
     return advise(plan, rows, build_report(plan, rows))
 
 
-def test_intervals_are_those_of_the_paired_t_test() -> None:
-    values = [0.1, -0.2, 0.05, 0.4, 0.3]
-    reference = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert t_interval(values) == pytest.approx((reference.low, reference.high), rel=1e-9)
-
-
 def test_a_lower_loss_that_is_sure_is_advised(tmp_path: Path) -> None:
     advice = said(tmp_path, [-0.11, -0.1, -0.12, -0.1])
     assert (advice.method, advice.chosen) == ("auto", Candidate(9e-4))
@@ -435,8 +428,9 @@ def test_methods_that_diverge_are_not_advised(tmp_path: Path) -> None:
     better = [-0.11, -0.1, -0.12, -0.1]
     for i, (failing, method, reason) in enumerate(
         [
-            ([(True, 2)], "plain", "SL-SAM (method: auto) has diverged in 1 run."),
-            ([(False, 2), (False, 3)], "auto", "plain LoRA has diverged in 2 runs."),
+            ([(True, 2)], "plain", "SL-SAM (method: auto) has diverged in 1 of 4 runs."),
+            ([(False, 1), (False, 2), (False, 3)], "auto", "plain LoRA has diverged in 3 of 4 runs."),
+            ([(False, 1), (False, 2), (False, 3), (True, 0), (True, 2)], "auto", "in 3 of 4 runs."),
             ([(True, 100)], "plain", "SL-SAM (method: auto) has diverged in every run."),
             ([(True, seed) for seed in range(4)], "plain", "SL-SAM (method: auto) has diverged in every run."),
             ([(False, 100), (True, 100)], None, "Both methods have diverged in every run; use lower learning rates."),
@@ -449,13 +443,64 @@ def test_methods_that_diverge_are_not_advised(tmp_path: Path) -> None:
         assert advice.sentence.endswith(reason)
 
 
+@pytest.mark.parametrize(("auto", "method"), [([-0.11, -0.1, -0.12, -0.1], "auto"), ([0.11, 0.1, 0.12, 0.1], "plain")])
+def test_a_run_of_plain_lora_that_diverges_decides_nothing(auto: list[float], method: str, tmp_path: Path) -> None:
+    """The losses of the other seeds do, and the run is named."""
+    advice = said(tmp_path, auto, failing=[(False, 2)])
+    assert advice.method == method
+    assert "its held-out loss is 0.10" in advice.sentence
+    assert (
+        "Runs that diverged: 1 of plain LoRA's 4, 0 of SL-SAM's 4; the losses are those of the others." in advice.notes
+    )
+
+
+def test_fewer_steps_are_named_where_they_were_not_tried(tmp_path: Path) -> None:
+    better, worse = [-0.11, -0.1, -0.12, -0.1], [0.0] * 4
+    for name, losses, named in (("better", better, True), ("worse", worse, False)):
+        (tmp_path / name).mkdir()
+        assert any("Fewer steps of plain LoRA" in note for note in said(tmp_path / name, losses).notes) == named
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"warmup_steps": 3}},
+        {"training": {"prompt_format": "{}"}},
+        {"task": {"label_noise": 0.5}},
+        {"task": {"steps": 7}},
+        {"method": {"batch_size": 2}},
+        {"method": {"steps_share": 0.5}},
+        {"settings": {"match": ("epochs", "cost")}},
+    ],
+)
+def test_a_comparison_that_was_changed_is_not_advised_on(change: dict[str, Any]) -> None:
+    """`sft.yaml` would leave out what was changed."""
+    own = settings()
+    assert is_own(own)
+    [(name, task)] = own.tasks.items()
+    changed = replace(
+        own,
+        training=replace(own.training, **change.get("training", {})),
+        tasks={name: replace(task, **change.get("task", {}))},
+        methods={**own.methods, "auto": replace(own.methods["auto"], **change.get("method", {}))},
+        **change.get("settings", {}),
+    )
+    assert not is_own(changed)
+
+
 def test_a_learning_rate_at_the_end_of_the_grid_is_noted(tmp_path: Path) -> None:
     (tmp_path / "middle").mkdir()
-    assert len(said(tmp_path / "middle", [0.0] * 4, best=3e-4).notes) == 2
-    note = said(tmp_path, [0.0] * 4).notes[1]
-    assert note == (
-        "Its learning rate is the largest of those tried; a further one may be better: --learning_rate 0.0027."
-    )
+    notes = [said(tmp_path / "middle", [0.0] * 4, best=3e-4).notes, said(tmp_path, [0.0] * 4).notes]
+    assert [[note for note in of if "of those tried" in note] for of in notes] == [
+        [
+            "The learning rate of SL-SAM (method: auto) is the smallest of those tried; a further one may be better: "
+            "--slsam_learning_rate 0.0001."
+        ],
+        [
+            "The learning rate of plain LoRA is the largest of those tried; a further one may be better: "
+            "--learning_rate 0.0027."
+        ],
+    ]
 
 
 # The file for sft

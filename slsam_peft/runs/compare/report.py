@@ -7,6 +7,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import Plan, Rows
 from slsam_peft.runs.compare.methods import Candidate
 from slsam_peft.runs.compare.metrics import METRICS
+from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.statistics import Difference, holm, paired_difference
 from slsam_peft.runs.compare.store import Row
 
@@ -21,11 +22,13 @@ class Line:
         steps (`int` or `None`): Steps of a run; `None` where that is not known.
         scores (`dict[str, dict[int, float]]`): Score by metric and seed.
         cost (`float` or `None`): Mean counted cost of a step, in plain LoRA steps of the common batch size.
-        failed (`int`): Runs that diverged.
+        failures (`frozenset[int]`): Seeds whose runs diverged.
         differences (`dict[str, Difference]`): By metric, against the reference; empty for the reference.
-        corrected (`dict[str, float]`): Holm-corrected p-values by metric, over all lines of the task and match.
+        corrected (`dict[str, float]`): Holm-corrected p-values by metric, over all lines of the task and match but
+            that of the primary method, which keeps its own.
         before (`dict[str, dict[int, float]]`, *optional*): Score by metric and seed of the adapter that training began
             with; empty where it began with none.
+        edge (`str`, *optional*): Whether the chosen learning rate is the `"smallest"` or `"largest"` of three or more.
     """
 
     task: str
@@ -35,10 +38,21 @@ class Line:
     steps: int | None
     scores: dict[str, dict[int, float]]
     cost: float | None
-    failed: int
+    failures: frozenset[int]
     differences: dict[str, Difference]
     corrected: dict[str, float]
     before: dict[str, dict[int, float]] = field(default_factory=dict)
+    edge: str | None = None
+
+    @property
+    def failed(self) -> int:
+        """Runs that diverged."""
+        return len(self.failures)
+
+    @property
+    def done(self) -> set[int]:
+        """Seeds that have been run, diverged ones among them."""
+        return {*self.scores["loss"], *self.failures}
 
     @property
     def total_cost(self) -> float | None:
@@ -61,7 +75,7 @@ def build_report(plan: Plan, rows: Rows) -> list[Line]:
     groups: dict[tuple[str, str], list[Line]] = {}
     for task, method, match in plan.cells():
         groups.setdefault((task, match), []).append(_line(plan, rows, task, method, match))
-    return [line for group in groups.values() for line in _compared(group, plan.settings.reference)]
+    return [line for group in groups.values() for line in _compared(group, plan.settings)]
 
 
 def _check_data(plan: Plan, rows: Rows) -> None:
@@ -72,7 +86,7 @@ def _check_data(plan: Plan, rows: Rows) -> None:
     """
     seen: dict[tuple[str, int], Row] = {}
     for cell in plan.cells():
-        for job in plan.reported(rows, *cell):
+        for job in (*plan.tuning(*cell), *plan.reported(rows, *cell)):
             row = rows.get(job.key)
             if row is None or "error" in row:
                 continue
@@ -94,19 +108,26 @@ def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:
     jobs = plan.reported(rows, task, method, match)
     done = [(job.settings["seed"], rows[job.key]) for job in jobs if job.key in rows]
     good = [(seed, row) for seed, row in done if "error" not in row]
+    chosen = plan.best(rows, task, method, match)
     return Line(
         task=task,
         method=method,
         match=match,
-        chosen=plan.best(rows, task, method, match),
+        chosen=chosen,
         steps=plan.steps(task, method, match),
         scores={metric: {seed: row[metric] for seed, row in good if metric in row} for metric in METRICS},
         cost=plan.batch_share(method) * sum(row["cost"] for _, row in good) / len(good) if good else None,
-        failed=len(done) - len(good),
+        failures=frozenset(seed for seed, row in done if "error" in row),
         differences={},
         corrected={},
         before=_by_metric([(seed, row["before"]) for seed, row in good if "before" in row]),
+        edge=None if chosen is None else _edge(chosen.rate, plan.settings.methods[method].learning_rates),
     )
+
+
+def _edge(rate: float, tried: Sequence[float]) -> str | None:
+    ends = {max(tried): "largest", min(tried): "smallest"}
+    return ends.get(rate) if len(set(tried)) > 2 else None
 
 
 def _by_metric(scores: Sequence[tuple[int, Row]]) -> dict[str, dict[int, float]]:
@@ -115,8 +136,8 @@ def _by_metric(scores: Sequence[tuple[int, Row]]) -> dict[str, dict[int, float]]
     return {metric: of for metric, of in found.items() if of}
 
 
-def _compared(lines: Sequence[Line], reference: str) -> list[Line]:
-    base = next(line for line in lines if line.method == reference)
+def _compared(lines: Sequence[Line], settings: CompareSettings) -> list[Line]:
+    base = next(line for line in lines if line.method == settings.reference)
     compared = []
     for line in lines:
         found = {}
@@ -128,6 +149,8 @@ def _compared(lines: Sequence[Line], reference: str) -> list[Line]:
     corrected: list[dict[str, float]] = [{} for _ in compared]
     for metric in METRICS:
         having = [i for i, line in enumerate(compared) if metric in line.differences]
-        for i, p in zip(having, holm([compared[i].differences[metric].p for i in having]), strict=True):
-            corrected[i][metric] = p
+        primary = [i for i in having if compared[i].method == settings.primary]
+        for family in (primary, [i for i in having if i not in primary]):
+            for i, p in zip(family, holm([compared[i].differences[metric].p for i in family]), strict=True):
+                corrected[i][metric] = p
     return [replace(line, corrected=p) for line, p in zip(compared, corrected, strict=True)]

@@ -32,6 +32,7 @@ from slsam_peft.trainer.advice import unadvised
 from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.riding import lora_pairs
 
+PACKAGES = ("slsam-peft", "torch", "transformers", "trl", "peft")  # whose versions a row tells
 TYPICAL_LENGTH = 64  # tokens, for the expected cost: the ratio to plain LoRA hardly depends on it
 LAST_LOGS = 16  # steps that the training loss is a mean over
 TEMPERATURES = (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)  # tried on the validation rows, for calibration
@@ -138,10 +139,11 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     chosen: dict[str, Any] = {"scale": remedies.scale_adapter(trained, validation)} if baseline.scale_adapter else {}
     scores = scores_of(trained, held_out, validation if settings.get("all_scores") else None)
-    if not math.isfinite(scores["loss"]):
-        return {"error": "the held-out loss is not finite"}
     if unrelated:
         chosen["forgetting"] = score(trained, unrelated).loss - known
+    for name, value in {**scores, **chosen}.items():
+        if not math.isfinite(value):
+            return {"error": f"{name.replace('_', ' ')} is not finite after training"}
     costs = [entry.get("slsam/cost", 1.0) for entry in logs]
     last = [entry["loss"] for entry in logs[-LAST_LOGS:]]
     return {
@@ -153,7 +155,8 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         "cost": sum(costs) / len(costs),
         "seconds": round(seconds, 1),
         "data": data.fingerprint(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 

@@ -35,10 +35,10 @@ class TaskSettings:
         steps (`int`, *optional*): In place of `TrainingSettings.steps`.
         puzzle (`str`, *optional*): The puzzle of `"reasoning_gym"`.
         puzzle_options (`dict`, *optional*): Its options.
-        seed_stride (`int`, *optional*): How far apart the generators of two neighbouring seeds begin. `"reasoning_gym"`
-            makes row i from the generator's seed + i: with a stride of 1 two seeds share nearly all training rows, and
-            differ in whose answers are swapped, the order and the initial adapter. Defaults to `SEED_STRIDE`, which
-            gives each seed rows of its own.
+        seed_stride (`int`, *optional*): How far apart the generators of two neighbouring seeds begin.
+            `"reasoning_gym"` makes row i from the generator's seed + i: with a stride of 1 two seeds share nearly all
+            training rows, and differ in whose answers are swapped, the order and the initial adapter. Defaults to
+            `SEED_STRIDE`, which gives each seed rows of its own.
         file (`str`, *optional*): Training rows of `"jsonl"`, or of `"own_data"` whatever `slsam-peft sft` takes.
         test_file (`str`, *optional*): Its held-out rows; where it is missing the last rows of `file`, or those that
             `slsam_peft.data.own_rows` holds out.
@@ -162,6 +162,8 @@ class CompareSettings:
             step gets 1/c of the steps) or `"epochs"` (a method of k times the common batch size gets 1/k of them);
             several of these too. Defaults to steps and cost.
         reference (`str`, *optional*, defaults to `"plain"`): Method that the others are compared with.
+        primary (`str`, *optional*): Method that the comparison is made for, named before there are results: its
+            p-value is not corrected for those of the others.
         all_scores (`bool`, *optional*, defaults to `False`): Also score the held-out loss at a temperature chosen on
             the validation rows, and how much worse the model has become on unrelated text, which is fetched.
     """
@@ -175,6 +177,7 @@ class CompareSettings:
     model: str = "smollm2"
     match: tuple[str, ...] = ("steps", "cost")
     reference: str = "plain"
+    primary: str | None = None
     all_scores: bool = False
 
     def batch_size(self, method: str) -> int:
@@ -184,6 +187,9 @@ class CompareSettings:
     def __post_init__(self) -> None:
         # Names must be those of methods, tasks and matches that there are.
         check_name("reference", self.reference, tuple(self.methods))
+        others = tuple(name for name in self.methods if name != self.reference)
+        if self.primary is not None:
+            check_name("primary", self.primary, others)
         if self.tuning_task is not None:
             check_name("tuning_task", self.tuning_task, tuple(self.tasks))
         for name in self.match:

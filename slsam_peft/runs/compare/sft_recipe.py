@@ -10,6 +10,7 @@ from slsam_peft.runs.compare.advice import Advice
 from slsam_peft.runs.compare.settings import CompareSettings
 
 WIDTH = 118  # characters of a comment
+OURS = "Written by slsam-peft compare, which writes it anew whenever it ends; copy it before you change it."
 
 
 def sft_recipe(advice: Advice, settings: CompareSettings, path: str, output: str, *, gpu: bool) -> str:
@@ -22,19 +23,28 @@ def sft_recipe(advice: Advice, settings: CompareSettings, path: str, output: str
         output (`str`): Folder for the adapter.
         gpu (`bool`): Whether this machine has a GPU.
     """
-    comment = [f"slsam-peft sft --config {path}", "", *textwrap.wrap(advice.sentence, WIDTH - 2)]
-    comment += [
-        "",
-        "Written by slsam-peft compare, which writes it anew whenever it ends; copy it before you change it.",
-    ]
     parts = [
-        "\n".join(f"# {line}".rstrip() for line in comment),
+        "\n".join([f"# slsam-peft sft --config {path}", "#", _comment(advice.sentence), "#", f"# {OURS}"]),
         *(
             f"# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)}".rstrip()
             for title, values in _groups(advice, settings, output, gpu).items()
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def is_ours(text: str) -> bool:
+    """Return whether a file's content is one that `sft_recipe` has made."""
+    return f"\n# {OURS}\n" in text
+
+
+def says(text: str, advice: Advice) -> bool:
+    """Return whether a file's content is made of some advice."""
+    return is_ours(text) and f"\n{_comment(advice.sentence)}\n" in text
+
+
+def _comment(sentence: str) -> str:
+    return "\n".join(f"# {line}" for line in textwrap.wrap(sentence, WIDTH - 2))
 
 
 def _groups(advice: Advice, settings: CompareSettings, output: str, gpu: bool) -> dict[str, dict[str, Any]]:

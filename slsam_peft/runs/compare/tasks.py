@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slsam_peft.config import hint_at
+from slsam_peft.data.own_rows import question_of
 from slsam_peft.data.scoring import Pair, pair_of
 from slsam_peft.data.sources import SOURCES as PACKAGED
 from slsam_peft.data.splits import Sizes
@@ -125,12 +126,18 @@ def jsonl_task(task: TaskSettings, seed: int) -> TaskData:
     else:
         split = max(0, len(rows) - task.validation_rows - task.test_rows)
         rows, held_out = rows[:split], rows[split:]
-    for what, count, asked in (
+    for what, count, wanted in (
         ("training", len(rows), task.rows),
         ("held-out", len(held_out), task.validation_rows + task.test_rows),
     ):
-        if count < asked:
-            raise UserError(f"{path}: {count} {what} rows, and {asked} are asked for; lower rows or test_rows.")
+        if count < wanted:
+            raise UserError(f"{path}: {count} {what} rows, and {wanted} are asked for; lower rows or test_rows.")
+    asked = {question_of(pair) for pair in held_out}
+    if shared := sum(question_of(pair) in asked for pair in rows):
+        raise UserError(
+            f"{path}: {shared} training rows ask what a held-out row asks, too, so that scores would tell what is "
+            "known by heart; take them out, or let slsam-peft compare --data split the file."
+        )
     train = random.Random(seed).sample(rows, task.rows)
     held_out = random.Random(0).sample(held_out, len(held_out))
     end = task.test_rows + task.validation_rows

@@ -123,8 +123,11 @@ class Pace:
         self._remaining, self._samples = Counter(self._plan.remaining(rows)), samples_of(self._plan, rows)
 
     def step(self, job: Job, done: int) -> None:
-        """Note that a run has made a step; the first one sets things up and is not timed."""
+        """Note that a run has made a step; the first one sets things up and is not timed. With no step it begins."""
         now = self._clock()
+        if done == 0:
+            self._began = now
+            return
         if self._running is None:
             self._first_step = now
         self._running = Sample(job.task, job.method, done, now - self._first_step)

@@ -23,7 +23,7 @@ def next_row(
     Args:
         plan (`Plan`): The comparison.
         store (`RowStore`): Where its rows are.
-        progress (`Progress`): Told the job, steps done and steps in all.
+        progress (`Progress`): Told the job, steps done and steps in all; with 0 steps done when the job is claimed.
         run (callable, *optional*): Runs a job's settings. Defaults to `slsam_peft.runs.compare.run.run`.
         wait (`float`, *optional*): Seconds between looks at what others hold.
 
@@ -39,6 +39,7 @@ def next_row(
         for job in pending:
             with store.claim(job.key) as ours:
                 if ours:
+                    progress(job, 0, job.settings["steps"])
                     return _do(job, store, progress, run)
         time.sleep(wait)
 
