@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from slsam_peft.runs.compare.reading import read_settings
 from slsam_peft.runs.compare.recorded import RecordedPlan
 from slsam_peft.runs.compare.report import Line, build_report
 from slsam_peft.runs.compare.settings import CompareSettings
+from slsam_peft.runs.compare.statistics import Difference
 from slsam_peft.runs.compare.store import Row, RowStore
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "compare"
@@ -20,6 +21,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "compare"
 # Numbers that are no results of runs: the level of the intervals and how often they cover the mean, which a test in
 # tests/unit/test_compare.py simulates, and what others have published.
 ELSEWHERE = {"83 %", "70 %", "95 %", "+0.1", "2508.19564"}
+
+DEFAULTS = ("auto", "auto, default rise of the loss")  # what the default is called in comparisons
 
 SHARES = ("exact", "attack_success")  # metrics that the text may state in percent
 
@@ -50,11 +53,12 @@ CELL = re.compile(r"(\d\.\d+)(?: \((\d+) %\))?(?:, p ([\d.e-]+))?")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A YAML file, the rows beside it, and what they say."""
+    """A YAML file, the rows beside it, and what they say; also of the default against each of the others."""
 
     settings: CompareSettings
     rows: dict[str, Row]
     lines: list[Line]
+    beside_default: list[Line]
 
 
 @cache
@@ -62,7 +66,13 @@ def comparison(name: str) -> Comparison:
     """Read a comparison by the name of its YAML file, without the suffix."""
     settings = read_settings(FOLDER / f"{name}.yaml")
     rows = RowStore(FOLDER / "rows" / f"{name}.jsonl").read()
-    return Comparison(settings, rows, build_report(RecordedPlan(settings, rows), rows))
+    by_reference = {
+        name: build_report(RecordedPlan(replace(settings, reference=name, primary=None), rows), rows)
+        for name in DEFAULTS
+        if name in settings.methods
+    }
+    beside = [line for lines in by_reference.values() for line in lines]
+    return Comparison(settings, rows, build_report(RecordedPlan(settings, rows), rows), beside)
 
 
 def mismatches(page: str) -> list[str]:
@@ -143,11 +153,9 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
             yield match, _comparisons(page, match.start()), _line_number(page, match.start())
 
     for match, sources, where in taken(TRIPLE):
-        known = [d for source in sources for line in source.lines for d in line.differences.values()]
-        if not any(
-            all(_same(shown, value) for shown, value in zip(match.groups(), (d.mean, d.low, d.high), strict=True))
-            for d in known
-        ):
+        known = [(d.mean, d.low, d.high) for d in _differences(sources, "lines")]
+        known += [(-d.mean, -d.high, -d.low) for d in _differences(sources, "beside_default")]  # default minus others
+        if not any(all(_same(shown, value) for shown, value in zip(match.groups(), of, strict=True)) for of in known):
             yield match.start(), f"{where}: no method differs by {' '.join(match[0].split())}"
     for match, _, where in taken(SEEDS):
         before = " ".join(page[: match.start()].split())
@@ -163,6 +171,12 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
         shown = " ".join(match[0].split())
         if shown not in ELSEWHERE and not any(_same(shown, value) for value in _values(sources, shown)):
             yield match.start(), f"{where}: {shown} is in no row"
+
+
+def _differences(sources: list[Comparison], which: str) -> Iterator[Difference]:
+    for source in sources:
+        for line in getattr(source, which):
+            yield from line.differences.values()
 
 
 def _mean(scores: dict[int, float]) -> float | None:
