@@ -94,13 +94,8 @@ def run_name(plan: "Plan", task: str, method: str, settings: Mapping[str, Any]) 
         method (`str`): Its name in the comparison.
         settings (`dict`): `Job.settings`.
     """
-    from slsam_peft.runs.compare.methods import Candidate
-
-    how, radii = plan.settings.methods[method], {"rho": settings["random_rho"], **(settings["slsam"] or {})}
-    rho, rise = radii["rho"] if how.rhos else None, radii["loss_rise"] if how.loss_rises else None
-    baseline = next((b for b in how.baselines or () if b.is_of(settings)), None)
-    tried = Candidate(settings["learning_rate"], rho, rise, baseline).shown
-    return f"{task}, {method}, learning rate {tried}, seed {settings['seed']}"
+    tried = plan.settings.methods[method].candidate_of(settings)
+    return f"{task}, {method}, learning rate {tried.shown}, seed {settings['seed']}"
 
 
 def _say(plan: "Plan", row: dict[str, Any], console: Any, pace: "Pace") -> None:

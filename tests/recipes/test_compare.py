@@ -325,12 +325,10 @@ def test_committed_rows_belong_to_their_recipe(path: Path) -> None:
     assert rows
     for row in rows.values():
         run = row["settings"]
-        how, radii = settings.methods[row["method"]], {"rho": run["random_rho"], **(run["slsam"] or {})}
-        rho, rise = radii["rho"] if how.rhos else None, radii["loss_rise"] if how.loss_rises else None
-        assert rho in (how.rhos or (None,))
-        assert rise in (how.loss_rises or (None,))
-        baseline = next((b for b in how.baselines or () if b.is_of(run)), None)
-        tried = Candidate(run["learning_rate"], rho, rise, baseline)
+        how = settings.methods[row["method"]]
+        tried = how.candidate_of(run)
+        assert tried.rho in (how.rhos or (None,))
+        assert tried.loss_rise in (how.loss_rises or (None,))
         job = plan.job(row["task"], row["method"], "steps", tried, run["seed"])
         job = replace(job, settings={**job.settings, "steps": run["updates"]})
         assert job.key == row["key"]

@@ -27,7 +27,7 @@ from slsam_peft.cli.forest_plot import build as forest_plot
 from slsam_peft.cli.forest_plot import by_effect, draw
 from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
-from slsam_peft.runs.compare.jobs import IN_EVERY_ROW, Plan, row_settings, told
+from slsam_peft.runs.compare.jobs import IN_EVERY_ROW, Plan, in_row, row_settings
 from slsam_peft.runs.compare.methods import Candidate, slsam_config
 from slsam_peft.runs.compare.reading import parse_settings, read_settings
 from slsam_peft.runs.compare.recorded import RecordedPlan
@@ -284,8 +284,8 @@ def test_fields_that_come_later_are_in_a_row_only_where_they_are_not_at_their_de
         options: dict[str, int] = field(default_factory=dict)
 
     always = IN_EVERY_ROW[TrainingSettings]
-    assert told(plain_values(Later(steps=3)), Later, always) == plain_values(TrainingSettings(steps=3))
-    assert told(plain_values(Later(steps=3, neftune=5.0)), Later, always)["neftune"] == 5.0
+    assert in_row(plain_values(Later(steps=3)), Later, always) == plain_values(TrainingSettings(steps=3))
+    assert in_row(plain_values(Later(steps=3, neftune=5.0)), Later, always)["neftune"] == 5.0
     for kind, names in IN_EVERY_ROW.items():
         assert set(names) <= {f.name for f in fields(kind)}
 

@@ -51,11 +51,11 @@ def row_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings (`dict`): `Job.settings`. The options of puzzles and of SL-SAM in it keep their names.
     """
     kinds = {"task": TaskSettings, "training": TrainingSettings}
-    parts = {part: _renamed(told(settings[part], kind, IN_EVERY_ROW[kind])) for part, kind in kinds.items()}
+    parts = {part: _renamed(in_row(settings[part], kind, IN_EVERY_ROW[kind])) for part, kind in kinds.items()}
     return _renamed({**settings, **parts})
 
 
-def told(values: Mapping[str, Any], kind: type, always: Sequence[str]) -> dict[str, Any]:
+def in_row(values: Mapping[str, Any], kind: type, always: Sequence[str]) -> dict[str, Any]:
     """Return the values of a dataclass that a row holds: some always, others where rows without them have other ones.
 
     Args:

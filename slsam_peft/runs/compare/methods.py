@@ -110,6 +110,20 @@ class MethodSettings:
             for baseline in self.baselines or (None,)
         )
 
+    def candidate_of(self, settings: Mapping[str, Any]) -> Candidate:
+        """Return the candidate that a run of this method had.
+
+        Args:
+            settings (`dict`): `Job.settings`, or a row's.
+        """
+        radii = {"rho": settings["random_rho"], **(settings["slsam"] or {})}
+        return Candidate(
+            settings["learning_rate"],
+            radii["rho"] if self.rhos else None,
+            radii["loss_rise"] if self.loss_rises else None,
+            next((baseline for baseline in self.baselines or () if baseline.is_of(settings)), None),
+        )
+
     def slsam_with(self, tried: Candidate) -> dict[str, Any] | None:
         """Return the settings of SL-SAM with a candidate's radius in them; `None` for other ways to train."""
         radii = {name: value for name in ("rho", "loss_rise") if (value := getattr(tried, name)) is not None}
