@@ -4,6 +4,7 @@ This module imports neither torch nor any framework, so that a command line can 
 """
 
 import difflib
+import inspect
 import json
 import math
 import os
@@ -36,8 +37,11 @@ PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
 RHO = 0.05  # Foret et al. 2021; the length of the perturbation wherever neither `rho` nor `loss_rise` is set
 BALANCING_RHO = 0.5  # mu_0 of BAR, in most of the paper's grids (arXiv 2410.14802, appendix D)
 ADAPTIVE_RHO = 0.5  # Kwon et al. 2021, where lengths are in units of the weights
+RHO_MAX = 2.0  # measured: 1 to 2
 LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and behind on rows still being learnt
 ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
+
+PLAIN = str | int | float | None  # what is recorded as it is
 
 _PARTED = ("bandit", "design", "ascent", "descent")  # fields that are parts of a method and have no other name
 
@@ -97,7 +101,7 @@ _PARTS: dict[str | None, dict[str, Any]] = {
     },
 }
 
-_NO_PART = ("two_pass", "remembered")  # ascents that take no part of a batch
+_PARTLESS = ("two_pass", "remembered", *ONE_PASS)  # ascents that take no part of a batch
 
 # Any of these, set without a method, asks for the parts alone.
 _ALONE = ("active_fraction", "bandit", "design", "ascent", "ascent_fraction", "descent", "cost_budget")
@@ -211,9 +215,10 @@ class SLSAMConfig:
         ),
     )
     rho_max: float = field(
-        default=2.0,
+        default=RHO_MAX,
         metadata=_help(
-            "Longest perturbation that loss_rise may ask for, where the gradient is small. Measured: 1 to 2."
+            "Longest perturbation that loss_rise may ask for, where the gradient is small; refused without loss_rise. "
+            "Measured: 1 to 2."
         ),
     )
     ascent_sequences: int | None = field(
@@ -355,7 +360,9 @@ class SLSAMConfig:
         self._check_numbers()
         self._check_names()
         self._check_pairs()
+        self._check_unread()
         self.resolved._check_combinations()
+        _ = self.resolved._described  # now: a rule may change what it was made with
 
     def _check_numbers(self) -> None:
         finite = "a finite number"
@@ -413,6 +420,36 @@ class SLSAMConfig:
                 f"radius is an object, which knows its own size, and rho={self.rho} or loss_rise={self.loss_rise} is "
                 "set beside it; leave both unset."
             )
+        if self.method in ONE_PASS and self.ascent is not None and self.ascent not in ONE_PASS:
+            raise ValueError(
+                f"method={self.method!r} and ascent={to_name(self.ascent)!r} name two rules; leave one of them unset, "
+                "or use another method beside this ascent."
+            )
+
+    def _check_unread(self) -> None:
+        """Refuse a number that is set and that nothing would read."""
+        settled = self.resolved
+        if not settled.is_perturbed:
+            return
+        how = "" if self.method is None else f" (method={self.method!r})"
+        named = isinstance(settled.ascent, str)
+        unread = not named or settled.ascent in _PARTLESS
+        # Resolved settings without a method say this share whatever their ascent is, and are settings, too.
+        filled = _PARTS[self.method].get("ascent_fraction") if named else None
+        for name, ignored in (("ascent_sequences", None), ("ascent_fraction", filled)):
+            value = getattr(self, name)
+            if not unread or value in (None, ignored):
+                continue
+            raise ValueError(
+                f"{name}={value} and ascent={to_name(settled.ascent)!r}{how}: this ascent "
+                + ("is no part of a batch" if named else "is an object, which knows its own sequences")
+                + f"; use ascent='partial' or method='auto', or leave {name} unset."
+            )
+        if self.rho_max != RHO_MAX and settled.radius != "loss_rise":
+            raise ValueError(
+                f"rho_max={self.rho_max} and radius={to_name(settled.radius)!r}{how}: it bounds what loss_rise "
+                "asks for, and there is none; set loss_rise in place of rho and radius, or leave rho_max unset."
+            )
 
     def _check_combinations(self) -> None:
         """Refuse parts that do not work together; on resolved settings."""
@@ -429,11 +466,6 @@ class SLSAMConfig:
                 f"ascent={self.ascent!r} trains every arm in every step, and descent='active'{how} with "
                 f"active_fraction={self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) only some of "
                 "them; set descent='all', or active_fraction=1 and leave cost_budget unset."
-            )
-        if self.ascent in (*_NO_PART, *ONE_PASS) and self.ascent_sequences is not None:
-            raise ValueError(
-                f"ascent_sequences={self.ascent_sequences} and ascent={self.ascent!r}{how}: this ascent is no part of "
-                "a batch; use ascent='partial' or method='auto', or leave ascent_sequences unset."
             )
         if self.ascent in ONE_PASS and self.radius != "length":
             raise ValueError(
@@ -455,9 +487,12 @@ class SLSAMConfig:
             values = _without(values, "rho", "loss_rise")
             values |= _radius_default(self.radius)
         ascent = self.ascent or values["ascent"]
-        if ascent in ONE_PASS and self.radius is None and self.loss_rise is None and self.rho is None:
+        own_radius = self.radius not in (None, "length") or self.loss_rise is not None
+        if ascent in ONE_PASS and not own_radius and self.rho is None:
             values = _without(values, "loss_rise") | {"rho": BALANCING_RHO if "bar" in ascent else RHO}
-        if ascent in (*_NO_PART, *ONE_PASS):
+        if not isinstance(ascent, str):  # an object knows its own
+            values = _without(values, "ascent_sequences", "ascent_fraction")
+        elif ascent in _PARTLESS:
             values.pop("ascent_sequences", None)
         elif self.ascent_fraction is None and "ascent_fraction" not in values:
             values.setdefault("ascent_sequences", 1)
@@ -489,10 +524,14 @@ class SLSAMConfig:
         return self.rho != 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the resolved settings as plain values; callables and objects become `"module:qualname"`."""
-        values = {f.name: getattr(self.resolved, f.name) for f in fields(self)}
-        plain = (str, int, float, type(None))
-        return {name: value if isinstance(value, plain) else to_name(value) for name, value in values.items()}
+        """Return the resolved settings as plain values; a callable or an object becomes what `described` says."""
+        return {f.name: getattr(self.resolved, f.name) for f in fields(self)} | self.resolved._described
+
+    @cached_property
+    def _described(self) -> dict[str, str]:
+        """What is said of the settings that are callables or objects."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: described(value) for name, value in values.items() if not isinstance(value, PLAIN)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SLSAMConfig":
@@ -593,6 +632,32 @@ def to_name(value: Any) -> str:
     value = value.func if isinstance(value, partial) else value
     value = value if hasattr(value, "__qualname__") else type(value)
     return f"{value.__module__}:{value.__qualname__}"
+
+
+def described(value: Any) -> str:
+    """Name a callable or an object as `to_name` does, with the plain values that it was made with.
+
+    These are the arguments of a partial and, of an object, what it keeps under the names of its constructor's
+    parameters: `"module:Sampa(sequences=None, fraction=None, share=0.2, extrapolate=True)"`.
+    """
+    if isinstance(value, partial):
+        values = [("", x) for x in value.args] + [(f"{name}=", x) for name, x in value.keywords.items()]
+    else:
+        values = [(f"{name}=", x) for name, x in _made_with(value)]
+    shown = [f"{name}{x!r}" for name, x in values if isinstance(x, PLAIN)]
+    return to_name(value) + (f"({', '.join(shown)})" if shown else "")
+
+
+def _made_with(value: Any) -> list[tuple[str, Any]]:
+    """Return what an object, or that of a bound method, keeps under the names of its constructor's parameters."""
+    owner = value.__self__ if inspect.ismethod(value) else value
+    if hasattr(owner, "__qualname__"):  # a function or a class
+        return []
+    try:
+        names = inspect.signature(type(owner)).parameters
+    except ValueError:  # written in C
+        return []
+    return [(name, getattr(owner, name)) for name in names if hasattr(owner, name)]
 
 
 def _require_number(name: str, value: Any, allowed: str, test: Callable[[float], bool]) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +28,11 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
+from slsam_peft.algorithm.ascents import Part
 from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.trainer.distributed import average_over_ranks
+from slsam_peft.trainer.factors import factors_of
+from slsam_peft.trainer.riding import lora_pairs
 from tests import sharded
 from tests.tiny import build, llama, lora
 
@@ -44,6 +49,11 @@ AGAINST_ONE = {
     "bar": ({"ascent": "bar", "descent": "all"}, {}),
     "bi_lora": ({"ascent": "bi_lora", "descent": "all"}, NON_REENTRANT),
     "flat_lora": ({"ascent": "flat_lora", "descent": "all"}, REENTRANT),
+    "obar": ({"ascent": "obar", "descent": "all"}, {}),
+    "weight": ({"radius": "weight", "descent": "all"}, {}),
+    "asam": ({"radius": "asam", "descent": "all"}, {}),
+    "neuron": ({"radius": "neuron", "descent": "all"}, {}),
+    "zeroth_order": ({"ascent": "zeroth_order", "ascent_fraction": 1.0, "descent": "all"}, {}),
 }
 
 # Likewise, the two ranks sharded by accelerate, and under DDP.
@@ -274,8 +284,8 @@ def loss_rise(rank=None):
     return {"metrics": slsam.metrics}, {**seen, "norms": slsam.norms}
 
 
-def rides(folder):
-    """The default, with sequences that ride along; one rank gives that up in the third step."""
+def rides(folder, ascent="auto"):
+    """Sequences that ride along; one rank gives that up in the third step."""
 
     class GivesUp(Watched):
         def training_step(self, *args, **kwargs):
@@ -285,7 +295,8 @@ def rides(folder):
             return super().training_step(*args, **kwargs)
 
     radii = []
-    trainer = train_small(GivesUp, folder / "out", SLSAMConfig(loss_rise=0.02), max_steps=6, **PLAIN_SGD)
+    config = SLSAMConfig(method="auto", ascent=ascent, loss_rise=0.02)
+    trainer = train_small(GivesUp, folder / "out", config, max_steps=6, **PLAIN_SGD)
     return {"radii": radii, "pairs": len(trainer.slsam.runner.pairs)}, adapters(trainer)
 
 
@@ -384,7 +395,28 @@ def refused(folder):
             build(SLSAMTrainer, folder / "out", config_of({}), **settings)
         except ValueError as error:
             messages[name] = str(error)
-    return messages, {}
+    return messages | _refused_rules(), {}
+
+
+# Rules that may need whole weights, and an object of a user's own that may, too.
+WHOLE = [
+    *(("ascent", name) for name in ("zeroth_order", "bar", "obar", "bi_lora", "flat_lora", "sampa")),
+    *(("radius", name) for name in ("asam", "neuron", "weight")),
+    ("ascent", type("Own", (Part,), {})(1)),
+]
+
+
+def _refused_rules():
+    """Return what is said of each of `WHOLE`, by its place, in a loop of one's own over sharded parameters."""
+    model = sharded.shard(sharded.model_of(), init_device_mesh("cpu", (2,)))
+    given = {"pairs": lora_pairs(model), "factors": factors_of(model)}
+    messages = {}
+    for place, (field, rule) in enumerate(WHOLE):
+        try:
+            SLSAM(arms_of(model), SLSAMConfig(method="auto", rho=0.1, **{field: rule}), **given)
+        except ValueError as error:
+            messages[f"rule {place}"] = str(error)
+    return messages
 
 
 def dying(folder):
@@ -415,6 +447,7 @@ SCENARIOS = {
     "own loop": lambda folder: own_loop(dist.get_rank()),
     "loss rise": lambda folder: loss_rise(dist.get_rank()),
     "rides": rides,
+    "rides, sampa": partial(rides, ascent="sampa"),
     **{f"sharded, {name}": sharded_steps(name) for name in sharded.SHARDED},
     **{name: fsdp2(*chosen) for name, chosen in UNDER_FSDP2.items()},
     "fsdp2, resumed": fsdp2_resumed,

@@ -12,7 +12,8 @@ from slsam_peft.algorithm.stack import Beside
 from slsam_peft.algorithm.step import Step
 
 NAME = "ascent='bi_lora'"
-INSIDE = 1 - 1e-6  # of the radius: what clipping rounds must not reach beyond it
+INSIDE = 1 - 1e-6  # of the radius: what rounds the number that all factors are scaled by must not reach beyond it
+FASTEST = 0.1  # rate of Adam's ascent; a step moves each entry by about it
 
 
 class Adversary(Ascent):
@@ -25,7 +26,11 @@ class Adversary(Ascent):
     $\sqrt{\rho / c}$ where $c$, the norm of all $s B_2 A_2$ together, exceeds $\rho$. $A_2$ starts as LoRA's A does,
     from a seed, and $B_2$ at 0. It is no parameter of the model, so nothing that is saved or evaluated holds it.
     Differences: the ascent is Adam's, at the learning rate of the primary pair (plain ascent, the paper's equation,
-    does not come near a radius at an adapter's rate; `adam=False` makes it); the radius counts the scale s.
+    does not come near a radius at an adapter's rate; `adam=False` makes it); the radius counts the scale s; under the
+    sampler a pair is drawn where both of its factors are.
+
+    A step of Adam's moves each entry by about the rate, and $A_2$ starts within the root of 1 / in. So a rate above
+    0.1 is refused: one step leaves nothing of those before. What asks for it is a rate that is none, as Prodigy's 1.
 
     Args:
         radius (`float`, *optional*): rho. Defaults to the config's `rho`.
@@ -40,7 +45,7 @@ class Adversary(Ascent):
         self._host: Host | None = None
         self._aux: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._moments: dict[int, list[torch.Tensor]] = {}
-        self._norm = torch.zeros(())
+        self._norm = torch.zeros((), dtype=torch.float64)
         self._beside: Beside | None = None
 
     def begin(self, host: Host) -> None:
@@ -50,7 +55,7 @@ class Adversary(Ascent):
         self._host = host
         self._aux = [_fresh(f, host.config.seed, i) for i, f in enumerate(host.factors)]
         self._moments = {}
-        self._norm = torch.zeros((), device=self._aux[0][0].device)
+        self._norm = torch.zeros((), dtype=torch.float64, device=self._aux[0][0].device)
 
     @property
     def auxiliary(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -65,7 +70,7 @@ class Adversary(Ascent):
         step.rho = self._norm
         if self._beside is None or self._beside.step is not step:
             drawn = {host.parameters[i] for i in host.members(step.mask)}
-            on = [i for i, f in enumerate(host.factors) if drawn.intersection(f.pair.weights)]
+            on = [i for i, f in enumerate(host.factors) if drawn.issuperset(f.pair.weights)]
             self._beside = Beside({host.factors[i].pair: self._aux[i] for i in on}, step)
             self._on = on
         with self._beside.applied():
@@ -82,13 +87,13 @@ class Adversary(Ascent):
         rate = rate_of(host, NAME)
         for i in self._on:
             for side, weight in enumerate(host.factors[i].pair.weights):
-                found = beside.gradients.get(weight)
-                if found is None and host.reduce is None:
+                if not weight.requires_grad:  # frozen for now
                     continue
-                own = self._aux[i][side]
+                found, own = beside.gradients.get(weight), self._aux[i][side]
+                # One that took no part in the loss has a gradient of 0, as ranks send it: Adam goes on with momentum.
                 gradients.append(torch.zeros_like(own) if found is None else found.to(own))
                 targets.append(2 * i + side)
-                rates.append(rate(weight))
+                rates.append(self._checked(rate(weight)))
         if not gradients:
             return
         scale = None if host.loss_scale is None else host.loss_scale()
@@ -103,6 +108,15 @@ class Adversary(Ascent):
                 own.add_(self._direction(target, gradient) if self.adam else gradient, alpha=speed)
             self._clip()
 
+    def _checked(self, rate: float) -> float:
+        """Return a rate, and refuse one at which Adam's ascent forgets in each step what it had learnt."""
+        if self.adam and rate > FASTEST:
+            raise ValueError(
+                f"{NAME} would ascend at the learning rate {rate:.3g}; at most {FASTEST} is allowed. Lower it, or use "
+                "an optimizer whose learning rate is the length of its steps (Prodigy's and D-Adaptation's 1 is not)."
+            )
+        return rate
+
     def _direction(self, target: int, gradient: torch.Tensor) -> torch.Tensor:
         """Return Adam's step for one factor (betas 0.9 and 0.999), and keep its moments."""
         first, second, count = self._moments.setdefault(
@@ -115,13 +129,22 @@ class Adversary(Ascent):
         return (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
 
     def _clip(self) -> None:
-        """Scale all auxiliary factors alike where their product is longer than the radius."""
+        """Scale all auxiliary factors alike where their product is longer than the radius.
+
+        The product may be far shorter than its factors are. Then its norm is lost in a sum in float32, and rounding
+        the scaled factors may lengthen it: by eps / 2 of both factors' lengths for each of the two.
+        """
         host = self._host
         assert host is not None
         device = self._aux[0][0].device
-        squares = [f.scale**2 * product_norm_squared(b, a) for f, (a, b) in zip(host.factors, self._aux, strict=True)]
-        norm = torch.stack([x.to(device) for x in squares]).sum().sqrt()
-        ratio = (INSIDE * self._rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+        squares, spreads = [], []
+        for factors, (a, b) in zip(host.factors, self._aux, strict=True):
+            a, b, s = a.to(device, torch.float64), b.to(device, torch.float64), factors.scale
+            squares.append(s**2 * product_norm_squared(b, a))
+            spreads.append(s**2 * a.square().sum() * b.square().sum())
+        norm, spread = (torch.stack(x).sum().sqrt() for x in (squares, spreads))
+        longest = norm + torch.finfo(self._aux[0][0].dtype).eps * spread
+        ratio = (INSIDE * self._rho / longest.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
         for pair in self._aux:
             for own in pair:
                 own.mul_(ratio.sqrt().to(own))
@@ -137,24 +160,26 @@ class Adversary(Ascent):
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned, see `Ascent.load_state_dict`."""
         known = {f"{i}.{side}": x for i, pair in enumerate(self._aux) for side, x in enumerate(pair)}
-        wrong = [key for key, x in known.items() if key not in state or state[key].shape != x.shape]
-        if wrong or "norm" not in state:
+        wanted = {**known, "norm": self._norm}
+        moved = known.keys() & {key.rpartition(".")[0] for key in state}  # those with moments
+        for key in moved:
+            wanted |= {f"{key}.0": known[key], f"{key}.1": known[key], f"{key}.2": torch.zeros(())}
+        missing = [key for key, x in wanted.items() if key not in state or state[key].shape != x.shape]
+        if wrong := missing or sorted(state.keys() - wanted.keys()):
             raise ValueError(
-                f"the state has no second adapter that fits this one ({(wrong or ['norm'])[0]!r} is missing or of "
-                "another shape)."
+                f"the state has no second adapter that fits this one ({wrong[0]!r} is "
+                f"{'missing or of another shape' if missing else 'of no pair here'}). Resume with the adapter that it "
+                "was saved for, or start without the state."
             )
         with torch.no_grad():
             for key, x in known.items():
                 x.copy_(state[key])
-        self._norm = state["norm"].to(self._norm.device)
+        self._norm = state["norm"].to(self._norm)
         self._moments = {}
-        for key, x in state.items():
-            place = key.split(".")
-            if len(place) == 3:
-                target = 2 * int(place[0]) + int(place[1])
-                own = self._aux[target // 2][target % 2]
-                kept = self._moments.setdefault(target, [own, own, own])
-                kept[int(place[2])] = x.clone() if int(place[2]) == 2 else x.to(own.device).clone()
+        for target, (key, x) in enumerate(known.items()):
+            if key in moved:
+                first, second, count = (state[f"{key}.{k}"] for k in range(3))
+                self._moments[target] = [first.to(x, copy=True), second.to(x, copy=True), count.clone()]
 
 
 def _fresh(factors: Factors, seed: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:

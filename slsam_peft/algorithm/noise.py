@@ -2,7 +2,7 @@ r"""Runs passes at $W + s B A + \epsilon$ with random noise that is made where i
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class WeightNoise(Ascent):
     for a weight of shape `(m, n)` (arXiv 2409.14396, equation 7), drawn anew in each step for the drawn arms' modules.
     $\sigma_t$ grows from 0 to $\sigma$ by a cosine where the length of the training is known, as the paper has it, and
     is $\sigma$ else. The gradient is that of A and B at $W + s B A + \epsilon$. Nothing is kept but a seed (the
-    config's, the step's, the module's) and, for the step, the lengths of the rows. Differences: the noise is added to
+    config's, the step's, the module's) and, for the step, the lengths of the rows. Differences: under the sampler a
+    pair is drawn where both of its factors are; the noise is added to
     a copy of the weight inside the frozen module's own product, in the forward and again in the backward pass, so that
     no weight is written; on a 4-bit base the copy is the dequantised weight.
 
@@ -71,7 +72,7 @@ class WeightNoise(Ascent):
             self._noisy = [
                 _NoisyLinear(f, sigma, (host.config.seed, host.steps, i))
                 for i, f in enumerate(host.factors)
-                if drawn.intersection(f.pair.weights)
+                if drawn.issuperset(f.pair.weights)
             ]
             self._step = step
             self._rho = torch.full((), sigma)
@@ -122,13 +123,20 @@ class _NoisyLinear:
         """Return a new tensor with W and its noise, shape `(out, in)`."""
         with torch.no_grad():
             weight = self.factors.weight()  # type: ignore[misc]
-            exact = torch.promote_types(weight.dtype, torch.float32)
             if self._rows is None:
-                product = self.factors.scale * (self.factors.up.to(exact) @ self.factors.down.to(exact))
-                rows = (weight.to(exact) + product).norm(dim=1, keepdim=True)
-                self._rows = rows * (self.sigma / math.sqrt(weight.shape[1]))
+                self._rows = self._row_norms(weight) * (self.sigma / math.sqrt(weight.shape[1]))
             (noise,) = seeded_normal([self._rows.expand(weight.shape)], *self.seeds)
             return noise.mul_(self._rows).add_(weight).to(dtype)
+
+    def _row_norms(self, weight: torch.Tensor) -> torch.Tensor:
+        r"""Return $\|(W + s B A)_{i,:}\|_2$, shape `(out, 1)`, from $W A^T$ and $A A^T$: B A is as large as W."""
+        exact, kind = torch.promote_types(weight.dtype, torch.float32), weight.device.type
+        weight, up, down = (x.to(exact) for x in (weight, self.factors.up, self.factors.down))
+        scaled = self.factors.scale * up
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            added = 2 * (scaled * (weight @ down.t())).sum(1, keepdim=True)
+            added += (scaled * (scaled @ (down @ down.t()))).sum(1, keepdim=True)
+        return (weight.norm(dim=1, keepdim=True).square() + added).clamp(min=0.0).sqrt()
 
 
 class _NoisyProduct(torch.autograd.Function):

@@ -31,9 +31,8 @@ class ArmNorms:
             device (`torch.device`): Where the result lies; norms taken on other devices are brought there.
         """
         tensors = [g for g in gradients if g is not None]
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        zero = torch.zeros((), dtype=dtype, device=device)
-        found = iter(torch._foreach_norm(tensors, 2, dtype=dtype)) if tensors else iter(())
+        zero = torch.zeros((), dtype=_exact(tensors), device=device)
+        found = iter(norms_of(tensors))
         squares = torch.stack([zero if g is None else next(found).to(device) for g in gradients]).square()
         if self._summed is not None:
             squares = self._summed(squares)
@@ -42,8 +41,18 @@ class ArmNorms:
         return zero.new_zeros(self._count).index_add_(0, self._index_on[device], squares)
 
 
+def norms_of(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return the norm of each tensor, shape `()`, all in float64 where one is and in float32 otherwise."""
+    return torch._foreach_norm(list(tensors), 2, dtype=_exact(tensors)) if tensors else ()
+
+
 def joint_norm(gradients: Collection[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Return the norm of all gradients together, shape `()`; 0 where there are none."""
+    """Return the norm of all gradients together, shape `()`, of such a dtype; 0 where there are none."""
     if not gradients:
         return torch.zeros((), device=device)  # made there: a copy from the host would wait
-    return torch.stack([norm.to(device) for norm in torch._foreach_norm(list(gradients))]).norm()
+    return torch.stack([norm.to(device) for norm in norms_of(list(gradients))]).norm()
+
+
+def _exact(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """Return what norms are taken in: half precision rounds them to a 256th, or beyond its range."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

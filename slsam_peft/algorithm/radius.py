@@ -140,7 +140,7 @@ class Scaled(ABC):
         once = [t * g for t, g in zip(metric, gradients, strict=True)]
         size = joint_norm(once, norm.device)
         twice = [t * g for t, g in zip(metric, once, strict=True)]
-        rho = torch.full_like(norm, self.rho)
+        rho = torch.full_like(norm, self.rho) * (size > 0)  # where nothing is moved, the length is none
         return Offsets(scaled(twice, rho / (size + EPSILON)), rho)
 
 
@@ -181,7 +181,7 @@ class WeightSpace:
     whose norm follows from the Gram matrices of $[B, d_B]$ and $[A; d_A]$, both $2r \times 2r$; no weight is made. How
     far e goes does not depend on how a product is split over more ranks, nor on what part of it alpha is. The smallest
     such t is approached from below, so $\rho$ is never exceeded. Ours; EFlat-LoRA (arXiv 2508.00522) has a radius in
-    the weights as well.
+    the weights as well. The matrices are summed in float64: the change may be far shorter than what it is a sum of.
 
     Args:
         rho (`float`): The Frobenius norm of the change.
@@ -206,16 +206,16 @@ class WeightSpace:
         for weight, direction in zip(weights, directions, strict=True):
             pair, side = self._place[weight]  # type: ignore[index]  # the parameter itself
             found.setdefault(pair, [None, None])[side] = direction
-        sums = torch.stack([self._gram(i, *sides).to(norm.device, norm.dtype) for i, sides in found.items()]).sum(0)
-        length = _smallest_root(sums.unbind(), self.rho)
-        return Offsets(scaled(directions, length), torch.full_like(norm, self.rho))
+        sums = torch.stack([self._gram(i, *sides).to(norm.device) for i, sides in found.items()]).sum(0)
+        length = _smallest_root(sums.unbind(), self.rho).to(norm.dtype)
+        return Offsets(scaled(directions, length), torch.full_like(norm, self.rho) * (length > 0))
 
     def _gram(self, pair: int, down: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
-        """Return |X|^2, the product of X and Y, and |Y|^2 of a pair's change t X + t^2 Y, shape `(3,)`."""
+        """Return |X|^2, the product of X and Y, and |Y|^2 of a pair's change t X + t^2 Y, float64, shape `(3,)`."""
         factors = self._factors[pair]
-        a, b = (w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in factors.pair.weights)
-        da = torch.zeros_like(a) if down is None else down.to(a.dtype)
-        db = torch.zeros_like(b) if up is None else up.to(b.dtype)
+        a, b = (w.detach().double() for w in factors.pair.weights)
+        da = torch.zeros_like(a) if down is None else down.double()
+        db = torch.zeros_like(b) if up is None else up.double()
         left, right = torch.cat([b, db], dim=1), torch.cat([a, da])
         of_b, of_a, r = left.t() @ left, right @ right.t(), b.shape[1]
         bb, bd, dd = of_b[:r, :r], of_b[:r, r:], of_b[r:, r:]

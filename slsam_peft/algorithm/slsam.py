@@ -30,6 +30,7 @@ from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
+from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
 from slsam_peft.algorithm.perturbing import Perturber
 from slsam_peft.algorithm.radius import Radius, build_radius
 from slsam_peft.algorithm.rules import build_ascent, check_sharded
@@ -39,7 +40,7 @@ from slsam_peft.algorithm.shards import is_sharded, local, shards_of
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.config import RIDING, SLSAMConfig
 from slsam_peft.errors import DivergedError
 
 REDRAWS = 1000  # of arms that are not all frozen
@@ -61,7 +62,8 @@ class SLSAM:
     """Sparse-layer sharpness-aware minimisation over a set of arms.
 
     It produces gradients and owns no optimizer: after `update` the `.grad` of trained parameters is the descent
-    gradient at w + e, every other arm's is `None`, and the weights are w, bit for bit.
+    gradient at w + e, every other arm's is `None`, and the weights are w, bit for bit. One rule writes them itself:
+    `ascent="bar"` or `"obar"`, which scales the factors of the drawn pairs before the optimizer steps.
 
     Args:
         arms (`Sequence[Arm]`): What `arms_of(model)` returns, or any list of arms that holds every trainable parameter
@@ -175,6 +177,7 @@ class SLSAM:
         # The step in progress, and what an aborted one goes back to.
         self._watch = RadiusWatch()
         self._current: Step | None = None
+        self._alone = False
         self._before: dict[str, Any] = {}
         self._random_before: rng.State = {}
         self._order = RunOrder(arms.layout if isinstance(arms, Arms) else None)
@@ -225,10 +228,17 @@ class SLSAM:
             than `"two_pass"`).
 
         Raises:
-            ValueError: `ascent="partial"` without `ascent_closure`.
+            ValueError: `ascent="partial"` without `ascent_closure`; `ascent="ahead"` or `"sampa"`, which need the next
+                batch, too.
             DivergedError: more than `max_skipped_steps` steps in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
+        if self.config.ascent in RIDING and self.config.is_perturbed:
+            raise ValueError(
+                f"ascent={self.config.ascent!r} lets sequences of the next batch ride along, and update() sees one "
+                "batch alone; hand accumulate() Passes that have a Riding (slsam_peft.algorithm.step), or use "
+                "ascent='partial' or 'auto'."
+            )
         alone = ascent_closure if self.ascent.forwards else None
         cut = None if ascent_closure is None else lambda wanted: Cut(ascent_closure, forward_only=alone)
         return self.accumulate(Passes(closure, closure, forward_only, cut=cut))
@@ -300,8 +310,23 @@ class SLSAM:
             step.next_mask = self.sampler.draw_ahead().mask
         if self.ascent.stale and self.config.is_perturbed:
             self._perturber.of_memory(step)
+        self._tell_alone(step, passes)
         self._current = step
         return step
+
+    def _tell_alone(self, step: Step, passes: Passes) -> None:
+        """Tell that nothing rides along where a riding ascent meets two steps in a row without a neighbour.
+
+        One alone may be an epoch's last step after one that was skipped.
+        """
+        rides = bool(self.runner.pairs) and passes.riding is not None
+        alone = self.ascent.rides and step.perturbation is None and not rides
+        if alone and self._alone:
+            why = (
+                "no step brings sequences of the next one (Passes.riding), nor can SLSAM.update, which sees one batch"
+            )
+            self.fallbacks.add(NOT_RIDING, why, SMALL_PASS)
+        self._alone = alone
 
     def _settle_order(self, passes: Passes) -> None:
         """Set the depth of arms by what runs behind the blocks: seen in a pass to spare, or else in the last step."""
@@ -405,7 +430,7 @@ class SLSAM:
         step.items = step.items + passes.items
         if self.ascent.exact:
             return passes.logged
-        rides = bool(self.runner.pairs)  # and then this is the first step of an epoch alone
+        rides = bool(self.runner.pairs) and passes.riding is not None  # then this is an epoch's first step alone
         if step.count == 1 and not rides and not self.ascent.forwards:
             self.fallbacks.add(
                 "the ascent is made by the whole batch",

@@ -32,11 +32,12 @@ class StepNumbers(NamedTuple):
             `(L,)`.
         riding_norm (`torch.Tensor`): Norm of the ascent gradient made for the next step, shape `()`; it need only be
             finite.
-        rho (`torch.Tensor`): Length of e, as the radius measures it, shape `()`; NaN where there is none.
+        rho (`torch.Tensor`): Length of e, as the radius measures it, shape `()`; of a rule without an e how strong it
+            is in this step; NaN where there is neither.
         slope (`torch.Tensor`): What e raises the ascent sequences' mean loss by, to first order, shape `()`; NaN where
             it is rho times the gradient's norm.
         seen_loss (`torch.Tensor`): Mean loss of the ascent's sequences at w + e, shape `()`; NaN where not known.
-        part_loss (`torch.Tensor`): The same at w.
+        part_loss (`torch.Tensor`): The same at w, or where their gradient was taken: `Sampa` runs them elsewhere.
         descent_loss (`torch.Tensor`): Loss at w + e, on what the descent passes saw, shape `()`.
         ascent_loss (`torch.Tensor`): Loss at w, on what the ascent passes saw, shape `()`.
         loss_scale (`torch.Tensor`): Factor on the loss, one element.

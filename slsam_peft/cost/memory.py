@@ -110,9 +110,9 @@ def memory_of(
         "gradients": adapters,
         # e and w + e; the other version of each perturbed factor, and its gradient
         "perturbation": adapters * 2 * share * (perturbed + stacked),
-        # of a second adapter: its factors and the two moments of their ascent
-        "second_adapter": 3 * adapters if rule.ascent.doubles else 0.0,
-        # of a weight with noise on it: the noise in float32, and the sum
+        # of a second adapter: its factors and the two moments of their ascent, never in half precision
+        "second_adapter": 3.0 * sum(p.numel() * max(4, p.element_size()) for p in trained) * rule.ascent.doubles,
+        # of a weight with noise on it: the noise in float32, and the sum in what the module computes in
         "noise": _noise_bytes(cost, settings) if rule.ascent.merges else 0.0,
         "gradient_memory": 2.0 * sum(p.numel() for p in trained) if rule.ascent.stale else 0.0,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
@@ -223,9 +223,13 @@ def _frozen_bytes(model: nn.Module, settings: MemorySettings) -> tuple[float, fl
 
 
 def _noise_bytes(cost: CostModel, settings: MemorySettings) -> float:
-    """Bytes of the largest adapted weight's noise in float32, and of the weight with the noise on it."""
+    """Bytes of the largest adapted weight's noise in float32, and of the weight with the noise on it.
+
+    In float32 the noise itself becomes the sum. The lengths of the rows are taken before, and need no more.
+    """
     sizes = (x.base.features for block in cost.decoder.blocks for x in block.linears if x.factors)
-    return max(sizes, default=0.0) * (4.0 + settings.compute_dtype.itemsize)
+    rounded = 0.0 if settings.compute_dtype == torch.float32 else settings.compute_dtype.itemsize
+    return max(sizes, default=0.0) * (4.0 + rounded)
 
 
 def _optimizer_bytes(p: nn.Parameter, name: str) -> float:

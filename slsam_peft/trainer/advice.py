@@ -32,18 +32,28 @@ def advise(trainer: Any, slsam: SLSAM) -> None:
             f"rides along in the previous step's pass, whose memory is that of {sequences + wanted} sequences; "
             "method='auto' with ascent='partial' costs the same and adds no memory to the peak"
         )
+    elif slsam.ascent.forwards:
+        where = f"runs in {slsam.ascent.forwards} forward passes of its own, which keep nothing for a backward one"
     else:
         where = "runs in a small pass of its own, which adds no memory to the peak"
     logger.info(
         "%d of the %d sequences of a step make its ascent: a step costs about %.2f plain LoRA steps. It %s.",
-        *(wanted, sequences, 1 + wanted / sequences, where),
+        *(wanted, sequences, 1 + wanted / sequences * _passes(slsam.ascent.forwards, args), where),
     )
-    logger.info("with method='auto' about twice plain LoRA's learning rate did best in our measurements.")
+    logger.info("with method='auto' plain LoRA's learning rate, up to twice that, did best in our measurements.")
     if _epochs(trainer) <= 1:
         logger.warning(
             "this run sees each sequence once, and nothing was gained by sharpness-aware steps there in our "
             "measurements: they help where few rows are repeated. Plain LoRA (rho=0) is cheaper."
         )
+
+
+def _passes(forwards: int, args: Any) -> float:
+    """Return what an ascent costs in plain LoRA steps on the same sequences, to first order.
+
+    Through a frozen base a backward pass costs what a forward one does, and checkpointing runs one more of these.
+    """
+    return forwards / (3 if args.gradient_checkpointing else 2) if forwards else 1.0
 
 
 @contextmanager

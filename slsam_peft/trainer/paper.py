@@ -1,34 +1,122 @@
-"""Makes TRL's model cards name the method and cite its paper."""
+"""Makes TRL's model cards name the method and cite its paper, and those of other papers' rules."""
 
 import textwrap
 from typing import Any
 
-PAPER = {
-    "title": "Sparse Layer Sharpness-Aware Minimization for Efficient Fine-Tuning",
-    "id": "2602.09395",
-    "citation": textwrap.dedent("""\
-        @misc{slsam2026,
-            title         = {{Sparse Layer Sharpness-Aware Minimization for Efficient Fine-Tuning}},
-            year          = 2026,
-            eprint        = {2602.09395},
-            archivePrefix = {arXiv},
-            primaryClass  = {cs.LG},
-            url           = {https://arxiv.org/abs/2602.09395},
-        }"""),
+from slsam_peft.algorithm.adversary import Adversary
+from slsam_peft.algorithm.balancing import Balancing
+from slsam_peft.algorithm.noise import WeightNoise
+from slsam_peft.algorithm.radius import Adaptive, Neuron
+from slsam_peft.algorithm.sampa import Sampa
+from slsam_peft.algorithm.zeroth_order import ZerothOrder
+from slsam_peft.config import ONE_PASS, SLSAMConfig
+
+
+def _paper(key: str, title: str, year: int, arxiv: str) -> dict[str, str]:
+    citation = f"""\
+        @misc{{{key},
+            title         = {{{{{title}}}}},
+            year          = {year},
+            eprint        = {{{arxiv}}},
+            archivePrefix = {{arXiv}},
+            primaryClass  = {{cs.LG}},
+            url           = {{https://arxiv.org/abs/{arxiv}}},
+        }}"""
+    return {"title": title, "id": arxiv, "citation": textwrap.dedent(citation)}
+
+
+PAPER = _paper("slsam2026", "Sparse Layer Sharpness-Aware Minimization for Efficient Fine-Tuning", 2026, "2602.09395")
+
+_BAR = _paper(
+    "bar2024",
+    "Implicit Regularization of Sharpness-Aware Minimization for Scale-Invariant Problems",
+    2024,
+    "2410.14802",
+)
+# By the name that the settings have for a rule: its own name, and its paper.
+_RULES = {
+    "asam": (
+        "ASAM",
+        _paper(
+            "asam2021",
+            "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks",
+            2021,
+            "2102.11600",
+        ),
+    ),
+    "neuron": (
+        "FT-SAM",
+        _paper(
+            "ftsam2023",
+            "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization",
+            2023,
+            "2304.11823",
+        ),
+    ),
+    "zeroth_order": (
+        "ZO-SAM",
+        _paper(
+            "zosam2026",
+            "ZO-SAM: Zero-Order Sharpness-Aware Minimization for Efficient Sparse Training",
+            2026,
+            "2603.13115",
+        ),
+    ),
+    "sampa": ("SAMPa", _paper("sampa2024", "SAMPa: Sharpness-aware Minimization Parallelized", 2024, "2410.10683")),
+    "bar": ("BAR", _BAR),
+    "obar": ("oBAR", _BAR),
+    "bi_lora": (
+        "Bi-LoRA",
+        _paper(
+            "bilora2025",
+            "Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models",
+            2025,
+            "2508.19564",
+        ),
+    ),
+    "flat_lora": (
+        "Flat-LoRA",
+        _paper("flatlora2024", "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", 2024, "2409.14396"),
+    ),
+}
+_OBJECTS: dict[type, str] = {
+    Adaptive: "asam",
+    Neuron: "neuron",
+    ZerothOrder: "zeroth_order",
+    Sampa: "sampa",
+    Balancing: "bar",
+    Adversary: "bi_lora",
+    WeightNoise: "flat_lora",
 }
 
 
-def name_on_cards(trainer: Any) -> None:
-    """Let a TRL trainer's model cards say "DPO and SL-SAM", link SL-SAM's paper and cite both methods' papers.
+def name_on_cards(trainer: Any, config: SLSAMConfig) -> None:
+    """Let a TRL trainer's model cards say "DPO and SL-SAM", link SL-SAM's paper and cite the papers of all methods.
 
-    A card links one paper. Where the trainer's own method has one, that paper stays in the citation, before SL-SAM's.
-    Trainers of transformers have no such cards and are left as they are.
+    A rule of another paper is named and cited, too: "DPO and SL-SAM with ASAM"; and where a method is that rule alone,
+    on every layer, its paper is the one that a card links: "DPO and BAR". Where the trainer's own method has a paper,
+    that stays in the citation, before all others. Trainers of transformers have no such cards and are left as they
+    are.
 
     Args:
         trainer (`Trainer`): A trainer, whose attributes are set for this instance alone.
+        config (`SLSAMConfig`): Its settings.
     """
     if not hasattr(trainer, "_paper"):
         return
+    config = config.resolved
+    rules = _rules_of(config) if config.is_perturbed else []
+    name = "SL-SAM" + (f" with {' and '.join(rule for rule, _ in rules)}" if rules else "")
+    linked, papers = PAPER, [PAPER, *(paper for _, paper in rules)]
+    if rules and config.method in ONE_PASS and config.active_fraction == 1:
+        (name, linked), *_ = rules
     own = trainer._paper.get("citation")
-    trainer._name = f"{trainer._name} and SL-SAM"
-    trainer._paper = {**PAPER, "citation": "\n\n".join(filter(None, (own, PAPER["citation"])))}
+    trainer._name = f"{trainer._name} and {name}"
+    trainer._paper = {**linked, "citation": "\n\n".join(filter(None, (own, *(p["citation"] for p in papers))))}
+
+
+def _rules_of(config: SLSAMConfig) -> list[tuple[str, dict[str, str]]]:
+    """Return the names and papers of the rules of other papers among resolved settings."""
+    given: list[Any] = [config.ascent, config.radius]
+    names = [x if isinstance(x, str) else _OBJECTS.get(type(x)) for x in given]
+    return [_RULES[name] for name in names if name in _RULES]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm.arms import Arm
-from slsam_peft.config import SLSAMConfig
+from slsam_peft.algorithm.noise import WeightNoise
+from slsam_peft.config import SLSAMConfig, to_name
 from slsam_peft.saving.record import adapter_prefixes
 
 
@@ -47,6 +48,26 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             f"{type(trainer).__name__} is not supported: its training step generates completions and "
             "counts its calls, so it cannot be run twice on one batch. SFT, DPO, KTO and reward trainers work."
+        )
+
+
+def check_reference(trainer: Any, config: SLSAMConfig) -> None:
+    """Refuse noise on frozen weights where these are the trainer's reference model, too, within a step.
+
+    The trainers of preferences that have no model of its own for it run the trained one without its adapter.
+
+    Raises:
+        ValueError: the reference would be noisy. The message says how it need not be.
+    """
+    noisy = config.ascent == "flat_lora" or isinstance(config.ascent, WeightNoise)
+    if not (noisy and config.is_perturbed):
+        return
+    shared = hasattr(trainer, "ref_model") and trainer.ref_model is None
+    if shared and not getattr(trainer.args, "precompute_ref_log_probs", False):
+        raise ValueError(
+            f"ascent={to_name(config.ascent)!r} adds noise to the frozen weights within a step, and "
+            f"{type(trainer).__name__} takes its reference log-probabilities from the same weights there. Set "
+            "precompute_ref_log_probs=True, hand over a ref_model, or use another rule."
         )
 
 

@@ -53,6 +53,7 @@ from slsam_peft.trainer.sharded import check_resumed, check_sharding, is_fsdp2
 from slsam_peft.trainer.support import (
     check_optimizer,
     check_quantized,
+    check_reference,
     check_sequences,
     check_trainer,
     held,
@@ -108,9 +109,9 @@ class SLSAMMixin(_Base):
         slsam_fallbacks (`Fallbacks`): What has run otherwise than meant so far; it stands in `slsam.json`, too.
 
     Raises:
-        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO); a base whose quantised
-            layers pass no gradient on; no trainable parameter; an optimizer that lacks some arms. All before the first
-            step.
+        ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO, noise on weights that are
+            the reference, too); a base whose quantised layers pass no gradient on; no trainable parameter; an
+            optimizer that lacks some arms. All before the first step.
     """
 
     def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
@@ -124,6 +125,7 @@ class SLSAMMixin(_Base):
         before = float32_adapters(model) if self.slsam_config.adapter_dtype == "float32" else {}
         super().__init__(*args, **kwargs)
         check_trainer(self)
+        check_reference(self, self.slsam_config)
         check_sharding(self, self.slsam_config)
         check_quantized(self.model)
         check_sequences(self, self.slsam_config)
@@ -156,7 +158,7 @@ class SLSAMMixin(_Base):
             self.model.add_model_tags(tags)
         if hasattr(self, "_tag_names"):
             self._tag_names = [*self._tag_names, *tags]
-        name_on_cards(self)
+        name_on_cards(self, self.slsam_config)
         self.add_callback(_TrainingSpan(self))
 
     @property
@@ -192,7 +194,8 @@ class SLSAMMixin(_Base):
         )
         if model is not None and (estimate := counts_in_part(self.model, model.decoder.block_names[0])):
             self.slsam_fallbacks.add(*estimate)
-        if config.ascent == "auto" and config.is_perturbed and not slsam.runner.pairs:
+        may_ride = config.ascent == "auto" or slsam.ascent.rides
+        if may_ride and config.is_perturbed and not slsam.runner.pairs:
             self.slsam_fallbacks.add(NOT_RIDING, why_not(self) or not_pairs(slsam.arms, pairs), SMALL_PASS)
         if has_ranks() and slsam.reduce is None:  # gradients of sharded parameters come averaged
             slsam.reduce = average_over_ranks

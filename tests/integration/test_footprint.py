@@ -1,5 +1,6 @@
 """Predicted memory against the peak of live tensors in a whole `trainer.train()` run, on the CPU."""
 
+import copy
 import functools
 import weakref
 
@@ -74,6 +75,8 @@ CASES = {
     "two_pass": ({"design": "depth", "active_fraction": 0.5}, 2, True),
     "remembered": ({"design": "depth", "active_fraction": 1.0, "ascent": "remembered"}, 1, True),
     "dense_descent": ({"design": "depth", "active_fraction": 0.2, "descent": "all"}, 3, True),
+    "bi_lora": ({"method": "bi_lora"}, 1, True),
+    "flat_lora": ({"method": "flat_lora"}, 1, True),
 }
 
 
@@ -167,3 +170,20 @@ def test_peak_is_plain_loras_and_what_is_reported(settings, micro_batches, tmp_p
     slsam = trainer.slsam
     adapters = sum(p.numel() * p.element_size() for p in slsam.runner.parameters)
     assert peak <= plain + 2 * adapters + slsam.horizon.peak_bytes + slsam.memory.bytes + SMALL_BYTES
+
+
+@pytest.mark.parametrize(("dtype", "noise_bytes"), [(torch.float32, 4), (torch.bfloat16, 6)])
+def test_what_rules_of_other_papers_hold_is_counted_in_its_own_dtype(dtype, noise_bytes):
+    """A second adapter and its moments are in float32 beside one in half precision, too; noise becomes the sum."""
+    model = meta_model(copy.deepcopy(CONFIG), dtype, lora_r=8, float32_adapters=False)  # which notes the dtype in it
+    settings = footprint.MemorySettings(compute_dtype=dtype)
+    cost, shapes = CostModel.from_model(model, True), [(BATCH, LENGTH)]
+    bi_lora, flat_lora = (
+        footprint.memory_of(model, cost, shapes, rule_of(SLSAMConfig(method=method)), settings)
+        for method in ("bi_lora", "flat_lora")
+    )
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert bi_lora["adapters"] == numbers * dtype.itemsize
+    assert (bi_lora["second_adapter"], bi_lora["noise"]) == (3 * 4 * numbers, 0)
+    largest = CONFIG.hidden_size * CONFIG.intermediate_size
+    assert (flat_lora["second_adapter"], flat_lora["noise"]) == (0, noise_bytes * largest)

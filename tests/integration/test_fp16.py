@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft.algorithm.adversary import Adversary
 from slsam_peft.algorithm.slsam import SLSAM
 from tests.tiny import build, lora
 from tests.tolerances import FLOAT16
@@ -66,7 +67,10 @@ def test_the_scale_does_not_move_the_trajectory(train):
     assert_same_training(train(2.0**8), train(2.0**14))
 
 
-@pytest.mark.parametrize("ascent", ["two_pass", "remembered"])
+CHANGES = ["two_pass", "remembered", pytest.param(Adversary(2.0, adam=False), marks=pytest.mark.slow, id="bi_lora")]
+
+
+@pytest.mark.parametrize("ascent", CHANGES)
 def test_changes_of_the_scale_do_not_move_the_trajectory(ascent, train):
     """It doubles every second step; the stale gradient of an arm may be older than the last change."""
     config = replace(CONFIG, ascent=ascent, rho=1.0)

@@ -1,5 +1,7 @@
 """TRL's preference trainers by the mixin, in one line each."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +9,13 @@ import torch
 from accelerate import Accelerator
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
+import slsam_peft
 from slsam_peft import SLSAMConfig, SLSAMMixin
+from slsam_peft.algorithm.adversary import Adversary
+from slsam_peft.algorithm.noise import WeightNoise
 from slsam_peft.trainer.paper import name_on_cards
 from tests.tiny import completions, llama, lora, preferences, reward_model, sft_args, tokenizer
+from tests.tolerances import FLOAT32_NORMS
 from tests.watch import Watch, check, hooks
 
 ROWS = 24
@@ -96,6 +102,69 @@ def test_both_passes_have_the_same_loss(case, tmp_path):
         assert any(log["kl"] > 1e-2 for log in logs), "the case shows nothing while the divergence is 0"
 
 
+NOISY = {"a name": {"method": "flat_lora"}, "an object": {"method": "auto", "ascent": WeightNoise(0.1)}}
+
+
+@pytest.mark.parametrize("settings", NOISY.values(), ids=NOISY)
+@pytest.mark.parametrize("name", ["DPO", "KTO"])
+def test_noise_on_weights_that_are_the_reference_too_is_refused(name, settings, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"SLSAM{name}Trainer takes its reference.*Set precompute_ref_log_probs=True"
+    ):
+        build(OTHERS[name], tmp_path, SLSAMConfig(**settings))
+    if settings["method"] == "flat_lora":
+        build(OTHERS[name], tmp_path, SLSAMConfig(**settings, rho=0.0))
+        build(OTHERS["reward"], tmp_path, SLSAMConfig(**settings))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
+def test_noise_leaves_a_reference_of_its_own_alone(tmp_path):
+    """As a second model and as log-probabilities that were made before training: the same rewards, in every step."""
+
+    def rewards(**arguments):
+        cls, config_class, *_ = OTHERS["DPO"]
+        given = {"ref_model": llama()} if arguments.pop("second", False) else {}
+        trainer = cls(
+            llama(),
+            args=sft_args(tmp_path, config_class=config_class, learning_rate=0.1, **arguments),
+            train_dataset=preferences(),
+            processing_class=tokenizer(),
+            peft_config=lora(),
+            slsam_config=SLSAMConfig(method="flat_lora", rho=0.3),
+            **given,
+        )
+        trainer.train()
+        return [[log[f"rewards/{side}"] for side in ("chosen", "rejected")] for log in trainer.state.log_history[:-1]]
+
+    ahead, second = rewards(precompute_ref_log_probs=True), rewards(second=True)
+    assert len(ahead) == 3
+    for one, two in zip(ahead, second, strict=True):
+        assert one == pytest.approx(two, rel=FLOAT32_NORMS, abs=FLOAT32_NORMS)
+    assert any(abs(reward) > 100 * FLOAT32_NORMS for step in ahead for reward in step)
+
+
+RULES = {
+    "bar": {"method": "bar"},
+    "bi_lora": {"method": "bi_lora"},
+    "flat_lora": {"method": "flat_lora", "rho": 0.3},
+    "zeroth_order": {"method": "auto", "ascent": "zeroth_order"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16
+@pytest.mark.parametrize("rule", [r if r == "flat_lora" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+def test_rules_of_other_papers_train_with_preferences(rule, tmp_path):
+    """With log-probabilities of the reference that were made before training; away from where plain training goes."""
+    before = {"precompute_ref_log_probs": True}
+    trainers = [build(OTHERS["DPO"], tmp_path, config, **before) for config in (None, SLSAMConfig(**RULES[rule]))]
+    for trainer in trainers:
+        trainer.train()
+    plain, ours = ([p for p in t.model.parameters() if p.requires_grad] for t in trainers)
+    assert trainers[1].slsam.steps == 3
+    assert trainers[1].slsam.skipped == 0
+    assert any(not torch.equal(p, q) for p, q in zip(plain, ours, strict=True))
+
+
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 def test_a_cost_budget_is_refused(case, tmp_path):
     trainer = build(case, tmp_path, SLSAMConfig(cost_budget=1.0, design="depth"))
@@ -126,13 +195,74 @@ def test_a_partial_ascent_takes_whole_pairs(case, tmp_path):
 
 def test_the_model_card_keeps_the_trainers_own_citation():
     trainer = SimpleNamespace(_name=DPOTrainer._name, _paper=DPOTrainer._paper)
-    name_on_cards(trainer)
+    name_on_cards(trainer, SLSAMConfig())
     assert trainer._name == "DPO and SL-SAM"
     assert trainer._paper["id"] == "2602.09395"
     assert trainer._paper["citation"].index("rafailov2023direct") < trainer._paper["citation"].index("2602.09395")
     plain = SimpleNamespace()  # a trainer of transformers has no such card
-    name_on_cards(plain)
+    name_on_cards(plain, SLSAMConfig())
     assert not vars(plain)
+
+
+OWN = "2602.09395"
+CARDS = {
+    "bar": ({"method": "bar"}, "BAR", "2410.14802", {"2410.14802"}),
+    "obar, drawn": ({"method": "auto", "ascent": "obar"}, "SL-SAM with oBAR", OWN, {"2410.14802"}),
+    "bi_lora": ({"method": "bi_lora"}, "Bi-LoRA", "2508.19564", {"2508.19564"}),
+    "bi_lora, an object": (
+        {"method": "auto", "ascent": Adversary(0.2)},
+        "SL-SAM with Bi-LoRA",
+        OWN,
+        {"2508.19564"},
+    ),
+    "flat_lora": ({"method": "flat_lora"}, "Flat-LoRA", "2409.14396", {"2409.14396"}),
+    "flat_lora, drawn": (
+        {"method": "flat_lora", "active_fraction": 0.5},
+        "SL-SAM with Flat-LoRA",
+        OWN,
+        {"2409.14396"},
+    ),
+    "sampa": ({"method": "auto", "ascent": "sampa"}, "SL-SAM with SAMPa", OWN, {"2410.10683"}),
+    "two rules": (
+        {"method": "auto", "ascent": "zeroth_order", "radius": "asam"},
+        "SL-SAM with ZO-SAM and ASAM",
+        OWN,
+        {"2603.13115", "2102.11600"},
+    ),
+    "neuron": ({"method": "sam", "radius": "neuron"}, "SL-SAM with FT-SAM", OWN, {"2304.11823"}),
+    "weight": ({"method": "sam", "radius": "weight"}, "SL-SAM", OWN, set()),
+    "plain": ({"method": "bar", "rho": 0.0}, "SL-SAM", OWN, set()),
+}
+
+
+@pytest.mark.parametrize(("settings", "name", "linked", "cited"), CARDS.values(), ids=CARDS)
+def test_the_model_card_names_the_rule_and_cites_its_paper(settings, name, linked, cited):
+    """Whatever a rule's name is, it is in the card's text, where its paper is in the table of rules."""
+    trainer = SimpleNamespace(_name=DPOTrainer._name, _paper=DPOTrainer._paper)
+    name_on_cards(trainer, SLSAMConfig(**settings))
+    assert trainer._name == f"DPO and {name}"
+    assert trainer._paper["id"] == linked
+    found = set(re.findall(r"eprint += \{([\d.]+)\}", trainer._paper["citation"])) - {"2305.18290"}
+    assert found == {OWN, *cited}
+    assert "rafailov2023direct" in trainer._paper["citation"]
+    assert trainer._paper["title"] in trainer._paper["citation"]
+
+
+def test_every_rule_with_a_paper_is_cited():
+    """As the method's page has it: no rule is without its own one on a card."""
+    table = (
+        (Path(slsam_peft.__file__).parent / "algorithm" / "README.md")
+        .read_text()
+        .split("## Rules of other papers")[1]
+        .split("\n\n")[2]
+    )
+    for row in table.splitlines()[2:]:
+        papers = set(re.findall(r"arXiv (\d+\.\d+)", row)) if "| ours" not in row else set()
+        for field, name in re.findall(r'(radius|ascent)="(\w+)"', row):
+            trainer = SimpleNamespace(_name="SFT", _paper={})
+            name_on_cards(trainer, SLSAMConfig(method="auto", **{field: name}))
+            assert all(paper in trainer._paper["citation"] for paper in papers), name
+            assert (trainer._paper["citation"].count("@misc") == 2) == ("| ours" not in row), name
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")  # by TRL 1.16

@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests import sharded
-from tests.rank_worker import AGAINST_ONE, STEPS, UNDER_FSDP2, adapters, loss_rise, own_loop, train_against_one
+from tests.rank_worker import (
+    AGAINST_ONE,
+    STEPS,
+    UNDER_FSDP2,
+    WHOLE,
+    adapters,
+    loss_rise,
+    own_loop,
+    train_against_one,
+)
 from tests.tolerances import EXACT_FLOAT64, FLOAT32_NORMS, FUSED_HEAD, TRAJECTORY
 
 pytestmark = pytest.mark.ranks
@@ -27,6 +36,9 @@ SLOW = {
     "bar",
     "bi_lora",
     "flat_lora",
+    "obar",
+    "asam",
+    "neuron",
     "fsdp2, a part",
     "fsdp2, resumed",
     *(f"sharded, {name}" for name in sharded.SHARDED),
@@ -63,6 +75,7 @@ def seen(tmp_path_factory, request):
         "own loop",
         "loss rise",
         "rides",
+        "rides, sampa",
         *(f"sharded, {name}" for name in sharded.SHARDED),
         *UNDER_FSDP2,
         "fsdp2, resumed",
@@ -158,8 +171,10 @@ def test_a_loss_rise_is_that_of_all_ranks_ascent_sequences(seen):
         torch.testing.assert_close(value, expected[name], rtol=TRAJECTORY, atol=TRAJECTORY, msg=name)
 
 
-def test_ranks_stay_together_where_one_of_them_stops_riding(seen):
-    (one, weights), (two, others) = seen("rides")
+@pytest.mark.parametrize("name", ["rides", "rides, sampa"])
+def test_ranks_stay_together_where_one_of_them_stops_riding(name, seen):
+    """The next ascent, and SAMPa's second term, are then means over the ranks on which something has ridden along."""
+    (one, weights), (two, others) = seen(name)
     assert one["radii"] == two["radii"]
     assert all(0 < rho < 2 for rho in one["radii"][1:]), "the case shows nothing at the longest radius"
     assert one["pairs"] > two["pairs"] == 0
@@ -287,6 +302,15 @@ def test_sharded_parameters_are_refused(seen):
         assert "Use DDP" in report["arguments"]
         assert "DTensor" in report["sharded model"]
         assert "Use DDP" in report["sharded model"]
+
+
+def test_rules_that_may_need_whole_weights_are_refused_over_sharded_ones(seen):
+    for report, _ in seen("refused"):
+        said = [report.get(f"rule {place}", "") for place in range(len(WHOLE))]
+        for (field, rule), message in zip(WHOLE, said, strict=True):
+            assert message.startswith(f"{field}={rule!r}" if isinstance(rule, str) else f"{field}=<"), rule
+            assert "are not sharded" in message if rule == "sampa" else "may need whole weights" in message, rule
+            assert "se ascent='auto'" in message, rule
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_cpu_recipe_runs_and_plain_peft_loads_its_adapter(
     assert (
         captured.err.count("1 of the 4 sequences of a step make its ascent: a step costs about 1.25 plain LoRA") == 1
     )
-    assert "about twice plain LoRA's learning rate" in captured.err
+    assert "plain LoRA's learning rate, up to twice that" in captured.err
     said = captured.out.splitlines()[-1]
     assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{tiny_model}"), "{out}")' in said
     log = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]

@@ -62,7 +62,7 @@ def test_tags_name_what_was_trained_with(given: dict[str, Any], expected: set[st
 
 def test_a_radius_that_is_an_object_is_named() -> None:
     found = settings(SLSAMConfig(radius=Length(0.1)))
-    assert "radius=slsam_peft.algorithm.radius:Length" in found
+    assert "radius=slsam_peft.algorithm.radius:Length(rho=0.1)" in found
     assert not {name for name in found if name.startswith(("rho=", "loss_rise="))}
 
 

@@ -1,8 +1,10 @@
 """State and trace files: what is read is what was written, and damage of any kind is told, never loaded."""
 
 import json
-from functools import cache
+import re
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
+from slsam_peft.algorithm.ascents import Part
+from slsam_peft.algorithm.radius import Length
 from slsam_peft.errors import UserError
 from slsam_peft.saving import checkpoint, trace_data
 from slsam_peft.saving import trace_file as tracing
@@ -111,6 +115,33 @@ def test_a_damaged_state_is_told_and_changes_nothing(tmp_path: Path, data: st.Da
     with pytest.raises(StateMismatchError, match=r"slsam\.safetensors is damaged \(.*resume from an older checkpoint"):
         load_state(slsam, tmp_path)
     assert_same(before, slsam.state_dict())
+
+
+def mean_of(probabilities: torch.Tensor, mask: torch.Tensor, norms: torch.Tensor, _: object, pull: float):
+    return probabilities + pull * (probabilities.mean() - probabilities)
+
+
+RULES = {
+    "an ascent's share": ("ascent", lambda x: Part(fraction=x), "Part(sequences=None, fraction=0.25)"),
+    "a radius's length": ("radius", Length, "Length(rho=0.25)"),
+    "a bandit's keyword": ("bandit", lambda x: partial(mean_of, pull=x), "mean_of(pull=0.25)"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_of_the_same_rule_with_another_strength_is_refused(rule: str, tmp_path: Path) -> None:
+    """The one that it was made with goes on, as another object."""
+    field, make, said = RULES[rule]
+
+    def made(strength: float) -> SLSAM:
+        config: dict[str, Any] = {"active_fraction": 0.5, field: make(strength)}
+        return SLSAM(arms_of(network(), "module"), SLSAMConfig(**config))
+
+    save_state(made(0.25), tmp_path)
+    load_state(made(0.25), tmp_path)
+    other = said.replace("0.25", "0.5")
+    with pytest.raises(StateMismatchError, match=rf"{field}=.*{re.escape(said)}' there, .*{re.escape(other)}' here"):
+        load_state(made(0.5), tmp_path)
 
 
 def test_a_state_of_another_schema_is_not_called_damaged(tmp_path: Path) -> None:

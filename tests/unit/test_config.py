@@ -2,12 +2,21 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
+import operator
 
 import pytest
 
 from slsam_peft import SLSAMConfig
+from slsam_peft.algorithm.adversary import Adversary
+from slsam_peft.algorithm.ascents import Ahead, Part
+from slsam_peft.algorithm.balancing import Balancing
+from slsam_peft.algorithm.noise import WeightNoise
+from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron
+from slsam_peft.algorithm.sampa import Sampa
+from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
 
 BAD = [
@@ -59,6 +68,33 @@ BAD = [
     ({"radius": "loss_rise", "rho": 0.3}, "radius='loss_rise' and rho=0.3", "leave one unset"),
     ({"ascent": []}, "ascent=[]", "is not known"),
     ({"ascent": "ahead", "cost_budget": 1.0}, "active_fraction=None", "leave cost_budget unset"),
+    ({"ascent_fraction": 0.5}, "ascent_fraction=0.5 and ascent='two_pass'", "leave ascent_fraction unset"),
+    *(
+        ({"method": method, name: value}, f"{name}={value} and ascent='{ascent}' (method='{method}')", "unset")
+        for name, value in (("ascent_fraction", 0.5), ("ascent_fraction", 0.25), ("ascent_sequences", 1))
+        for method, ascent in (
+            *(("sam", "two_pass"), ("paper", "two_pass"), ("depth", "two_pass")),
+            *((rule, rule) for rule in ("bar", "bi_lora", "flat_lora")),
+        )
+    ),
+    *(
+        ({"method": "auto", "ascent": Ahead(2), name: value}, f"{name}={value} and ascent=", "knows its own sequences")
+        for name, value in (("ascent_fraction", 0.5), ("ascent_sequences", 2), ("ascent_sequences", 1))
+    ),
+    *(
+        ({"method": "auto", "ascent": name, "ascent_sequences": 1}, f"ascent_sequences=1 and ascent='{name}'", "unset")
+        for name in ("two_pass", "bar", "obar", "bi_lora", "flat_lora")
+    ),
+    *(
+        ({"rho_max": 1.0, **values}, f"rho_max=1.0 and radius='{radius}'", "leave rho_max unset")
+        for values, radius in (
+            *(({"method": rule}, "length") for rule in ("bar", "bi_lora", "flat_lora", "sam", "paper", "depth")),
+            *(({"rho": 0.1}, "length"), ({"method": "sam", "radius": "asam"}, "asam")),
+            ({"radius": Length(0.1)}, "slsam_peft.algorithm.radius:Length"),
+        )
+    ),
+    ({"method": "bar", "ascent": "partial"}, "method='bar' and ascent='partial' name two rules", "leave one of them"),
+    ({"method": "bi_lora", "ascent": Ahead(1)}, "method='bi_lora' and ascent=", "name two rules"),
 ]
 
 
@@ -117,6 +153,15 @@ RESOLVED = [
         {"ascent": "partial", "loss_rise": 0.1},
         None,
         (*ALONE[:3], "partial", *ALONE[4:7], None, 0.1, "loss_rise", None),
+    ),
+    *(
+        (
+            {"method": rule, **how},
+            rule,
+            (1.0, "uniform", "bernoulli", rule, "all", None, None, rho, None, "length", None),
+        )
+        for rule, rho in (("bar", 0.5), ("bi_lora", 0.05), ("flat_lora", 0.05))
+        for how in ({}, {"radius": "length"})
     ),
     ({"rho": 0}, "auto", (1.0, *AUTO[1:7], 0, None, "length", None)),
     (
@@ -200,6 +245,67 @@ class Everything:
 )
 def test_callables_of_every_kind_have_a_name(design, name):
     assert SLSAMConfig(design=design).to_dict()["design"] == f"{__name__}:{name}"
+
+
+def tilted(probabilities, generator, slope=0.0, others=None):
+    return probabilities > slope
+
+
+class Tilted:
+    """A sampling scheme of a strength, which it changes itself, with something that is no plain value."""
+
+    def __init__(self, slope, others=None, *, steep=True):
+        self.slope, self.others, self.steep = slope, others, steep
+
+    def __call__(self, probabilities, generator):
+        return probabilities > self.slope
+
+
+@pytest.mark.parametrize(
+    ("design", "said"),
+    [
+        (functools.partial(tilted, slope=0.3), "tilted(slope=0.3)"),
+        (functools.partial(tilted, slope=0.3, others=[1]), "tilted(slope=0.3)"),
+        (Tilted(0.3), "Tilted(slope=0.3, others=None, steep=True)"),
+        (Tilted(0.3, others=[1], steep=False), "Tilted(slope=0.3, steep=False)"),
+        (Tilted(0.3).__call__, "Tilted.__call__(slope=0.3, others=None, steep=True)"),
+        (operator.itemgetter(0), None),
+    ],
+    ids=["partial", "partial of an object", "object", "object of an object", "method", "written in C"],
+)
+def test_plain_values_that_a_callable_was_made_with_are_recorded(design, said):
+    expected = "operator:itemgetter" if said is None else f"{__name__}:{said}"
+    assert SLSAMConfig(design=design).to_dict()["design"] == expected
+
+
+def test_what_is_recorded_is_what_a_rule_was_made_with():
+    """A rule that changes its own strength in training goes on from a checkpoint of its own."""
+    rule = Tilted(0.3)
+    config = SLSAMConfig(design=rule)
+    before = config.to_dict()
+    rule.slope = 0.9
+    assert config.to_dict() == config.resolved.to_dict() == before
+
+
+RULES = {
+    "ascent": (Part, Ahead, Sampa, ZerothOrder, Balancing, Adversary, WeightNoise),
+    "radius": (Length, LossRise, Adaptive, Neuron),
+}
+
+
+@pytest.mark.parametrize(("field", "rule"), [(field, rule) for field, rules in RULES.items() for rule in rules])
+def test_every_value_of_our_own_rules_is_recorded(field, rule):
+    """Each tells one object from another."""
+    names = list(inspect.signature(rule).parameters)
+    plain = {name: 0.25 for name in names}
+
+    def said(**values):
+        return SLSAMConfig(method="auto", **{field: rule(**{**plain, **values})}).to_dict()[field]
+
+    assert names
+    for name in names:
+        assert f"{name}=0.25" in said()
+        assert f"{name}=0.5" in said(**{name: 0.5})
 
 
 def test_every_field_has_its_help():

@@ -1,19 +1,21 @@
 """Radii in units of the weights, of neurons and of the adapted weights: twins, and what each is invariant to."""
 
+import math
+
 import pytest
 import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.algorithm.factors import Factors, product_norm_squared
 from slsam_peft.algorithm.norms import joint_norm
-from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron, WeightSpace
+from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron, Offsets, WeightSpace, build_radius
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.saving.card import settings_of
 from slsam_peft.trainer.factors import factors_of
 from tests.decoders import batch, decoder
 from tests.look_ahead import gradients_at, mean_gradients, summed
 from tests.tiny import build, lora
-from tests.tolerances import EXACT_FLOAT64, ORACLE, ROOT
+from tests.tolerances import EXACT_FLOAT64, FLOAT32_NORMS, ORACLE, ROOT
 
 RHO = 0.3
 NAMED = ("asam", "neuron", "weight")
@@ -229,8 +231,53 @@ def test_a_gradient_of_zero_moves_nothing():
     parameters = [p for f in factors_of(model) for p in f.pair.weights]
     gradients = [torch.zeros_like(p) for p in parameters]
     for radius in (Adaptive(RHO), Neuron(RHO), WeightSpace(RHO, factors_of(model))):
-        offsets, *_ = radius.offsets(gradients, parameters, torch.zeros((), dtype=torch.float64), torch.ones(()))
-        assert length_of(offsets) == 0.0
+        offsets, rho = radius.offsets(gradients, parameters, torch.zeros((), dtype=torch.float64), torch.ones(()))
+        assert length_of(offsets) == float(rho) == 0.0
+
+
+def test_a_gradient_that_can_move_nothing_has_no_length():
+    """The metric of weights that are all 0 is 0, and so is the change of a product whose other factor is."""
+    weights = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(2)]
+    gradients = [torch.ones_like(w) for w in weights]
+    norm = joint_norm(gradients, torch.device("cpu"))
+    for radius in (Adaptive(RHO, eta=0.0), Neuron(RHO, eta=0.0)):
+        offsets, rho = radius.offsets(gradients, weights, norm, torch.ones(()))
+        assert length_of(offsets) == float(rho) == 0.0
+    modules = [torch.nn.Linear(2, 2, bias=False) for _ in weights]
+    for module, weight in zip(modules, weights, strict=True):
+        module.weight = weight
+    radius = WeightSpace(RHO, [Factors("f", Pair(*modules))])
+    offsets, rho = radius.offsets(gradients[:1], weights[:1], norm, torch.ones(()))
+    assert length_of(offsets) == float(rho) == 0.0
+    offsets, rho = radius.offsets(gradients, weights, norm, torch.ones(()))
+    assert float(rho) == RHO
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_in_float32_changes_that_nearly_cancel_do_not_carry_the_radius_too_far(seed):
+    """X = B dA + dB A is a thirtieth of either: its norm is not in a sum of float32."""
+    torch.manual_seed(seed)
+    down, up = torch.nn.Linear(96, 8, bias=False), torch.nn.Linear(8, 128, bias=False)
+    with torch.no_grad():
+        up.weight.mul_(down.weight.norm() / up.weight.norm())
+    gradients = [down.weight.detach(), -up.weight.detach() - 0.03 * torch.randn(128, 8) * up.weight.std()]
+    norm, factors, rho = joint_norm(gradients, torch.device("cpu")), [Factors("f", Pair(down, up))], 1e-4
+    offsets, *_ = WeightSpace(rho, factors).offsets(gradients, [down.weight, up.weight], norm, torch.ones(()))
+    a, b, da, db = (x.detach().double() for x in (down.weight, up.weight, *offsets))
+    change = length_of([(b + db) @ (a + da) - b @ a])
+    assert change == pytest.approx(rho, rel=1e-3)
+    assert change <= rho * (1 + FLOAT32_NORMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_half_precision_are_neither_rounded_nor_out_of_range(dtype):
+    gradients = [torch.full((30, 40), 3000.0, dtype=dtype), torch.full((7,), 1.0, dtype=dtype)]
+    exact = length_of([g.double() for g in gradients])
+    found = joint_norm(gradients, torch.device("cpu"))
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(exact, rel=FLOAT32_NORMS)
+    (e,), _ = Neuron(RHO, eta=0.0).offsets([gradients[1][:, None]], [gradients[1][:, None]], found, torch.ones(()))
+    assert float(e.double().norm()) == pytest.approx(RHO, rel=torch.finfo(dtype).eps)
 
 
 def test_the_norm_of_a_product_is_that_of_the_matrix():
@@ -277,14 +324,41 @@ SETTINGS = {
 }
 
 
+class Measured:
+    """A radius that notes how long, in units of its own, what it makes is."""
+
+    def __init__(self, radius, name, factors):
+        self.radius, self.name, self.factors, self.lengths = radius, name, factors, []
+
+    def offsets(self, gradients, weights, norm, unit):
+        offsets, rho = self.radius.offsets(gradients, weights, norm, unit)
+        self.lengths.append(self.length(dict(zip(weights, offsets, strict=True))))
+        return Offsets(offsets, rho)
+
+    def length(self, e):
+        if self.name == "weight":
+            return length_of(changes(self.factors, e))
+        sizes = {w: w.detach().abs() if self.name == "asam" else w.detach().norm(dim=1, keepdim=True) for w in e}
+        return length_of([x / (sizes[w] + 0.01) for w, x in e.items()])
+
+
 @pytest.mark.parametrize("how", SETTINGS)
 @pytest.mark.parametrize("radius", NAMED)
-def test_it_trains_in_the_trainer(radius, how, tmp_path):
-    """LoRA starts at B = 0, which is where a radius in units of the weights must not be stuck."""
+def test_it_trains_in_the_trainer(radius, how, tmp_path, monkeypatch):
+    """LoRA starts at B = 0, where a radius in units of the weights must not be stuck: e is as long as it is to be."""
     method, training = SETTINGS[how]
-    trainer = build(SLSAMTrainer, tmp_path, SLSAMConfig(radius=radius, **method), peft_config=lora(), **training)
+    config = SLSAMConfig(radius=radius, **method)
+
+    def measured(config, factors=()):
+        return Measured(build_radius(config, factors), radius, factors)
+
+    monkeypatch.setattr("slsam_peft.algorithm.slsam.build_radius", measured)
+    trainer = build(SLSAMTrainer, tmp_path, config, peft_config=lora(), **training)
     trainer.train()
-    assert trainer.slsam.steps == 3
+    lengths = trainer.slsam.radius.lengths
+    assert trainer.slsam.steps == len(lengths) == 3
     assert trainer.slsam.skipped == 0
-    assert trainer.slsam.metrics["rho"] > 0
-    assert trainer.slsam.metrics["ascent_gain"] == trainer.slsam.metrics["ascent_gain"]
+    rho = config.resolved.rho
+    assert lengths == pytest.approx([rho] * 3, rel=1e-3)
+    assert trainer.slsam.metrics["rho"] == pytest.approx(rho)
+    assert math.isfinite(trainer.slsam.metrics["ascent_gain"])

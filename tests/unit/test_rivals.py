@@ -1,5 +1,6 @@
 """Rules of other papers, each held to a slow twin in float64 and to what its paper says of it."""
 
+import gc
 import math
 
 import pytest
@@ -8,22 +9,25 @@ from bitsandbytes.nn import Linear4bit
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
 from slsam_peft.algorithm.adversary import Adversary
-from slsam_peft.algorithm.ascents import Ahead, seeded_normal
+from slsam_peft.algorithm.ascents import Ahead, Ascent, seeded_normal
 from slsam_peft.algorithm.balancing import Balancing
 from slsam_peft.algorithm.factors import Factors
 from slsam_peft.algorithm.noise import WeightNoise, _NoisyLinear
+from slsam_peft.algorithm.radius import Offsets
 from slsam_peft.algorithm.sampa import Sampa
 from slsam_peft.algorithm.stack import Pair
+from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.cost.model import CostModel
 from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
 from slsam_peft.saving.card import settings_of
+from slsam_peft.trainer.cutting import scored_items
 from slsam_peft.trainer.factors import _weight_of, factors_of
 from slsam_peft.trainer.riding import lora_pairs
-from tests.decoders import batch, closures, decoder
-from tests.look_ahead import exact_norms, first_rows, gradients_at, look_ahead_passes, mean_gradients
-from tests.tolerances import EXACT_FLOAT64, ORACLE, TRAJECTORY
+from tests.decoders import batch, closures, decoder, passes_of
+from tests.look_ahead import exact_norms, first_rows, gradients_at, look_ahead_passes, mean_gradients, summed
+from tests.tolerances import EXACT_FLOAT64, FIRST_ORDER, FLOAT32_NORMS, ORACLE, TRAJECTORY
 
 RATE = 0.05
 RIVALS = ("sampa", "zeroth_order", "bar", "obar", "bi_lora", "flat_lora")
@@ -112,19 +116,32 @@ def test_the_direction_comes_from_a_seed_and_has_length_1():
     assert [x.dtype for x in first] == [torch.float64, torch.float32]
 
 
-@pytest.mark.slow
+class Seen:
+    """A radius that adds up the ascent gradients it is given, and moves nothing."""
+
+    def __init__(self):
+        self.total = 0.0
+
+    def offsets(self, gradients, weights, norm, unit):
+        self.total = self.total + gradients[0] * unit
+        return Offsets([torch.zeros_like(g) for g in gradients], torch.zeros_like(norm))
+
+
 def test_the_estimate_times_the_dimension_is_the_gradient_in_the_mean():
     """On a cubic the smoothed gradient has its own closed form: that of the mean over a ball."""
-    torch.manual_seed(0)
-    w, mu, count = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64), 0.5, 20000
-    total = torch.zeros_like(w)
-    for step in range(count):
-        (u,) = ZerothOrder().direction([w], 0, step)
-        total += 3 * (((w + mu * u) ** 3).sum() - ((w - mu * u) ** 3).sum()) / (2 * mu) * u
+    cubic = torch.nn.Linear(3, 1, bias=False).double()
+    w, mu, count, seen = torch.tensor([[0.1, -0.2, 0.3]], dtype=torch.float64), 0.5, 1000, Seen()
+    with torch.no_grad():
+        cubic.weight.copy_(w)
+    config = SLSAMConfig(method="sam", ascent=ZerothOrder(1, smoothing=mu), radius=seen, granularity="tensor")
+    slsam = SLSAM(arms_of(cubic, "tensor"), config)
+    closure, forward_only = passes_of(lambda: (cubic.weight**3).sum())
+    for _ in range(count):
+        slsam.update(closure, forward_only=forward_only)
     # d/dw of the mean of (w + mu v)^3 over the ball: 3 w^2 + 3 mu^2 E[v_i^2], and E[v_i^2] = 1 / (d + 2)
-    smoothed = 3 * w**2 + 3 * mu**2 / 5
-    torch.testing.assert_close(total / count, smoothed, rtol=0, atol=0.1)
-    assert float((total / count - 3 * w**2).abs().min()) > 0.05, "the smoothing is seen, not the point alone"
+    smoothed, estimated = 3 * w**2 + 3 * mu**2 / 5, 3 * seen.total / count
+    torch.testing.assert_close(estimated, smoothed, rtol=0, atol=0.05)
+    assert float((estimated - 3 * w**2).min()) > 0.1, "the smoothing is seen, not the point alone"
 
 
 def test_a_loop_without_a_forward_alone_is_told_so():
@@ -171,6 +188,7 @@ def test_sampa_without_lambda_and_extrapolation_is_look_ahead():
         pytest.param(1.0, None, id="1.0-plain", marks=pytest.mark.slow),
         pytest.param(1.0, True, id="1.0-reentrant", marks=pytest.mark.slow),
         pytest.param(0.4, None, id="0.4-plain", marks=pytest.mark.slow),
+        pytest.param(0.4, False, id="0.4-checkpointed"),
         pytest.param(0.4, True, id="0.4-reentrant"),
     ],
 )
@@ -256,16 +274,21 @@ def test_a_balancing_step_is_that_of_its_algorithm(name, share):
         assert torch.equal(p.grad, q.grad), "the gradient is the plain one, at w"
 
 
-def factorization(name, steps=300, rate=0.01):
-    """Fit B A to a noisy matrix from an unbalanced start, by plain SGD; return the imbalance along the way."""
+def unbalanced(by=4.0):
+    """Return a pair of which A is so many times longer than it was made and B shorter, in a model, and a target."""
     torch.manual_seed(0)
     target = torch.randn(8, 6, dtype=torch.float64)
     down, up = (torch.nn.Linear(*shape, bias=False).double() for shape in ((6, 3), (3, 8)))
     with torch.no_grad():
-        down.weight.mul_(4.0)
-        up.weight.div_(4.0)
-    model = torch.nn.ModuleDict({"down": down, "up": up})
-    factors = [Factors("f", Pair(down, up))]
+        down.weight.mul_(by)
+        up.weight.div_(by)
+    return torch.nn.ModuleDict({"down": down, "up": up}), [Factors("f", Pair(down, up))], target
+
+
+def factorization(name, steps=300, rate=0.01):
+    """Fit B A to a noisy matrix from an unbalanced start, by plain SGD; return the imbalance along the way."""
+    model, factors, target = unbalanced()
+    down, up = factors[0].pair
     config = SLSAMConfig(method="bar", ascent=name, rho=0.5 if name else 0.0, granularity="tensor")
     slsam = SLSAM(arms_of(model, "tensor"), config, factors=factors)
     slsam.learning_rate = lambda p: rate
@@ -292,6 +315,83 @@ def test_the_imbalance_shrinks_as_it_does_not_under_plain_descent(name):
     plain, balanced = factorization(None), factorization(name)
     assert plain[-1] > 0.95 * plain[0]
     assert balanced[-1] < 0.1 * balanced[0]
+
+
+def change_of_balance(rate, by, **settings):
+    """Return what a step of SGD, and the rule before it, adds to the balance of an unbalanced pair."""
+    model, factors, target = unbalanced(by)
+    slsam = SLSAM(arms_of(model, "tensor"), SLSAMConfig(granularity="tensor", **settings), factors=factors)
+    slsam.learning_rate = lambda p: rate
+    (down, up), each = factors[0].pair, torch.eye(6, dtype=torch.float64)
+    closure, _ = passes_of(lambda: (up(down(each)) - target.t()).square().sum() / 2)
+    before = balance(factors)
+    slsam.update(closure)
+    torch.optim.SGD(model.parameters(), rate).step()
+    return float(balance(factors) - before)
+
+
+@pytest.mark.parametrize("by", [4.0, 0.25], ids=["A longer", "B longer"])
+@pytest.mark.parametrize("by_gradients", [True, False], ids=["bar", "obar"])
+def test_a_small_step_moves_the_balance_as_one_of_sam_does(by_gradients, by):
+    """By eta rho (|g_B|^2 - |g_A|^2) / |g| (theorem 2); BAR's is eta alpha (|A|^2 + |B|^2), of the same sign."""
+    _, (f,), target = unbalanced(by)
+    (down, up), rate, rho = copied(f.pair.weights), 1e-5, 1e-3
+    error = up @ down - target
+    of_down, of_up = (up.t() @ error).square().sum(), (error @ down.t()).square().sum()
+    expected = float(rho * (of_up - of_down) / (of_up + of_down).sqrt())
+    alpha = abs(expected) / float(down.square().sum() + up.square().sum())
+    plain = change_of_balance(rate, by, method="sam", rho=0.0)
+    sam = change_of_balance(rate, by, method="sam", rho=rho) - plain
+    rule = {"method": "auto", "ascent": Balancing(alpha, by_gradients), "active_fraction": 1.0}
+    bar = change_of_balance(rate, by, **rule) - plain
+    assert sam / rate == pytest.approx(expected, rel=FIRST_ORDER)
+    assert bar / rate == pytest.approx(expected, rel=FIRST_ORDER)
+    assert (bar > 0) == (by > 1), "the shorter factor grows"
+
+
+def test_half_precision_is_balanced_as_a_wider_one_is():
+    """A step changes a factor by less than bfloat16 can tell; the sum of many is what it is in float32."""
+    model, by, steps = decoder(dropout=0.0, dtype=torch.bfloat16), 1e-3, 12
+    with torch.no_grad():
+        for f in factors_of(model):
+            f.down.mul_(4)  # the same factor shrinks in every step
+    before = {p: p.detach().float() for p in trained(model)}
+    closure, _ = closures(model, batch())
+    settings = {"method": "bar", "ascent": "obar", "rho": by / RATE}
+    slsam = algorithm(model, **settings)
+    for step in range(steps):
+        if step == 5:
+            saved, slsam = slsam.state_dict(), algorithm(model, **settings)
+            slsam.load_state_dict(saved)
+        slsam.update(closure)
+    rest = slsam.ascent.state_dict()
+    for i, f in enumerate(factors_of(model)):
+        for side, w in enumerate(f.pair.weights):
+            whole = before[w] * (1 + (-by, by)[side]) ** steps
+            torch.testing.assert_close(w.detach() + rest[f"{i}.{side}"], whole, rtol=FLOAT32_NORMS, atol=0)
+            assert torch.equal(w.detach(), (w.detach() + rest[f"{i}.{side}"]).bfloat16()), "the nearest that there is"
+            assert not torch.equal(w.detach(), before[w].bfloat16())
+    with pytest.raises(ValueError, match=r"holds '0\.1', and no factor here has that name and shape"):
+        slsam.ascent.load_state_dict({"0.1": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bar", r"would change a factor by 0\.5 of itself.*at most 0\.1 is allowed"),
+        ("bi_lora", r"would ascend at the learning rate 1; at most 0\.1 is allowed"),
+    ],
+)
+def test_a_learning_rate_that_is_none_is_refused(name, message):
+    """Prodigy's is 1, whatever its steps are. Nothing is left half changed."""
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method=name, rho=0.5)
+    slsam.learning_rate = lambda p: 1.0
+    closure, _ = closures(model, batch())
+    before = copied(trained(model))
+    with pytest.raises(ValueError, match=message):
+        slsam.update(closure)
+    assert all(torch.equal(p, w) for p, w in zip(trained(model), before, strict=True))
 
 
 def test_a_void_step_balances_nothing():
@@ -331,14 +431,30 @@ def twin_step(inputs, extra):
     return run
 
 
+class SlowAdam:
+    """Adam for one tensor, written out."""
+
+    def __init__(self, like):
+        self.first, self.second, self.steps = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def __call__(self, gradient):
+        self.steps += 1
+        self.first = 0.9 * self.first + 0.1 * gradient
+        self.second = 0.999 * self.second + 0.001 * gradient**2
+        first, second = self.first / (1 - 0.9**self.steps), self.second / (1 - 0.999**self.steps)
+        return first / (second.sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["plain ascent", "adam"])
 @pytest.mark.parametrize("share", [1.0, 0.4], ids=["all", "drawn"])
-def test_the_second_adapter_follows_the_slow_reference(share):
-    """Merged into the weights of a twin: primary gradients, plain ascent from the weights' own, the global clip."""
-    model, rho = decoder(dropout=0.0), 0.02
-    slsam = algorithm(model, method="bi_lora", ascent=Adversary(rho, adam=False), active_fraction=share)
-    slsam.learning_rate = lambda p: 30.0  # so that the clip is reached
+def test_the_second_adapter_follows_the_slow_reference(share, adam):
+    """Merged into the weights of a twin: primary gradients, the ascent from the weights' own, the global clip."""
+    model, rho, rate = decoder(dropout=0.0), 0.02, 0.01 if adam else 30.0  # so that the clip is reached
+    slsam = algorithm(model, method="auto", ascent=Adversary(rho, adam=adam), active_fraction=share)
+    slsam.learning_rate = lambda p: rate
     inputs, factors = batch(), factors_of(model)
     aux = [copied(pair) for pair in slsam.ascent.auxiliary]
+    ascents = [[SlowAdam(x) for x in pair] if adam else [lambda g: g] * 2 for pair in aux]
     assert all(not b.any() and a.any() for a, b in aux)
     clipped = 0
     for _ in range(4):
@@ -352,12 +468,12 @@ def test_the_second_adapter_follows_the_slow_reference(share):
         expected, gradients, of_weights = twin_step(inputs, extra)(state)
         assert float(loss) == pytest.approx(expected, rel=ORACLE)
         assert_same([p.grad for p in slsam.runner.parameters], gradients)
-        for (a, b), f, o, g in zip(aux, factors, on, of_weights, strict=True):
+        for (a, b), f, o, g, (of_a, of_b) in zip(aux, factors, on, of_weights, ascents, strict=True):
             if o:
                 down, up = f.scale * b.t() @ g, f.scale * g @ a.t()
-                a.add_(30.0 * down)
-                b.add_(30.0 * up)
-        norm = sum(float((f.scale * b @ a).square().sum()) for f, (a, b) in zip(factors, aux, strict=True)) ** 0.5
+                a.add_(rate * of_a(down))
+                b.add_(rate * of_b(up))
+        norm = length_of_products(factors, aux)
         if norm > rho:
             clipped += 1
             for pair in aux:
@@ -365,9 +481,71 @@ def test_the_second_adapter_follows_the_slow_reference(share):
                     x.mul_((rho * (1 - 1e-6) / norm) ** 0.5)
         for got, wanted in zip(slsam.ascent.auxiliary, aux, strict=True):
             assert_same(got, wanted)
-        norm = sum(float((f.scale * b @ a).square().sum()) for f, (a, b) in zip(factors, aux, strict=True)) ** 0.5
-        assert norm <= rho
+        assert length_of_products(factors, aux) <= rho
     assert clipped
+    if adam:
+        assert (len({each.steps for pair in ascents for each in pair}) > 1) == (share < 1), "each pair counts its own"
+
+
+def length_of_products(factors, aux):
+    """Return the norm of all s B2 A2 together."""
+    products = [f.scale * b.double() @ a.double() for f, (a, b) in zip(factors, aux, strict=True)]
+    return float(torch.stack([x.norm() for x in products]).norm())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_radius_holds_in_float32_where_a_product_is_far_shorter_than_its_factors(seed):
+    """B2 A2 = -0.001 Q R, as the difference of two products a thousand times as long."""
+    torch.manual_seed(seed)
+    down, up = torch.nn.Linear(96, 8, bias=False), torch.nn.Linear(8, 128, bias=False)
+    model, factors, rho = torch.nn.Sequential(down, up), [Factors("f", Pair(down, up))], 1e-3
+    slsam = SLSAM(
+        arms_of(model, "tensor"), SLSAMConfig(method="bi_lora", granularity="tensor", rho=rho), factors=factors
+    )
+    slsam.learning_rate = lambda p: 0.0
+    (a, b), (p, q, r) = slsam.ascent.auxiliary[0], (torch.randn(*shape) for shape in ((128, 4), (128, 4), (4, 96)))
+    a.copy_(torch.cat([r, -r]))
+    b.copy_(torch.cat([p, p + 1e-3 * q], dim=1))
+    x = torch.randn(5, 96)
+    closure, _ = passes_of(lambda: model(x).square().mean())
+    slsam.update(closure)
+    assert 0.99 * rho < length_of_products(factors, slsam.ascent.auxiliary) <= rho
+
+
+def test_one_process_moves_a_pair_without_a_gradient_as_several_do():
+    """Ranks send a gradient of 0 for a pair that took no part in the loss, and Adam goes on with its momentum."""
+    ends = []
+    for reduce in (None, lambda tensors: None):  # which is what averaging does where ranks see the same
+        torch.manual_seed(0)
+        layers = torch.nn.ModuleList([torch.nn.Linear(*s, bias=False).double() for s in ((6, 3), (3, 6)) * 2])
+        factors = [Factors(str(i), Pair(*layers[i : i + 2])) for i in (0, 2)]
+        config = SLSAMConfig(method="bi_lora", granularity="tensor", rho=1.0)
+        slsam = SLSAM(arms_of(layers, "tensor"), config, factors=factors)
+        slsam.learning_rate, slsam.reduce = lambda p: RATE, reduce
+        x = torch.randn(5, 6, dtype=torch.float64)
+        for used in (2, 2, 1, 2):
+
+            def forward(layers=layers, x=x, used=used):
+                return sum(layers[2 * i + 1](layers[2 * i](x)).square().mean() for i in range(used))
+
+            slsam.update(passes_of(forward)[0])
+        ends.append([t for pair in slsam.ascent.auxiliary for t in copied(pair)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_what_is_frozen_for_now_is_not_moved_by_momentum():
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="bi_lora", rho=50.0)  # never clipped
+    closure, _ = closures(model, batch())
+    slsam.update(closure)
+    slsam.update(closure)
+    auxiliary = [x for pair in slsam.ascent.auxiliary for x in pair]
+    before = copied(auxiliary)
+    frozen = factors_of(model)[0].down
+    frozen.requires_grad_(False)
+    slsam.update(closure)
+    moved = [not torch.equal(x, y) for x, y in zip(auxiliary, before, strict=True)]
+    assert moved == [False] + [True] * (len(moved) - 1)
 
 
 def copied_state(model):
@@ -408,9 +586,36 @@ def test_its_state_goes_on_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     for a, b in zip(slsam.ascent.auxiliary, other.ascent.auxiliary, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    del saved["ascent.0.1"]
-    with pytest.raises(ValueError, match=r"no second adapter that fits this one \('0.1'"):
-        other.load_state_dict(saved)
+
+
+def without(state, key):
+    return {k: v for k, v in state.items() if k != key}
+
+
+SPOILT = {
+    "a factor is missing": (lambda s: without(s, "ascent.0.1"), "'0.1' is missing or of another shape"),
+    "of another rank": (lambda s: {**s, "ascent.0.0": torch.zeros(2, 32)}, "'0.0' is missing or of another shape"),
+    "the norm is missing": (lambda s: without(s, "ascent.norm"), "'norm' is missing or of another shape"),
+    "a moment is missing": (lambda s: without(s, "ascent.0.1.1"), "'0.1.1' is missing or of another shape"),
+    "a count is missing": (lambda s: without(s, "ascent.0.1.2"), "'0.1.2' is missing or of another shape"),
+    "a moment of another shape": (lambda s: {**s, "ascent.0.1.0": torch.zeros(3)}, "'0.1.0' is missing or of another"),
+    "a pair too many": (lambda s: {**s, "ascent.99.0": torch.zeros(3, 32)}, "'99.0' is of no pair here"),
+    "moments of no pair": (lambda s: {**s, "ascent.99.0.1": torch.zeros(3, 32)}, "'99.0.1' is of no pair here"),
+    "a moment too many": (lambda s: {**s, "ascent.0.1.3": torch.zeros(())}, "'0.1.3' is of no pair here"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT)
+def test_a_state_that_does_not_fit_is_refused_by_name(spoil, message):
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="bi_lora", rho=0.1)
+    closure, _ = closures(model, batch())
+    slsam.update(closure)
+    saved = slsam.state_dict()
+    with pytest.raises(ValueError, match=rf"no second adapter that fits this one \({message}"):
+        slsam.load_state_dict(spoil(saved))
+    again = slsam.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in saved.items() if torch.is_tensor(v)), "nothing has changed"
 
 
 # Flat-LoRA
@@ -468,6 +673,41 @@ def test_the_noise_has_mean_0_and_the_deviation_of_its_row():
     torch.testing.assert_close(noise.flatten(2).std((0, 2)) / rows, torch.ones_like(rows), rtol=0, atol=0.05)
 
 
+def test_rows_are_as_long_under_autocast():
+    """The forward runs within it, and a product in bfloat16 would be off by a 256th."""
+    factors = one_layer(torch.nn.Linear(40, 24, bias=False))
+    with torch.no_grad():
+        factors.up.mul_(10)
+    plain = _NoisyLinear(factors, 0.3, (0, 0, 0)).weight(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_NoisyLinear(factors, 0.3, (0, 0, 0)).weight(torch.float32), plain)
+
+
+def test_a_weight_with_noise_lives_in_its_product_alone():
+    """Nothing as large as a weight is kept for the backward pass, neither by autograd nor beside it."""
+    model, inputs = decoder(dropout=0.0), batch()
+    shapes = {shape for f in factors_of(model) for shape in (f.base.weight.shape, f.base.weight.t().shape)}
+    saved, alive = [], []
+
+    def living():
+        return sum(isinstance(x, torch.Tensor) and x.shape in shapes for x in gc.get_objects())
+
+    def closure():
+        before = living()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+            loss = model(**inputs).loss
+        alive.append(living() - before)
+        loss.backward()
+        return loss
+
+    algorithm(model, method="flat_lora", rho=0.3).update(closure)
+    assert saved
+    assert not shapes.intersection(saved)
+    assert alive == [0]
+    algorithm(model, method="flat_lora", rho=0.0).update(closure)
+    assert shapes.intersection(saved), "a plain product does keep its weight"
+
+
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "nested"])
 def test_on_four_bits_the_noise_is_on_the_dequantized_weight(compress):
     """Within the module's own product, forward and backward; the packed weight and its state stay as they are."""
@@ -496,7 +736,88 @@ def test_modules_whose_weight_cannot_be_had_are_refused_by_name():
         algorithm(model, method="flat_lora")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda base: base.bias.requires_grad_(True), "has a trained bias"),
+        (lambda base: base.weight.requires_grad_(True), "has a trained weight"),
+        (lambda base: setattr(base, "forward", base.forward), "has a forward that something else has replaced"),
+    ],
+    ids=["bias", "weight", "forward"],
+)
+def test_modules_that_something_else_works_on_are_refused_by_name(change, reason):
+    """The noise would be in the loss and not in the gradient of the one, or push the other aside."""
+    model = decoder("qwen2", dropout=0.0)
+    config, arms, factors = SLSAMConfig(method="flat_lora"), arms_of(model), factors_of(model)
+    change(factors[1].base)
+    with pytest.raises(ValueError, match=rf"ascent='flat_lora' adds noise.*layers\.0\.self_attn\.k_proj {reason}"):
+        SLSAM(arms, config, factors=factors)
+
+
 # What all of them owe
+
+
+def micro_batch(model, inputs, tokens):
+    """Return the passes over some of a step's sequences, of whose tokens there are so many."""
+
+    def forward_of(rows):
+        return lambda: summed(model, first_rows(inputs, rows), tokens, backward=False)
+
+    def cut(rows):
+        part = first_rows(inputs, rows)
+        return Cut(lambda: summed(model, part, tokens), scored_items(part), forward_of(rows))
+
+    count, run = len(inputs["input_ids"]), lambda: summed(model, inputs, tokens)
+    return Passes(run, run, forward_of(count), count, cut, scored_items(inputs), tokens)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("name", ["zeroth_order", "bar", "bi_lora", "flat_lora"])
+def test_two_micro_batches_are_one_batch(name, checkpointing):
+    """Gradients, weights, loss and what the rule keeps, whatever is recomputed in the backward pass."""
+    inputs, ends = batch(4, 9), []
+    inputs["labels"] = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)
+    tokens = scored_items(inputs)
+    for rows, way in ((4, None), (2, checkpointing)):
+        model = exact_norms(decoder(checkpointing=way, dropout=0.0))
+        slsam = algorithm(model, method="auto", ascent=name, rho=0.3, active_fraction=0.6)
+        optimizer, losses = torch.optim.SGD(trained(model), RATE), []
+        for _ in range(2):
+            parts = [
+                {k: v[i : i + rows] if torch.is_tensor(v) else v for k, v in inputs.items()} for i in range(0, 4, rows)
+            ]
+            for i, part in enumerate(parts):
+                slsam.accumulate(micro_batch(model, part, tokens), i, len(parts))
+            losses.append(torch.tensor(slsam.loss, dtype=torch.float64))
+            optimizer.step()
+        kept = list(slsam.ascent.state_dict().values())
+        ends.append([p.grad for p in trained(model)] + copied(trained(model)) + losses + kept)
+    assert_same(*ends, tolerance=TRAJECTORY)
+
+
+@pytest.mark.parametrize("name", ["bar", "bi_lora", "flat_lora"])
+def test_a_pair_is_drawn_where_both_of_its_factors_are(name):
+    """Where an arm is a tensor, a pair may be drawn by half; such a one is left alone, as what is not drawn is."""
+    model = decoder(dropout=0.0)
+    factors, touched = factors_of(model), []
+    settings = {"method": "auto", "ascent": name, "rho": 0.5, "granularity": "tensor", "active_fraction": 0.5}
+    slsam = SLSAM(arms_of(model, "tensor"), SLSAMConfig(**settings), factors=factors)
+    slsam.learning_rate = lambda p: RATE
+    closure, _ = closures(model, batch())
+    before = {p: p.detach().clone() for p in trained(model)}
+
+    def noted():
+        touched.extend("forward" in vars(f.base) or len(f.down) == 6 for f in factors)
+        return closure()
+
+    slsam.update(noted)
+    if name == "bar":
+        touched = [not torch.equal(f.down, before[f.down]) for f in factors]
+        assert touched == [not torch.equal(f.up, before[f.up]) for f in factors]
+    drawn = {p for p, o in zip(trained(model), slsam.active[slsam.runner.owner].tolist(), strict=True) if o}
+    halves = [len(drawn.intersection(f.pair.weights)) for f in factors]
+    assert set(halves) == {0, 1, 2}
+    assert touched == [number == 2 for number in halves]
 
 
 @pytest.mark.parametrize("name", ["bar", "obar", "bi_lora", "flat_lora"])
@@ -523,9 +844,14 @@ def test_combinations_without_a_meaning_are_refused_by_name(settings, message):
         SLSAMConfig(**settings)
 
 
+@pytest.fixture(scope="module")
+def arms():
+    return arms_of(decoder(dropout=0.0))
+
+
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.parametrize("method", ["auto", "sam", "depth", None])
-def test_names_are_kept_where_settings_are_kept(name, method):
+def test_names_are_kept_where_settings_are_kept(name, method, arms):
     """In checkpoints and records, on cards and in comparisons; without a radius it is plain LoRA."""
     descent = {"descent": "all"} if name == "sampa" else {}
     config = SLSAMConfig(method=method, ascent=name, **descent)
@@ -533,7 +859,8 @@ def test_names_are_kept_where_settings_are_kept(name, method):
     assert SLSAMConfig.from_dict(config.to_dict()).resolved == config.resolved
     assert f"ascent={name}" in settings_of(config)
     assert slsam_config({"method": method, "ascent": name, "rho": 0.1, **descent}).ascent == name
-    assert SLSAMConfig(method=method, ascent=name, rho=0, **descent).is_perturbed is False
+    plain = SLSAM(arms, SLSAMConfig(method=method, ascent=name, rho=0, **descent), fraction=0.5)
+    assert type(plain.ascent) is Ascent
 
 
 @pytest.mark.parametrize("name", ["bar", "bi_lora", "flat_lora"])

@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.algorithm.step import Passes
+from slsam_peft.algorithm.ascents import Ahead
+from slsam_peft.algorithm.sampa import Sampa
+from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.algorithm.telemetry import RadiusWatch
-from tests.decoders import batch, decoder
+from slsam_peft.trainer.riding import lora_pairs
+from tests.decoders import batch, closures, decoder
+from tests.look_ahead import look_ahead_passes
 from tests.reference import assert_gradients_are, reference_step
 from tests.tolerances import EXACT_FLOAT64
 
@@ -93,6 +97,71 @@ def test_partial_ascent_needs_a_part():
     with pytest.raises(ValueError, match="ascent_closure"):
         slsam.update(closure)
     slsam.update(closure, ascent_closure=closure)
+
+
+def riding(**settings):
+    """Return an algorithm in whose passes sequences may ride along, and what runs its model on two batches."""
+    model = decoder(dropout=0.0)
+    slsam = SLSAM(arms_of(model), SLSAMConfig(method="auto", rho=0.2, **settings), pairs=lora_pairs(model))
+    slsam.learning_rate = lambda parameter: 0.05
+    return model, slsam
+
+
+@pytest.mark.parametrize("ascent", ["ahead", "sampa"])
+def test_an_update_from_one_batch_refuses_a_look_at_the_next_one(ascent):
+    """It would be dense SAM or a small pass, under another name."""
+    model, slsam = riding(ascent=ascent)
+    closure, _ = closures(model, batch())
+    with pytest.raises(
+        ValueError, match=rf"ascent='{ascent}' .*update\(\) sees one batch alone.*use ascent='partial'"
+    ):
+        slsam.update(closure, closure)
+    assert slsam.steps == 0
+    plain = SLSAM(slsam.arms, SLSAMConfig(method="auto", ascent=ascent, rho=0.0))
+    plain.update(closure)
+    assert plain.steps == 1
+
+
+ALONE = {
+    "an object in update": (Ahead(1), True),
+    "sampa as an object in update": (Sampa(1), True),
+    "auto in update": ("auto", True),
+    "a name in passes without riding": ("ahead", False),
+    "sampa in passes without riding": ("sampa", False),
+}
+
+
+@pytest.mark.parametrize("part", [True, False], ids=["a part", "whole"])
+@pytest.mark.parametrize("case", ALONE)
+def test_it_is_told_once_that_nothing_rides_along(case, part, caplog):
+    """And what its ascent costs in its place."""
+    ascent, updates = ALONE[case]
+    model, slsam = riding(ascent=ascent)
+    assert slsam.runner.pairs
+    closure, _ = closures(model, batch())
+    for _ in range(4):
+        if updates:
+            slsam.update(closure, closure if part else None)
+        else:
+            cut = (lambda wanted: Cut(closure)) if part else None
+            slsam.accumulate(Passes(closure, closure, cut=cut, sequences=4 if part else None, whole=not part))
+        assert slsam.memory.bytes == 0
+    told = ["no sequence rides along in the pass of another batch"]
+    told += [] if part else ["the ascent is made by the whole batch"]
+    assert sorted(fallback.what for fallback in slsam.fallbacks) == sorted(told)
+    assert sum("rides along" in record.message for record in caplog.records) == 1
+
+
+def test_an_epochs_first_and_last_step_tell_nothing():
+    """Nor does one that is alone since the step before it was skipped."""
+    model, slsam = riding(ascent="ahead")
+    one, two = batch(rows=4), batch(rows=4)
+    for own, following in ((one, two), (two, None), (two, one), (one, None)):
+        slsam.accumulate(look_ahead_passes(model, own, following))
+    assert not slsam.fallbacks
+    slsam.memory.replace({})
+    slsam.accumulate(look_ahead_passes(model, one, None))
+    assert not slsam.fallbacks
 
 
 def test_the_sampling_scheme_is_called_once_per_step():
