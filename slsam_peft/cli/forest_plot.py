@@ -58,10 +58,7 @@ def draw(lines: Sequence[Line], metric: str, settings: CompareSettings, suffix: 
 
 def build(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Figure:
     """Return the figure that `draw` saves."""
-    panels = [
-        (title, by_effect([line for line in group if line.method != settings.reference], metric))
-        for title, group in groups(lines, settings)
-    ]
+    panels = _panels(lines, metric, settings)
     # Heights come first: a panel is as high as its rows, and a name of several lines makes its row higher.
     heights = [[_height(line) for line in group] for _, group in panels]
     height = sum(TITLE + sum(of) + GAP for of in heights) + FOOT
@@ -92,6 +89,19 @@ def build(lines: Sequence[Line], metric: str, settings: CompareSettings) -> Figu
     grey = "grey numbers: steps x cost of a step, in steps of plain LoRA"
     figure.text(0.5, 0.1 / height, grey, ha="center", va="center", color="0.35", size=8)
     return figure
+
+
+def _panels(lines: Sequence[Line], metric: str, settings: CompareSettings) -> list[tuple[str, list[Line]]]:
+    """Return title and lines of each panel; lines without a result are counted in the title, if there are others."""
+    every, known = [], []
+    for title, group in groups(lines, settings):
+        others = by_effect([line for line in group if line.method != settings.reference], metric)
+        every.append((title, others))
+        done = [line for line in others if metric in line.differences]
+        missing = len(others) - len(done)
+        if done:
+            known.append((f"{title} ({missing} more without a result yet)" if missing else title, done))
+    return known or every
 
 
 def by_effect(lines: Sequence[Line], metric: str) -> list[Line]:

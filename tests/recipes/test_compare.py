@@ -398,9 +398,9 @@ def test_the_first_screen_of_the_readme_says_what_the_rows_say() -> None:
     readme = (PAGE.parents[2] / "README.md").read_text()
     (status,) = re.findall(r"^- \*\*Status:\*\*.*?(?=\n\n)", readme, re.DOTALL | re.MULTILINE)
     assert len(evidence.NUMBER.findall(status)) >= 5
-    section = f"\n## Status\n{status} [sums](auto_batch16.yaml), [tweets](raters.yaml)\n"
+    section = f"\n## Status\n{status} [sums](fresh_batch16.yaml), [tweets](raters.yaml)\n"
     assert not evidence.mismatches(section)
-    for number in ("31 %", "25 %", "0.40", "0.54", "0.39"):
+    for number in ("34 %", "25 %", "31 %", "0.40", "0.54", "0.39"):
         assert evidence.mismatches(section.replace(number, number.replace(number[1], "9", 1))), number
 
 
