@@ -213,7 +213,8 @@ def _values(sources: list[Comparison], shown: str) -> Iterator[float]:
     """Yield what a number in the text can be: of a line, or of the settings for whole ones."""
     for source in sources:
         if "." not in shown and not shown.endswith("%"):
-            yield from (source.settings.training.steps, *(task.rows for task in source.settings.tasks.values()))
+            training = source.settings.training
+            yield from (training.steps, training.batch_size, *(task.rows for task in source.settings.tasks.values()))
             yield from (line.steps for line in source.lines if line.steps is not None)
             continue
         for line in source.lines:

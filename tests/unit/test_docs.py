@@ -28,6 +28,7 @@ from slsam_peft.cli.main import SUBCOMMANDS
 from slsam_peft.cli.parsing import Parser
 from slsam_peft.models.shapes import BUILT_IN
 from tests.pages import PACKAGE, PAGES, README, ROOT, blocks, in_a_checkout, name_of, prose, section
+from tests.tolerances import SIMULATED_PICTURE
 
 WORDS = ["<pad>", "<eos>", *"what is the capital of france spain peru paris madrid lima".split()]
 RECIPE = "recipes/small_data_slsam.yaml"
@@ -243,4 +244,13 @@ def test_the_picture_is_what_its_script_draws(name: str, tmp_path: Path) -> None
     runpy.run_path(str(ROOT / script))["main"]([str(drawn)])
     kept = (ROOT / stored).read_text()
     if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in kept:  # others may place a path differently
-        assert drawn.read_text() == kept
+        (words, numbers), (kept_words, kept_numbers) = parts_of(drawn.read_text()), parts_of(kept)
+        assert words == kept_words
+        moved = sum(abs(x - y) > 1e-6 for x, y in zip(numbers, kept_numbers, strict=True))
+        assert moved <= (SIMULATED_PICTURE * len(numbers) if name == "draw_bandit.py" else 0)
+
+
+def parts_of(picture: str) -> tuple[list[str], list[float]]:
+    """A picture's text, and the numbers in it."""
+    parts = re.split(r"(-?\d+\.\d+)", picture)
+    return parts[::2], [float(x) for x in parts[1::2]]
