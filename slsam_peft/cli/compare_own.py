@@ -268,10 +268,10 @@ def finish(plan: "Plan", rows: "Rows", lines: "Sequence[Line]", folder: Path, co
             console.print(f"{recipe} is not one that compare has written, and is left as it is.", soft_wrap=True)
             return
         write_output(recipe, sft_recipe(advice, plan.settings, str(recipe), adapter, gpu=gpu))
+    elif advice.method is not None and recipe.exists() and not says(recipe.read_text(encoding="utf-8"), advice):
+        console.print(f"{recipe} says something else; the same command without --report writes it anew.")
+        return
     if advice.method is not None and recipe.exists():
-        if not says(recipe.read_text(encoding="utf-8"), advice):
-            console.print(f"{recipe} says something else; the same command without --report writes it anew.")
-            return
         console.print("Train it, on the held-out part of the data as well:" if _is_part(plan) else "Train it:")
         console.print(Text(f"    slsam-peft sft --config {recipe}", "cyan"), soft_wrap=True)
 
