@@ -1,10 +1,11 @@
-"""`slsam-peft compare --data` compares plain LoRA with SL-SAM on one's own data, without a YAML file."""
+"""`slsam-peft compare --data` compares plain LoRA, SL-SAM and fewer steps on one's own data, without a YAML file."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slsam_peft.cli.compare_screen import grid, show
 from slsam_peft.cli.outputs import check_appendable, write_output
 from slsam_peft.data.files import check_file
 from slsam_peft.data.held_out import is_path
@@ -26,13 +27,17 @@ CONFIG, RECIPE, ADAPTER = "compare.yaml", "sft.yaml", "adapter"  # in the output
 FLAGS = (
     ("eval_data", str, "FILE", "held-out data: a file, or a split of --data (default: a part of --data, by a hash)"),
     ("model", str, "NAME", "base model: folder, Hub name or smollm2 (default: smollm2)"),
-    ("runs", int, "N", "most trainings: learning rates, as many for either method, then seeds (default: 12)"),
+    (
+        *("runs", int, "N"),
+        "most trainings: learning rates, as many for each method, then seeds (default: 12; 18 with fewer steps of "
+        "plain LoRA, which are tried from 15 on where rows are repeated)",
+    ),
     ("epochs", float, "X", "how often each row is seen (default: 3; up to 8 where rows are few, 1 from 2,000 on)"),
     ("steps", int, "N", "steps of a training, in place of --epochs"),
     ("batch_size", int, "N", "sequences per step (default: 4)"),
     ("max_length", int, "N", "tokens per sequence (default: those of the longest row, at most 1,024)"),
     ("lora_r", int, "N", "rank of the adapters (default: 8; 16 from 1,000 rows on)"),
-    ("learning_rate", float, "X", "middle one of plain LoRA's learning rates (default: 3e-4)"),
+    ("learning_rate", float, "X", "middle one of plain LoRA's (default: 3e-4); with fewer steps it is 4 times that"),
     ("slsam_learning_rate", float, "X", "middle one of SL-SAM's (default: twice plain LoRA's)"),
     ("dtype", str, "NAME", "what to compute in: float32 or bfloat16 (default: bfloat16 on a GPU that has it)"),
     ("load_in_4bit", None, "", "base weights in NF4"),
@@ -116,25 +121,23 @@ def begin(wishes: Wishes, folder: Path, console: Any) -> "CompareSettings":
     Raises:
         UserError: the data, or the model, cannot be used; the folder holds a comparison on other data.
     """
+    config = folder / CONFIG
     with console.status("Reading the data"):
         from slsam_peft.runs.compare.own_data import own_comparison
+        from slsam_peft.runs.compare.reading import read_settings
 
-        made = own_comparison(wishes)
-    config = folder / CONFIG
-    _check_earlier(config, made, console)
+        begun = read_settings(config) if config.exists() else None
+        made = own_comparison(wishes, begun)
+    if begun is not None:
+        _check_earlier(config, begun, made, console)
     folder.mkdir(exist_ok=True)
     write_output(config, _as_yaml(made.values, config))
-    _show(made, wishes, console)
+    show(made, wishes, console)
     return made.settings
 
 
-def _check_earlier(config: Path, made: "OwnComparison", console: Any) -> None:
+def _check_earlier(config: Path, earlier: "CompareSettings", made: "OwnComparison", console: Any) -> None:
     """Refuse to mix comparisons on different data, and say where settings are not those of the runs that are there."""
-    from slsam_peft.runs.compare.reading import read_settings
-
-    if not config.exists():
-        return
-    earlier = read_settings(config)
     before, now = (next(iter(settings.tasks.values())) for settings in (earlier, made.settings))
     if before.file != now.file:
         raise UserError(
@@ -157,58 +160,8 @@ def _as_yaml(values: dict[str, Any], config: Path) -> str:
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _show(made: "OwnComparison", wishes: Wishes, console: Any) -> None:
-    settings, split = made.settings, made.split
-    training, rows = settings.training, len(split.train)
-    where = f"of {wishes.eval_data}" if wishes.eval_data else "chosen by a hash of the question"
-    bits = ", linear layers in 4-bit NF4" if training.quantize == "nf4" else ""
-    tuned = max(len(how.candidates) for how in settings.methods.values())
-    tuning = 2 * tuned if tuned > 1 else 0
-    first = f"{tuning} to choose learning rates, then " if tuning else ""
-    epochs = training.steps * training.batch_size / rows
-    lines = [
-        ("Data", f"{rows} rows of {wishes.data} to train on"),
-        (
-            "Held out",
-            f"{len(split.validation)} rows to choose learning rates by and {len(split.test)} to test on, {where}",
-        ),
-        (
-            "Model",
-            f"{settings.model}{bits}, computing in {training.dtype}; LoRA r={training.lora_r} on all linear layers",
-        ),
-        (
-            "Training",
-            f"{training.steps} steps of {training.batch_size} sequences of at most {training.max_length} tokens: "
-            f"{'one epoch' if epochs == 1 else f'{epochs:.3g} epochs'}, counting "
-            f"{'every token of a row' if split.whole else 'the tokens of answers'}",
-        ),
-        *((name, f"learning rate {_listed(how.learning_rates)}") for name, how in settings.methods.items()),
-        ("Runs", f"{tuning + 2 * len(settings.seeds)}: {first}{len(settings.seeds)} seeds of both methods"),
-    ]
-    _grid(lines, console)
-    for sentence in made.said:
-        console.print(sentence, markup=False, highlight=False)
-
-
-def _listed(rates: Sequence[float]) -> str:
-    *others, last = [f"{rate:g}" for rate in rates]
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _grid(lines: Sequence[tuple[str, str]], console: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True, min_width=8)  # several such tables follow one another
-    table.add_column(overflow="fold")
-    for name, value in lines:
-        table.add_row(Text(name), Text(value))
-    console.print(table)
-
-
 def time_it(plan: "Plan", store: "RowStore", console: Any) -> "list[Probe]":
-    """Time a few steps of each method that has no run yet, say how long all will take, and return what was timed.
+    """Time a few steps of each method where no run tells of them, say how long all will take, and return the times.
 
     Args:
         plan (`Plan`): The comparison.
@@ -217,16 +170,18 @@ def time_it(plan: "Plan", store: "RowStore", console: Any) -> "list[Probe]":
     """
     from slsam_peft.cli.compare_work import span
     from slsam_peft.runs.compare.run import run
-    from slsam_peft.runs.compare.timing import estimate, probe, samples_of
+    from slsam_peft.runs.compare.timing import estimate, probe, same_steps, samples_of
 
     rows = store.read()
     left = plan.remaining(rows)
     if not left:
         return []
     known = {sample.method for sample in samples_of(plan, rows)}
-    missing = sorted({(task, method) for task, method, _ in left if method not in known})
     probes = []
-    for task, method in missing:
+    for task, method in sorted({(task, method) for task, method, _ in left}):
+        if any(same_steps(plan, method, other) for other in known):
+            continue
+        known.add(method)
         with console.status(f"Timing a few steps of {method}"):
             probes.append(probe(plan, task, method, run))
     found = estimate(plan, rows, probes)
@@ -234,7 +189,7 @@ def time_it(plan: "Plan", store: "RowStore", console: Any) -> "list[Probe]":
     if found is not None:
         by = "the fastest and the slowest step timed" if probes else "the fastest and the slowest run so far"
         said = f"{span(*found)} for {len(left)} runs, by {by}; longer if this machine gets busier"
-    _grid([("Time", said), ("", "Ctrl-C stops at any time; the same command goes on from there")], console)
+    grid([("Time", said), ("", "Ctrl-C stops at any time; the same command goes on from there")], console)
     return probes
 
 

@@ -128,7 +128,7 @@ def test_a_signal_ends_it_with_what_there_is_and_the_same_command_goes_on(
     whole = module.run
 
     def stopped(job: Mapping[str, Any], report: Any) -> dict[str, Any]:
-        if len(runner) == 2 + 7:  # two are timed, seven are done
+        if len(runner) == 2 + 10:  # two are timed, ten are done
             signal.raise_signal(number)
         return whole(job, report)
 
@@ -136,29 +136,94 @@ def test_a_signal_ends_it_with_what_there_is_and_the_same_command_goes_on(
     monkeypatch.setattr(RUN, stopped)
     assert main(command) == code
     out, err = capsys.readouterr()
-    assert f"{number.name}: stopped after 7 of 12 runs. The same command goes on from there." in err
-    assert "So far, after 7 of 12 runs, use plain LoRA with learning rate 0.00052" in out
-    assert len(rows_of(here / "compare-my")) == 7
-    assert "# So far, after 7 of 12 runs" in (here / "compare-my" / "sft.yaml").read_text()
+    assert f"{number.name}: stopped after 10 of 18 runs. The same command goes on from there." in err
+    assert "So far, after 10 of 18 runs, use plain LoRA with learning rate 0.00052" in out
+    assert len(rows_of(here / "compare-my")) == 10
+    assert "# So far, after 10 of 18 runs" in (here / "compare-my" / "sft.yaml").read_text()
     # The rows alone give the same, and what is done is not done again.
     monkeypatch.setattr(RUN, whole)
     runner.clear()
     assert main(["compare", "--data", "my.jsonl", "--report"]) == 0
-    assert "So far, after 7 of 12 runs, use plain LoRA" in capsys.readouterr().out
+    assert "So far, after 10 of 18 runs, use plain LoRA" in capsys.readouterr().out
     assert main(["compare", "--data", "my.jsonl", "--list"]) == 0
-    assert "7 of 12 runs are done" in capsys.readouterr().out
+    assert "10 of 18 runs are done" in capsys.readouterr().out
     assert not runner
     assert main(command) == 0
-    assert "5 runs, by the fastest and the slowest run so far" in " ".join(capsys.readouterr().out.split())
-    assert len(runner) == 5
-    assert len({row["key"] for row in rows_of(here / "compare-my")}) == 12
+    assert "8 runs, by the fastest and the slowest run so far" in " ".join(capsys.readouterr().out.split())
+    assert len(runner) == 8
+    assert len({row["key"] for row in rows_of(here / "compare-my")}) == 18
     text = (here / "compare-my" / "sft.yaml").read_text()
     assert "# Use SL-SAM (method: auto) with learning rate 0.001" in text
     assert yaml.safe_load(text)["method"] == "auto"
     assert main(command) == 0
-    assert len(runner) == 5
+    assert len(runner) == 8
     assert main(["compare", "--config", "compare-my/compare.yaml"]) == 0
-    assert len(runner) == 5
+    assert len(runner) == 8
+
+
+def test_fewer_steps_are_trained_scored_and_handed_on_to_sft(
+    here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs that choose learning rates are real; fewer steps are ahead in those made up after them."""
+    from slsam_peft.runs.compare import run as module
+
+    whole, steps = module.run, []
+
+    def run(job: Mapping[str, Any], report: Any) -> dict[str, Any]:
+        if job["seed"] == 100:
+            row = whole(job, report)
+            steps.append((job["slsam"] is not None, job["steps"]))
+            return row
+        loss = 1.0 - (0.1 + 0.01 * job["seed"] if job["steps"] == 3 else 0.0)
+        data = load_task_data(job)
+        return {"loss": loss, "accuracy": 0.5, "exact": 0.5, "cost": 1.0, "seconds": job["steps"], "data": data}
+
+    monkeypatch.setattr(RUN, run)
+    small = ["--runs", "15", "--epochs", "3", "--batch_size", "8", "--lora_r", "2", "--model", str(tiny_model)]
+    assert main(["compare", "--data", "my.jsonl", *small]) == 0
+    assert steps == [(False, 9), (False, 9), (True, 9), (True, 9), (False, 3), (False, 3)]
+    assert len(rows_of(here / "compare-my")) == 15
+    out = " ".join(capsys.readouterr().out.split())
+    assert "15: 6 to choose learning rates, then 3 seeds of all 3 methods" in out
+    assert "Use plain LoRA with a third of the steps and learning rate " in out
+    # A report says the same, and what sft makes of the file has as many epochs, of all rows.
+    assert main(["compare", "--data", "my.jsonl", "--report"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Use plain LoRA with a third of the steps and learning rate " in out
+    assert "slsam-peft sft --config compare-my/sft.yaml" in out
+    recipe = yaml.safe_load((here / "compare-my" / "sft.yaml").read_text())
+    assert (recipe["num_train_epochs"], recipe["rho"]) == (1, 0.0)
+    assert recipe["learning_rate"] in (6.9e-4, 2.1e-3)
+    assert main(["sft", "--config", "compare-my/sft.yaml", "--save_strategy", "steps", "--save_steps", "6"]) == 0
+    state = json.loads((here / "compare-my" / "adapter" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert (state["max_steps"], state["epoch"]) == (6, 1.0)
+
+
+def test_a_comparison_begun_with_two_methods_goes_on_with_them(
+    here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command finds its runs; with more of them it is another comparison, which has the third method."""
+    command, config = ["compare", "--data", "my.jsonl", "--model", str(tiny_model)], here / "compare-my/compare.yaml"
+    assert main([*command, "--runs", "12", "--limit", "5"]) == 0
+    begun = config.read_text()
+    capsys.readouterr()
+    assert main(["compare", "--data", "my.jsonl", "--list"]) == 0
+    assert "5 of 12 runs are done" in capsys.readouterr().out
+    assert main(command) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "begun without plain LoRA with a third of the steps, and goes on so" in out
+    assert "are not those that" not in out
+    assert "Use SL-SAM (method: auto) with learning rate 0.001" in out
+    assert "Fewer steps of plain LoRA at a larger rate were not tried" in out
+    assert config.read_text() == begun
+    assert len(rows_of(here / "compare-my")) == 12
+    assert main(["compare", "--data", "my.jsonl", "--report"]) == 0
+    assert "Use SL-SAM (method: auto) with learning rate 0.001" in capsys.readouterr().out
+    assert main([*command, "--runs", "18"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "The settings are not those that compare-my/compare.yaml was begun with" in out
+    assert "18: 6 to choose learning rates, then 4 seeds of all 3 methods" in out
+    assert len(rows_of(here / "compare-my")) == 18  # those of the two methods count
 
 
 def test_a_file_for_sft_that_is_somebodys_own_stays(
@@ -295,6 +360,12 @@ def test_the_screen_fits_into_80_columns(here: Path, tiny_model: Path) -> None:
         "8 rows to choose learning rates by and 16 to test on, chosen by a hash of the question",
         "48 steps of 4 sequences of at most 32 tokens: 8 epochs, counting every token of a row",
         "learning rate 0.00035 or 0.001",
-        "12: 4 to choose learning rates, then 4 seeds of both methods",
+        "plain, a third learning rate 0.00069 or 0.0021, 16 steps of the steps",  # in two lines, with its label
+        "18: 6 to choose learning rates, then 4 seeds of all 3 methods",
     ):
         assert words in " ".join(text.split())
+    console = Console(width=80, record=True, file=io.StringIO())
+    compare_own.begin(Wishes(data="my.jsonl", model=str(tiny_model), runs=12), here / "out", console)
+    text = " ".join(console.export_text().split())
+    assert "12: 4 to choose learning rates, then 4 seeds of both methods" in text
+    assert "Plain LoRA with a third of the steps is not tried" in text

@@ -1,15 +1,15 @@
-"""Says in one sentence which of two methods to use on somebody's data, with which settings, and how sure that is."""
+"""Says in one sentence which method to use on somebody's data, with which settings, and how sure that is."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from slsam_peft.runs.compare.grid import SPACING
 from slsam_peft.runs.compare.jobs import Plan, Rows
 from slsam_peft.runs.compare.methods import Candidate, MethodSettings
+from slsam_peft.runs.compare.notes import notes_of
+from slsam_peft.runs.compare.own_methods import AUTO, FEWER, PLAIN, are_own, settings_of, title
 from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
-from slsam_peft.runs.compare.statistics import CONFIDENCE, LEAST_FOR_STATISTICS, Difference
+from slsam_peft.runs.compare.verdict import Verdict, verdict
 
 # What a comparison on somebody's own data sets; `sft_recipe` hands it on.
 OWN_TASK = ("source", "file", "test_file", "rows", "validation_rows", "test_rows", "digest")
@@ -17,9 +17,6 @@ OWN_TRAINING = (
     *("steps", "batch_size", "max_length", "lora_r", "lora_alpha", "lora_dropout", "lr_scheduler_type"),
     *("weight_decay", "dtype", "quantize", "gradient_checkpointing"),
 )
-SMALL_STEPS = 8  # sequences; in steps of four fewer of them were as good in recipes/compare, in steps of 16 less so
-
-NAMES = {"plain": "plain LoRA", "auto": "SL-SAM (method: auto)"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Advice:
     """What to do.
 
     Args:
-        method (`str` or `None`): The method to use; `None` where nothing can be said yet, or both have diverged.
+        method (`str` or `None`): The method to use; `None` where nothing can be said yet, or all have diverged.
         chosen (`Candidate` or `None`): Its settings.
         sentence (`str`): Which to use with which settings, and how sure that is.
         notes (`list[str]`): What else somebody should know, as sentences.
@@ -40,16 +37,19 @@ class Advice:
 
 
 def is_own(settings: CompareSettings) -> bool:
-    """Return whether a comparison is the one of plain LoRA and the default on somebody's own data, unchanged."""
-    if [task.source for task in settings.tasks.values()] != ["own_data"] or list(settings.methods) != list(NAMES):
+    """Return whether a comparison is the one of plain LoRA and the default on somebody's own data, unchanged.
+
+    Plain LoRA with fewer steps may be a third method.
+    """
+    methods = settings.methods
+    if [task.source for task in settings.tasks.values()] != ["own_data"] or not are_own(list(methods)):
         return False
     [(name, task)] = settings.tasks.items()
-    rates = {method: how.learning_rates for method, how in settings.methods.items()}
     return settings == CompareSettings(
         tasks={name: TaskSettings(**{field: getattr(task, field) for field in OWN_TASK})},
         methods={
-            "plain": MethodSettings(learning_rates=rates["plain"]),
-            "auto": MethodSettings(learning_rates=rates["auto"], slsam={"method": "auto"}),
+            method: MethodSettings(learning_rates=how.learning_rates, **settings_of(method))
+            for method, how in methods.items()
         },
         training=TrainingSettings(**{field: getattr(settings.training, field) for field in OWN_TRAINING}),
         seeds=settings.seeds,
@@ -62,9 +62,9 @@ def is_own(settings: CompareSettings) -> bool:
 def advise(plan: Plan, rows: Rows, lines: Sequence[Line]) -> Advice:
     """Return what to do.
 
-    SL-SAM is advised where the paired t-test says that its held-out loss is lower, and plain LoRA, which is cheaper,
-    wherever it does not. A method all of whose runs have diverged is not advised. Nor is SL-SAM where it diverges on
-    more of the seeds that both have been run on, and plain LoRA where it does and more than half of them diverge.
+    Another method than plain LoRA is advised where it is to be preferred to plain LoRA, see `verdict`: its held-out
+    loss is lower for sure. Where both others are, SL-SAM has to prove itself in the same way against fewer steps,
+    which are cheaper.
 
     Args:
         plan (`Plan`): A comparison for which `is_own` holds.
@@ -72,27 +72,53 @@ def advise(plan: Plan, rows: Rows, lines: Sequence[Line]) -> Advice:
         lines (`Sequence[Line]`): What `build_report` makes of them.
     """
     by_method = {line.method: line for line in lines}
-    plain, auto = by_method["plain"], by_method["auto"]
-    failed = {line.method: _has_failed(plan, rows, line) for line in (plain, auto)}
-    if all(failed.values()):
-        return Advice(None, None, "Both methods have diverged in every run; use lower learning rates.", [])
-    if any(failed.values()):
-        method = "auto" if failed["plain"] else "plain"
-        why = f"{NAMES['plain' if failed['plain'] else 'auto']} has diverged in every run"
-    elif (worse := _less_stable(plain, auto)) is not None:
-        method = "auto" if worse is plain else "plain"
-        why = f"{NAMES[worse.method]} has diverged in {len(worse.failures)} of {_count(len(worse.done), 'run')}"
-    elif "loss" in auto.differences:
-        method, why = _compared(auto.differences["loss"], plan.settings)
-    else:
-        method, why = "plain", ""
+    failed = {line.method for line in lines if _has_failed(plan, rows, line)}
+    if len(failed) == len(lines):
+        which = "Both" if len(lines) == 2 else "All"
+        return Advice(None, None, f"{which} methods have diverged in every run; use lower learning rates.", [])
+    against = _against_plain(by_method, failed, plan.settings)
+    direct = _direct(by_method, failed, plan.settings)
+    method, reasons = _preferred(against, direct)
     line = by_method[method]
-    if line.chosen is None or not why:
-        return Advice(None, None, "Nothing can be said yet: no seed is done with both methods.", [])
+    if line.chosen is None or not reasons:
+        which = "both methods" if len(lines) == 2 else "plain LoRA and another method"
+        return Advice(None, None, f"Nothing can be said yet: no seed is done with {which}.", [])
     done, total = plan.counts(rows)
     begin = "Use" if done == total else f"So far, after {done} of {total} runs, use"
-    sentence = f"{begin} {NAMES[method]} with learning rate {line.chosen.shown}: {why}."
-    return Advice(method, line.chosen, sentence, _notes(line, plain, auto, plan.settings))
+    rate = f"{'and' if method in FEWER else 'with'} learning rate {line.chosen.shown}"
+    sentence = f"{begin} {title(method)} {rate}: {'; and '.join(reasons)}."
+    unsaid = direct if method != PLAIN and len(reasons) == 1 else None
+    return Advice(method, line.chosen, sentence, notes_of(line, lines, unsaid, plan.settings))
+
+
+def _against_plain(
+    by_method: Mapping[str, Line], failed: Collection[str], settings: CompareSettings
+) -> dict[str, Verdict]:
+    """Return of each other method whether it or plain LoRA is to be preferred, where that can be said."""
+    found = {
+        name: verdict(by_method[PLAIN], line, failed, settings)
+        for name, line in by_method.items()
+        if name != PLAIN and not {PLAIN, name} <= set(failed)
+    }
+    return {name: of for name, of in found.items() if of is not None}
+
+
+def _direct(by_method: Mapping[str, Line], failed: Collection[str], settings: CompareSettings) -> Verdict | None:
+    """Return whether SL-SAM or fewer steps are to be preferred; `None` where that cannot be said, or both failed."""
+    fewer = next((name for name in by_method if name in FEWER), None)
+    if fewer is None or {AUTO, fewer} <= set(failed):
+        return None
+    return verdict(by_method[fewer], by_method[AUTO], failed, settings)
+
+
+def _preferred(against: Mapping[str, Verdict], direct: Verdict | None) -> tuple[str, list[str]]:
+    """Return the method to use and the reasons, none where nothing can be said yet."""
+    ahead = [name for name, of in against.items() if of.better == name]
+    if not ahead:
+        return PLAIN, [of.why for of in against.values()]
+    if len(ahead) == 1:
+        return ahead[0], [against[ahead[0]].why]
+    return (PLAIN, []) if direct is None else (direct.better, [against[direct.better].why, direct.why])
 
 
 def _has_failed(plan: Plan, rows: Rows, line: Line) -> bool:
@@ -101,68 +127,3 @@ def _has_failed(plan: Plan, rows: Rows, line: Line) -> bool:
     if tuning and all("error" in rows.get(job.key, {}) for job in tuning):
         return True
     return bool(line.failed) and not line.scores["loss"]
-
-
-def _less_stable(plain: Line, auto: Line) -> Line | None:
-    """Return the line of the method that is not to be used since it diverges too often, on the seeds of both."""
-    both = plain.done & auto.done
-    of_plain, of_auto = len(plain.failures & both), len(auto.failures & both)
-    if of_auto > of_plain:
-        return auto
-    return plain if of_plain > of_auto and 2 * of_plain > len(both) else None
-
-
-def _compared(difference: Difference, settings: CompareSettings) -> tuple[str, str]:
-    """Return the method to use and the reason, from the differences in loss, SL-SAM minus plain LoRA."""
-    seeds, rows = len(difference.values), next(iter(settings.tasks.values())).test_rows
-    on = f"{_count(seeds, 'seed')}, {rows} held-out rows"
-    if math.isnan(difference.p):
-        how = f"an interval needs {LEAST_FOR_STATISTICS}" if seeds < LEAST_FOR_STATISTICS else "the same on each"
-        return (
-            "plain",
-            f"it is cheaper, and SL-SAM's loss is {difference.mean:+.4f} nats from plain LoRA's ({on}; {how})",
-        )
-    how = f"{CONFIDENCE:.0%} t interval {difference.low:+.4f} to {difference.high:+.4f}, p = {difference.p:.2g}; {on}"
-    if difference.p >= 1 - CONFIDENCE:
-        return "plain", (
-            "it is cheaper, and there is no difference that these runs can tell (SL-SAM's held-out loss is "
-            f"{difference.mean:+.4f} nats from plain LoRA's, {how})"
-        )
-    method, other = ("plain", "SL-SAM's") if difference.mean > 0 else ("auto", "plain LoRA's")
-    return method, f"its held-out loss is {abs(difference.mean):.4f} nats below {other} (SL-SAM minus plain: {how})"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def _notes(line: Line, plain: Line, auto: Line, settings: CompareSettings) -> list[str]:
-    notes = []
-    if auto.cost is not None and plain.cost is not None:
-        notes.append(f"A step of SL-SAM costs {auto.cost / plain.cost:.2f} plain ones, by count.")
-    if plain.failures or auto.failures:
-        notes.append(
-            f"Runs that diverged: {len(plain.failures)} of plain LoRA's {len(plain.done)}, {len(auto.failures)} of "
-            f"SL-SAM's {len(auto.done)}; the losses are those of the others."
-        )
-    notes += [_at_edge(of) for of in (plain, auto) if of.edge is not None]
-    if line is auto and settings.training.batch_size <= SMALL_STEPS:
-        notes.append(
-            "Fewer steps of plain LoRA at a larger rate were not tried; in steps of few sequences they often lower "
-            "the loss as much, and cost less."
-        )
-    notes.append(
-        "The interval says how much trainings differ from seed to seed on the same held-out rows; it says nothing of "
-        "other rows."
-    )
-    return notes
-
-
-def _at_edge(line: Line) -> str:
-    assert line.chosen is not None
-    flag = "learning_rate" if line.method == "plain" else "slsam_learning_rate"
-    further = f"{line.chosen.rate * (SPACING if line.edge == 'largest' else 1 / SPACING):.2g}"
-    return (
-        f"The learning rate of {NAMES[line.method]} is the {line.edge} of those tried; a further one may be better: "
-        f"--{flag} {further}."
-    )

@@ -1,18 +1,21 @@
-"""How a number of trainings is spent: on learning rates, as many for either method, and on seeds. Imports no torch."""
+"""How a number of trainings is spent: on learning rates, as many for each method, and on seeds. Imports no torch."""
 
 from slsam_peft.errors import UserError
 
-METHODS = 2  # plain LoRA and SL-SAM
+METHODS = 2  # plain LoRA and SL-SAM; plain LoRA with fewer steps makes three
 LEAST_SEEDS = 3  # fewer give no interval
-RATES = {24: 4, 16: 3, 10: 2, 0: 1}  # learning rates of a method, from so many trainings on
+RATES = {12: 4, 8: 3, 5: 2, 0: 1}  # learning rates of a method, from so many trainings of it on
+EACH = 6  # trainings of a method where nobody says how many: two learning rates and four seeds
 SPACING = 3.0  # from one learning rate to the next
+LEAST_OF_THREE = 3 * min(filter(None, RATES))  # trainings: learning rates are still chosen
 
 
-def spend(runs: int) -> tuple[int, int]:
-    """Return how many learning rates each method tries, and how many seeds both are trained on after that.
+def spend(runs: int, methods: int = METHODS) -> tuple[int, int]:
+    """Return how many learning rates each method tries, and how many seeds all are trained on after that.
 
     Args:
         runs (`int`): Most trainings.
+        methods (`int`, *optional*, defaults to `2`): How many methods there are.
 
     Raises:
         UserError: too few for three seeds of both methods.
@@ -23,9 +26,9 @@ def spend(runs: int) -> tuple[int, int]:
             f"--runs={runs} is not allowed; it must be an integer >= {least}: both methods on {LEAST_SEEDS} seeds, "
             "which is the least that gives an interval."
         )
-    rates = next(count for threshold, count in RATES.items() if runs >= threshold)
-    tuning = METHODS * rates if rates > 1 else 0  # a single one is not tried
-    return rates, (runs - tuning) // METHODS
+    rates = next(count for threshold, count in RATES.items() if runs >= methods * threshold)
+    tuning = methods * rates if rates > 1 else 0  # a single one is not tried
+    return rates, (runs - tuning) // methods
 
 
 def rates_around(middle: float, count: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Makes a comparison of plain LoRA and SL-SAM's default out of somebody's own data and a few wishes."""
+"""Makes a comparison of plain LoRA, SL-SAM's default and fewer steps out of somebody's own data and a few wishes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from slsam_peft.data.scoring import tokenize
 from slsam_peft.errors import UserError, brief
 from slsam_peft.models.load import compute_dtype, find_model, load_config, load_tokenizer
 from slsam_peft.models.positions import known_positions
-from slsam_peft.runs.compare.grid import rates_around, spend
+from slsam_peft.runs.compare.grid import EACH, LEAST_OF_THREE, rates_around, spend
+from slsam_peft.runs.compare.own_methods import AUTO, PLAIN, Fewer, fewer_steps, settings_of
 from slsam_peft.runs.compare.reading import parse_settings
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.wishes import (
-    AUTO,
+    FEWER_FACTOR,
     LARGER_RANK_FROM,
     LONGEST,
-    PLAIN,
     RATE_FACTOR,
     TUNING_SEED,
     Wishes,
@@ -58,8 +58,13 @@ class OwnComparison:
     said: list[str]
 
 
-def own_comparison(wishes: Wishes) -> OwnComparison:
+def own_comparison(wishes: Wishes, begun: CompareSettings | None = None) -> OwnComparison:
     """Read data and tokenizer and return the comparison; the same wishes and rows give the same one.
+
+    Args:
+        wishes (`Wishes`): What was asked for.
+        begun (`CompareSettings`, *optional*): The comparison that was begun before. One without fewer steps goes on
+            without them where all else is as it was.
 
     Raises:
         UserError: the rows or the model's tokenizer cannot be read, the rows are too few, see
@@ -77,9 +82,27 @@ def own_comparison(wishes: Wishes) -> OwnComparison:
             f"(max_position_embeddings); use --max_length {most}, or less."
         )
     lengths = _lengths(wishes.model, split)
-    limit = wishes.max_length or _max_length(lengths, most or LONGEST)
-    values = _values(wishes, split, limit)
-    return OwnComparison(values, parse_settings(values), split, _said(wishes, split, lengths, values["training"]))
+    training = _training(wishes, len(split.train), wishes.max_length or _max_length(lengths, most or LONGEST))
+    values, left_out = _with_fewer_steps(wishes, split, training, begun)
+    said = [*_said(wishes, split, lengths, training), *left_out]
+    return OwnComparison(values, parse_settings(values), split, said)
+
+
+def _with_fewer_steps(
+    wishes: Wishes, split: OwnSplit, training: Mapping[str, Any], begun: CompareSettings | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the comparison with fewer steps where they are worth a try, and why where they are left out."""
+    without = _values(wishes, split, training, None)
+    fewer = fewer_steps(training["steps"], training["batch_size"], len(split.train))
+    if fewer is None:
+        return without, []
+    if wishes.runs is not None and wishes.runs < LEAST_OF_THREE:
+        why = f"to choose its learning rate as well takes --runs {LEAST_OF_THREE} or more."
+        return without, [f"Plain LoRA with {fewer.short} is not tried: {why}"]
+    if begun is not None and begun == parse_settings(without):
+        why = "another folder begins one with it: --output FOLDER."
+        return without, [f"This comparison was begun without plain LoRA with {fewer.short}, and goes on so; {why}"]
+    return _values(wishes, split, training, fewer), []
 
 
 def _lengths(model: str, split: OwnSplit) -> list[Lengths]:
@@ -99,17 +122,9 @@ def _max_length(lengths: Sequence[Lengths], most: int) -> int:
     return min(LONGEST, most, -(-max(row.whole for row in lengths) // 8) * 8)
 
 
-def _values(wishes: Wishes, split: OwnSplit, max_length: int) -> dict[str, Any]:
-    rates, seeds = spend(wishes.runs)
-    rows = len(split.train)
-    steps = wishes.steps or math.ceil((wishes.epochs or epochs_of(rows)) * rows / wishes.batch_size)
-    task = {"source": "own_data", "file": _place(wishes.data)}
-    if wishes.eval_data is not None:
-        own = eval_place(wishes.data, wishes.eval_data)
-        task["test_file"] = wishes.eval_data if own is None else str(Path(own).expanduser().absolute())
-    counts = {"rows": rows, "validation_rows": len(split.validation), "test_rows": len(split.test)}
-    training = {
-        "steps": steps,
+def _training(wishes: Wishes, rows: int, max_length: int) -> dict[str, Any]:
+    return {
+        "steps": wishes.steps or math.ceil((wishes.epochs or epochs_of(rows)) * rows / wishes.batch_size),
         "batch_size": wishes.batch_size,
         "max_length": max_length,
         "lora_r": wishes.lora_r or (16 if rows >= LARGER_RANK_FROM else 8),
@@ -117,15 +132,26 @@ def _values(wishes: Wishes, split: OwnSplit, max_length: int) -> dict[str, Any]:
         "quantize": "nf4" if wishes.load_in_4bit else "none",
         "gradient_checkpointing": wishes.gradient_checkpointing,
     }
-    second = wishes.slsam_learning_rate or RATE_FACTOR * wishes.learning_rate
+
+
+def _values(wishes: Wishes, split: OwnSplit, training: Mapping[str, Any], fewer: Fewer | None) -> dict[str, Any]:
+    task = {"source": "own_data", "file": _place(wishes.data)}
+    if wishes.eval_data is not None:
+        own = eval_place(wishes.data, wishes.eval_data)
+        task["test_file"] = wishes.eval_data if own is None else str(Path(own).expanduser().absolute())
+    counts = {"rows": len(split.train), "validation_rows": len(split.validation), "test_rows": len(split.test)}
+    middles = {PLAIN: wishes.learning_rate, AUTO: wishes.slsam_learning_rate or RATE_FACTOR * wishes.learning_rate}
+    if fewer is not None:
+        middles[fewer.name] = FEWER_FACTOR * wishes.learning_rate
+    rates, seeds = spend(wishes.runs or EACH * len(middles), len(middles))
     folder = Path(wishes.model).expanduser()
     return {
         "model": str(folder.absolute()) if folder.is_dir() else wishes.model,
-        "training": training,
+        "training": dict(training),
         "tasks": {name_of(wishes.data): {**task, **counts, "digest": split.digest}},
         "methods": {
-            PLAIN: {"learning_rates": rates_around(wishes.learning_rate, rates)},
-            AUTO: {"learning_rates": rates_around(second, rates), "slsam": {"method": "auto"}},
+            name: {"learning_rates": rates_around(middle, rates), **settings_of(name)}
+            for name, middle in middles.items()
         },
         "seeds": list(range(seeds)),
         "tuning_seed": TUNING_SEED,

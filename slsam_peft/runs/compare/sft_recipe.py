@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from slsam_peft.runs.compare.advice import Advice
+from slsam_peft.runs.compare.jobs import Plan
 from slsam_peft.runs.compare.settings import CompareSettings
 
 WIDTH = 118  # characters of a comment
@@ -49,6 +50,7 @@ def _comment(sentence: str) -> str:
 
 def _groups(advice: Advice, settings: CompareSettings, output: str, gpu: bool) -> dict[str, dict[str, Any]]:
     assert advice.chosen is not None
+    assert advice.method is not None
     training = settings.training
     bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if training.quantize == "nf4" else {}
     here = {} if gpu else {"use_cpu": True, "dataloader_pin_memory": False}
@@ -63,7 +65,7 @@ def _groups(advice: Advice, settings: CompareSettings, output: str, gpu: bool) -
         },
         "Data": _data(settings),
         "Optimisation": {
-            **_length(settings),
+            **_length(settings, advice.method),
             "per_device_train_batch_size": training.batch_size,
             "learning_rate": advice.chosen.rate,
             "lr_scheduler_type": training.lr_scheduler_type,
@@ -85,10 +87,14 @@ def _data(settings: CompareSettings) -> dict[str, Any]:
     return {"dataset_name": task.file, **held_out, "max_length": settings.training.max_length}
 
 
-def _length(settings: CompareSettings) -> dict[str, float]:
+def _length(settings: CompareSettings, method: str) -> dict[str, float]:
     """Return how long training is: as many epochs as the runs had, of more rows where some were held out of these."""
-    task = next(iter(settings.tasks.values()))
-    training, near = settings.training, round(settings.training.steps * settings.training.batch_size / task.rows)
-    if training.steps == math.ceil(near * task.rows / training.batch_size):  # the last step of an epoch is rounded up
+    [(name, task)] = settings.tasks.items()
+    size, steps = settings.training.batch_size, Plan(settings, {}).steps(name, method, "epochs")
+    assert steps is not None  # at equal cost alone it can be
+    epochs = steps * size / task.rows
+    near = round(epochs)
+    exact = near * task.rows / size
+    if steps in (math.ceil(exact), round(exact)):  # the last step of an epoch is rounded up, a share of all is rounded
         return {"num_train_epochs": near}
-    return {"num_train_epochs": float(f"{training.steps * training.batch_size / task.rows:.4g}")}
+    return {"num_train_epochs": float(f"{epochs:.4g}")}

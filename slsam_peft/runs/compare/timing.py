@@ -6,7 +6,7 @@ This module imports no torch.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from slsam_peft.runs.compare.jobs import Job, Plan, Rows
@@ -40,8 +40,8 @@ def samples_of(plan: Plan, rows: Rows) -> list[Sample]:
 def seconds_per_step(plan: Plan, samples: Sequence[Sample], task: str, method: str) -> float | None:
     """Return what a step is expected to take; `None` where nothing says so.
 
-    That of the same method on the same task counts, or else of the method on other tasks, of other methods on the
-    task, of any run; those of other methods in proportion to the expected costs.
+    That of the same method on the same task counts, or else of methods with the same steps there, of the method on
+    other tasks, of other methods on the task, of any run; those of other methods in proportion to the expected costs.
 
     Args:
         plan (`Plan`): The comparison.
@@ -53,7 +53,7 @@ def seconds_per_step(plan: Plan, samples: Sequence[Sample], task: str, method: s
     def cost(of: str) -> float:
         return plan.costs.get(of, 1.0) * plan.batch_share(of)
 
-    for alike in _likest(task, method):
+    for alike in _likest(plan, task, method):
         found = [sample for sample in samples if alike(sample)]
         if found:
             worth = sum(sample.steps * cost(sample.method) for sample in found)
@@ -61,8 +61,17 @@ def seconds_per_step(plan: Plan, samples: Sequence[Sample], task: str, method: s
     return None
 
 
-def _likest(task: str, method: str) -> Iterator[Callable[[Sample], bool]]:
+def same_steps(plan: Plan, method: str, other: str) -> bool:
+    """Return whether two methods do the same in a step: they differ in their learning rates and how many there are."""
+    one, two = (
+        replace(plan.settings.methods[name], learning_rates=(1.0,), steps_share=1.0) for name in (method, other)
+    )
+    return one == two
+
+
+def _likest(plan: Plan, task: str, method: str) -> Iterator[Callable[[Sample], bool]]:
     yield lambda sample: (sample.task, sample.method) == (task, method)
+    yield lambda sample: sample.task == task and same_steps(plan, method, sample.method)
     yield lambda sample: sample.method == method
     yield lambda sample: sample.task == task
     yield lambda sample: True

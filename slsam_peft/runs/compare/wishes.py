@@ -9,12 +9,11 @@ from slsam_peft.runs.compare.grid import spend
 from slsam_peft.runs.compare.numbers import at_least_one, positive
 from slsam_peft.runs.compare.settings import DTYPES
 
-PLAIN, AUTO = "plain", "auto"  # the methods' names
-
 TUNING_SEED = 100
 BATCH_SIZE = 4
 PLAIN_RATE = 3e-4  # of plain LoRA in PEFT's method comparison, and amid what was best in recipes/compare
 RATE_FACTOR = 2.0  # of SL-SAM's learning rates to plain LoRA's: about two did best in recipes/compare
+FEWER_FACTOR = 4.0  # the same with fewer steps: four in raters.yaml and auto_batch16.yaml there, eight in rivals.yaml
 LONGEST = 1024  # tokens; longer sequences are cut unless somebody asks for them
 EPOCHS, MOST_EPOCHS, SEQUENCES = 3, 8, 400  # few rows are repeated more often, until so many sequences are seen
 MANY_ROWS = 2000  # are seen once
@@ -29,7 +28,8 @@ class Wishes:
         data (`str`): Training data, see `slsam_peft.data.load`.
         eval_data (`str`, *optional*): Held-out data: a file, or a split of `data`. A part of `data` where missing.
         model (`str`, *optional*, defaults to `"smollm2"`): Base model.
-        runs (`int`, *optional*, defaults to `12`): Most trainings.
+        runs (`int`, *optional*): Most trainings: 6 for each method, which are two learning rates and four seeds. From
+            15 on plain LoRA is trained with fewer steps as well, where rows are repeated.
         epochs (`float`, *optional*): How often each training row is seen: 3 times; up to 8 times where rows are few,
             until 400 sequences are seen; once from 2,000 rows on.
         steps (`int`, *optional*): In place of `epochs`.
@@ -38,6 +38,7 @@ class Wishes:
             model takes.
         lora_r (`int`, *optional*): Rank of the adapters: 8, and 16 from 1,000 training rows on.
         learning_rate (`float`, *optional*, defaults to `3e-4`): Middle one of those that plain LoRA tries.
+            With fewer steps they are four times these.
         slsam_learning_rate (`float`, *optional*): The same of SL-SAM; twice plain LoRA's.
         dtype (`str`, *optional*): What the model computes in: `"bfloat16"` on a GPU that multiplies in it, else
             `"float32"`.
@@ -52,7 +53,7 @@ class Wishes:
     data: str
     eval_data: str | None = None
     model: str = "smollm2"
-    runs: int = 12
+    runs: int | None = None
     epochs: float | None = None
     steps: int | None = None
     batch_size: int = BATCH_SIZE
@@ -75,7 +76,8 @@ class Wishes:
             check_name("dtype", self.dtype, DTYPES)
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"epochs={self.epochs} and steps={self.steps} are both set; leave one of them out.")
-        spend(self.runs)
+        if self.runs is not None:
+            spend(self.runs)
 
 
 def epochs_of(rows: int) -> int:
