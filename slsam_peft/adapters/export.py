@@ -22,8 +22,8 @@ from slsam_peft.adapters.merge import Merge
 from slsam_peft.adapters.requantize import NF4, check_quantization, dequantized
 from slsam_peft.config import RECORD_NAME
 from slsam_peft.errors import UserError
+from slsam_peft.models.fetched import hub_name_of
 from slsam_peft.models.load import Tell
-from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.saving.atomic import replaced_folder
 from slsam_peft.saving.card import tags_of
 
@@ -248,7 +248,7 @@ def write_card(folder: Path, adapter: Adapter, way: str, dtype: str) -> None:
     # A card is read elsewhere, where the folder of a local base means nothing.
     base: str | None = adapter.base
     if Path(adapter.base).is_dir():
-        base = HUB_NAME if Path(adapter.base).name == MODEL_NAME else None
+        base = hub_name_of(adapter.base)
     tags, trained = [], "It was trained by another trainer than this package's."
     if adapter.record is not None:
         tags = tags_of(adapter.record["method"])

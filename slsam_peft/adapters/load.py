@@ -14,6 +14,7 @@ from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.adapters.vocabulary import as_trained, is_copy, resize, tensor_of
 from slsam_peft.errors import UserError, brief
+from slsam_peft.models.fetched import FETCHED_BY_HUB_NAME
 from slsam_peft.models.load import (
     MALFORMED,
     find_model,
@@ -23,7 +24,6 @@ from slsam_peft.models.load import (
     load_tokenizer,
     refused,
 )
-from slsam_peft.models.smollm2 import HUB_NAME, fetch_smollm2
 from slsam_peft.saving.record import Record, base_name, base_shape
 from slsam_peft.saving.recorded import read_record
 
@@ -138,7 +138,8 @@ def _base_of(config: Any, given: str | None) -> str:
             raise UserError(f"--model={name} is not a folder; name one with a model in it, or a hub name.")
         raise UserError(f"the adapter's base model {name} is not here; name its folder or hub name with --model.")
     # An adapter trained on the fetched model is saved with the name that others know it by.
-    return str(fetch_smollm2()) if name == HUB_NAME and not there else find_model(name)
+    fetch = None if there else FETCHED_BY_HUB_NAME.get(name)
+    return find_model(name) if fetch is None else str(fetch())
 
 
 def base_config(adapter: Adapter) -> Any:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, or a checkpoint")
-    add("--model", metavar="NAME", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
+    add("--model", metavar="NAME", help="base model: folder, Hub name, smollm2 or gemma3 (default: the adapter's own)")
     add("--prompt", metavar="TEXT", help="answer this and leave; without it, prompts are asked for")
     add("--max_new_tokens", type=int, default=128, metavar="N", help="most tokens of an answer")
     add("--temperature", type=float, default=0.0, metavar="X", help="0: the most likely token each time")

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="base model: folder, Hub name or smollm2 (default: the one the adapter names)",
+        help="base model: folder, Hub name, smollm2 or gemma3 (default: the adapter's own)",
     )
     parser.epilog = "Exit code: 0 no problem found, 1 a problem found, 2 it cannot be checked."
 

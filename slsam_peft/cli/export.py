@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to merge into where the base was quantised in training: its original weights, or those weights "
         "quantised and back, as training saw them",
     )
-    add("--model", metavar="NAME", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
+    add("--model", metavar="NAME", help="base model: folder, Hub name, smollm2 or gemma3 (default: the adapter's own)")
     # How a merge is measured.
     add("--eval_data", metavar="FILE", help="held-out data to take the loss on, for the comparison of merges")
     add("--rows", type=int, default=32, metavar="N", help="rows of --eval_data")

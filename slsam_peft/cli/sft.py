@@ -22,7 +22,7 @@ _COMMON = {
     "config": ("FILE", "YAML file of settings; see recipes/ for some that run"),
     "model_name_or_path": (
         "NAME",
-        "base model: a folder, a name on the Hub, or smollm2 (135M, for trying things out)",
+        "base model: a folder, a name on the Hub, smollm2 (135M, a chat model) or gemma3 (270M, without a template)",
     ),
     "dataset_name": (
         "NAME",

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, or a checkpoint")
     add("--data", required=True, metavar="FILE", help="training data: file, folder, Hub name or stdlib_docs")
     add("--eval_data", metavar="FILE", help="held-out data: a file, or a split of --data")
-    add("--model", metavar="NAME", help="base model: folder, Hub name or smollm2 (default: the one the adapter names)")
+    add("--model", metavar="NAME", help="base model: folder, Hub name, smollm2 or gemma3 (default: the adapter's own)")
     add(
         "--space",
         choices=("both", "adapter", "full"),

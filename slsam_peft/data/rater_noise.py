@@ -32,8 +32,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slsam_peft.data.packages import VADER, fetch
+from slsam_peft.data.packages import VADER
 from slsam_peft.data.splits import ALL, Sizes, Splits, split, user_asks
+from slsam_peft.packages import fetch
 
 if TYPE_CHECKING:
     from slsam_peft.data.scoring import Pair

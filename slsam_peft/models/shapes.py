@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
+from slsam_peft.models.gemma3 import GEMMA3
 from slsam_peft.models.load import load_config, refused
 from slsam_peft.models.smollm2 import SMOLLM2
 
@@ -45,7 +46,13 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         {"model_type": "llama", "vocab_size": 49152}, 576, 1536, 30, 9, 3, max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
+    # google/gemma-3-270m
+    "gemma-3-270m": _shape(
+        {"model_type": "gemma3_text", "vocab_size": 262144}, 640, 2048, 18, 4, 1, head_dim=256,
+        max_position_embeddings=32768, sliding_window=512, query_pre_attn_scalar=256, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
+SHAPE_OF = {SMOLLM2: "smollm2-135m", GEMMA3: "gemma-3-270m"}  # of the models that are fetched by a short name
 
 
 def find_config(model: str) -> PreTrainedConfig:
@@ -57,14 +64,14 @@ def whole_config(model: str) -> PreTrainedConfig:
     """Return the configuration of a built-in shape, a local folder or file, or a repository on the Hub.
 
     Args:
-        model (`str`): A name in `BUILT_IN`, `"smollm2"`, a folder with a `config.json`, a JSON file, or a Hub ID. Code
-            from the repository is never run.
+        model (`str`): A name in `BUILT_IN`, `"smollm2"`, `"gemma3"`, a folder with a `config.json`, a JSON file, or a
+            Hub ID. Code from the repository is never run.
 
     Raises:
         UserError: there is no such configuration, it cannot be read, or its architecture is not known.
     """
     if not os.path.exists(model):
-        shape = "smollm2-135m" if model == SMOLLM2 else model.lower()
+        shape = SHAPE_OF.get(model, model.lower())
         if shape in BUILT_IN:
             return AutoConfig.for_model(**BUILT_IN[shape])
     hint = hint_at(model, BUILT_IN)

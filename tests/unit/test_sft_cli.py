@@ -20,6 +20,7 @@ from slsam_peft.cli.arguments import build_parser, parse, read_config, slsam_arg
 from slsam_peft.cli.main import main
 from slsam_peft.cli.sft import run_raw
 from slsam_peft.errors import UserError
+from slsam_peft.models.fetched import FETCHED
 from slsam_peft.runs import finetune
 
 HELP_SECONDS = 2.0
@@ -197,7 +198,7 @@ def test_rows_are_checked_before_the_model_is_loaded(folder: Path, capsys: pytes
 def test_smollm2_needs_no_hub(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("slsam_peft.models.load.fetch_smollm2", lambda status: folder / "model")
+    monkeypatch.setitem(FETCHED, "smollm2", lambda status: folder / "model")
     assert main(["sft", *GOOD, "--model_name_or_path", "smollm2"]) == 2
     assert f"{folder / 'model'} cannot be trained" in capsys.readouterr().err  # it has no weights, but was found
 
