@@ -4,15 +4,16 @@ This module imports neither torch nor any framework, so that a command line can 
 """
 
 import difflib
-import inspect
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from slsam_peft.described import PLAIN, described, to_name
 
 METHODS = ("auto", "sam", "paper", "depth", "bar", "bi_lora", "flat_lora")
 BANDITS = ("paper", "scale_free", "uniform")
@@ -40,8 +41,6 @@ ADAPTIVE_RHO = 0.5  # Kwon et al. 2021, where lengths are in units of the weight
 RHO_MAX = 2.0  # measured: 1 to 2
 LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and behind on rows still being learnt
 ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
-
-PLAIN = str | int | float | None  # what is recorded as it is
 
 _PARTED = ("bandit", "design", "ascent", "descent")  # fields that are parts of a method and have no other name
 
@@ -360,6 +359,7 @@ class SLSAMConfig:
         self._check_numbers()
         self._check_names()
         self._check_pairs()
+        self._check_rules()
         self._check_unread()
         self.resolved._check_combinations()
         _ = self.resolved._described  # now: a rule may change what it was made with
@@ -415,15 +415,24 @@ class SLSAMConfig:
             raise ValueError(
                 f"radius={self.radius!r} and {other}={getattr(self, other)!r} contradict one another; leave one unset."
             )
+
+    def _check_rules(self) -> None:
+        """Refuse two rules where there is one, and strengths beside objects that know their own."""
         if self.radius is not None and not isinstance(self.radius, str) and (self.loss_rise or self.rho):
             raise ValueError(
                 f"radius is an object, which knows its own size, and rho={self.rho} or loss_rise={self.loss_rise} is "
                 "set beside it; leave both unset."
             )
-        if self.method in ONE_PASS and self.ascent is not None and self.ascent not in ONE_PASS:
+        if self.rho and (strength := _own_strength(self.ascent)) is not None:
+            raise ValueError(
+                f"ascent={to_name(self.ascent)!r} is an object, which knows how strong it is ({strength}), and "
+                f"rho={self.rho} is set beside it; leave one of them unset."
+            )
+        own = ("bar", "obar") if self.method == "bar" else (self.method,)
+        if self.method in ONE_PASS and self.ascent is not None and rule_name(self.ascent) not in own:
             raise ValueError(
                 f"method={self.method!r} and ascent={to_name(self.ascent)!r} name two rules; leave one of them unset, "
-                "or use another method beside this ascent."
+                "give an object of the method's own rule, or use method='sam' or 'auto' beside this ascent."
             )
 
     def _check_unread(self) -> None:
@@ -467,10 +476,11 @@ class SLSAMConfig:
                 f"active_fraction={self.active_fraction} (unset: {PAPER_FRACTION}, or by cost_budget) only some of "
                 "them; set descent='all', or active_fraction=1 and leave cost_budget unset."
             )
-        if self.ascent in ONE_PASS and self.radius != "length":
+        if rule_name(self.ascent) in ONE_PASS and self.radius != "length":
             raise ValueError(
-                f"radius={to_name(self.radius)!r} and ascent={self.ascent!r}{how}: this rule makes no perturbation of "
-                "an ascent gradient, and rho alone says how strong it is; leave radius and loss_rise unset."
+                f"radius={to_name(self.radius)!r} and ascent={to_name(self.ascent)!r}{how}: this rule makes no "
+                "perturbation of an ascent gradient, and rho alone (of an object, what it was made with) says how "
+                "strong it is; leave radius and loss_rise unset."
             )
 
     @cached_property
@@ -488,8 +498,10 @@ class SLSAMConfig:
             values |= _radius_default(self.radius)
         ascent = self.ascent or values["ascent"]
         own_radius = self.radius not in (None, "length") or self.loss_rise is not None
-        if ascent in ONE_PASS and not own_radius and self.rho is None:
-            values = _without(values, "loss_rise") | {"rho": BALANCING_RHO if "bar" in ascent else RHO}
+        rule = rule_name(ascent)
+        if rule in ONE_PASS and not own_radius and self.rho is None:
+            values = _without(values, "rho", "loss_rise")
+            values |= {} if _own_strength(ascent) is not None else {"rho": BALANCING_RHO if "bar" in rule else RHO}
         if not isinstance(ascent, str):  # an object knows its own
             values = _without(values, "ascent_sequences", "ascent_fraction")
         elif ascent in _PARTLESS:
@@ -613,6 +625,11 @@ def _radius_default(radius: Any) -> dict[str, float]:
     return {"rho": ADAPTIVE_RHO if radius in ("asam", "neuron") else RHO}
 
 
+def _own_strength(ascent: Any) -> float | None:
+    """Return how strong an object of a rule without an e was made; `None`: as strong as `rho` says."""
+    return getattr(ascent, "strength", None) if rule_name(ascent) in ONE_PASS else None
+
+
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
@@ -625,39 +642,13 @@ def _unchecked(values: Mapping[str, Any]) -> SLSAMConfig:
     return made
 
 
-def to_name(value: Any) -> str:
-    """Name a function, the function of a partial, or the class of any other callable or object; keep a name."""
-    if isinstance(value, str):
-        return value
-    value = value.func if isinstance(value, partial) else value
-    value = value if hasattr(value, "__qualname__") else type(value)
-    return f"{value.__module__}:{value.__qualname__}"
+def rule_name(given: Any) -> str | None:
+    """Return what the settings call an ascent or a radius, given by name or as an object; `None`: they have no name.
 
-
-def described(value: Any) -> str:
-    """Name a callable or an object as `to_name` does, with the plain values that it was made with.
-
-    These are the arguments of a partial and, of an object, what it keeps under the names of its constructor's
-    parameters: `"module:Sampa(sequences=None, fraction=None, share=0.2, extrapolate=True)"`.
+    An object of ours says it itself (`rule`), and one of a class derived from ours is the same rule.
     """
-    if isinstance(value, partial):
-        values = [("", x) for x in value.args] + [(f"{name}=", x) for name, x in value.keywords.items()]
-    else:
-        values = [(f"{name}=", x) for name, x in _made_with(value)]
-    shown = [f"{name}{x!r}" for name, x in values if isinstance(x, PLAIN)]
-    return to_name(value) + (f"({', '.join(shown)})" if shown else "")
-
-
-def _made_with(value: Any) -> list[tuple[str, Any]]:
-    """Return what an object, or that of a bound method, keeps under the names of its constructor's parameters."""
-    owner = value.__self__ if inspect.ismethod(value) else value
-    if hasattr(owner, "__qualname__"):  # a function or a class
-        return []
-    try:
-        names = inspect.signature(type(owner)).parameters
-    except ValueError:  # written in C
-        return []
-    return [(name, getattr(owner, name)) for name in names if hasattr(owner, name)]
+    name = given if isinstance(given, str) else getattr(given, "rule", None)
+    return name if name in (*ASCENTS, *RADII) else None
 
 
 def _require_number(name: str, value: Any, allowed: str, test: Callable[[float], bool]) -> None:

@@ -1,17 +1,17 @@
 r"""Trains a second adapter against the first in the same pass, and drops it in the end."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from slsam_peft.algorithm.ascents import Ascent, Host, rate_of, seeded_normal, strength_of
 from slsam_peft.algorithm.factors import Factors, check_factors, product_norm_squared
 from slsam_peft.algorithm.stack import Beside
 from slsam_peft.algorithm.step import Step
 
-NAME = "ascent='bi_lora'"
 INSIDE = 1 - 1e-6  # of the radius: what rounds the number that all factors are scaled by must not reach beyond it
 FASTEST = 0.1  # rate of Adam's ascent; a step moves each entry by about it
 
@@ -37,7 +37,9 @@ class Adversary(Ascent):
         adam (`bool`, *optional*, defaults to `True`): Adam, or plain ascent.
     """
 
+    rule = "bi_lora"
     doubles = True
+    paced = True
 
     def __init__(self, radius: float | None = None, adam: bool = True) -> None:
         self.radius = radius
@@ -50,12 +52,17 @@ class Adversary(Ascent):
 
     def begin(self, host: Host) -> None:
         """See `Ascent.begin`."""
-        check_factors(NAME, host.arms, host.factors)
-        self._rho = strength_of(self.radius, host, NAME)
+        check_factors(self.setting, host.arms, host.factors)
+        self._rho = strength_of(self, host)
         self._host = host
         self._aux = [_fresh(f, host.config.seed, i) for i, f in enumerate(host.factors)]
         self._moments = {}
         self._norm = torch.zeros((), dtype=torch.float64, device=self._aux[0][0].device)
+
+    @property
+    def strength(self) -> float | None:
+        """The radius that it was made with."""
+        return self.radius
 
     @property
     def auxiliary(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -84,7 +91,7 @@ class Adversary(Ascent):
             return
         self._beside = None
         gradients, targets, rates = [], [], []
-        rate = rate_of(host, NAME)
+        rate = rate_of(host, self.setting)
         for i in self._on:
             for side, weight in enumerate(host.factors[i].pair.weights):
                 if not weight.requires_grad:  # frozen for now
@@ -112,8 +119,9 @@ class Adversary(Ascent):
         """Return a rate, and refuse one at which Adam's ascent forgets in each step what it had learnt."""
         if self.adam and rate > FASTEST:
             raise ValueError(
-                f"{NAME} would ascend at the learning rate {rate:.3g}; at most {FASTEST} is allowed. Lower it, or use "
-                "an optimizer whose learning rate is the length of its steps (Prodigy's and D-Adaptation's 1 is not)."
+                f"{self.setting} would ascend at the learning rate {rate:.3g}; at most {FASTEST} is allowed. Lower "
+                "it, or use an optimizer whose learning rate is the length of its steps (Prodigy's and D-Adaptation's "
+                "1 is not)."
             )
         return rate
 
@@ -149,6 +157,11 @@ class Adversary(Ascent):
             for own in pair:
                 own.mul_(ratio.sqrt().to(own))
         self._norm = norm * ratio
+
+    def kept_bytes(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Return the bytes of the auxiliary factors and of Adam's moments, which are never in half precision."""
+        tensors = 3 if self.adam else 1
+        return float(tensors * sum(p.numel() * max(4, p.element_size()) for p in parameters))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the auxiliary factors and their moments, see `Ascent.state_dict`."""

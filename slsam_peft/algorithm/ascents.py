@@ -45,6 +45,8 @@ class Ascent:
     """No ascent: every step is a plain one. Others derive from it.
 
     Attributes:
+        rule (`str` or `None`): What the settings call it; `None` where they have no name for it.
+        strength (`float` or `None`): How strong a rule without an e is, where it was made with that; else by `rho`.
         exact (`bool`): Whether the ascent is made by the whole step, so that the loss at w is known.
         stale (`bool`): Whether e is made of gradients that an earlier step kept.
         rides (`bool`): Whether the ascent of the next step is made by sequences of it that ride along in this one's
@@ -55,8 +57,13 @@ class Ascent:
         moves (`bool`): Whether the descent pass runs at other weights than w.
         doubles (`bool`): Whether perturbed factors hold two weights in the descent pass; for the cost model.
         merges (`bool`): Whether the product B A of perturbed factors is made in each descent pass; likewise.
+        extrapolates (`bool`): Whether sequences that ride along run at other weights than w; likewise.
+        paced (`bool`): Whether it moves anything by the optimizer's learning rates (`Host.learning_rate`), of which a
+            trainer makes sure before the first step.
     """
 
+    rule: str | None = None
+    strength: float | None = None
     exact = False
     stale = False
     rides = False
@@ -65,6 +72,13 @@ class Ascent:
     moves = True
     doubles = False
     merges = False
+    extrapolates = False
+    paced = False
+
+    @property
+    def setting(self) -> str:
+        """How messages call it: as the settings have it, or by its class."""
+        return f"ascent={type(self).__name__}" if self.rule is None else f"ascent={self.rule!r}"
 
     def begin(self, host: Host) -> None:
         """Take note of the algorithm that runs this ascent, before its first step; what was kept is dropped.
@@ -125,6 +139,14 @@ class Ascent:
         if state:
             raise ValueError(f"the state holds {sorted(state)[0]!r}, and {type(self).__name__} keeps nothing.")
 
+    def kept_bytes(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Return how much of what `state_dict` returns there comes to be, in bytes; for the estimate of memory.
+
+        Args:
+            parameters (`Sequence[nn.Parameter]`): Every arm's parameters; on the meta device, too.
+        """
+        return 0.0
+
     def take(self, index: int, count: int, sequences: int | None, taken: int) -> int:
         """Return how many sequences of a micro-batch run an ascent pass of their own at w; 0: none.
 
@@ -166,6 +188,7 @@ class Ascent:
 class TwoPass(Ascent):
     """Exact SAM: the step's whole batch (Foret et al. 2021; arXiv 2602.09395)."""
 
+    rule = "two_pass"
     exact = True
 
     def take(self, index: int, count: int, sequences: int | None, taken: int) -> int:
@@ -182,6 +205,7 @@ class Part(Ascent):
             there are several.
     """
 
+    rule = "partial"
     cuts = True
 
     def __init__(self, sequences: int | None = None, fraction: float | None = None) -> None:
@@ -210,6 +234,7 @@ class Ahead(Part):
     A step for which nothing rode along (an epoch's first) is a `Part`.
     """
 
+    rule = "ahead"
     stale = True
     rides = True
 
@@ -221,6 +246,7 @@ class Ahead(Part):
 class Remembered(Ascent):
     """Stale: the last descent gradient of the same arm; one pass (S2-SAM, NeurIPS 2024)."""
 
+    rule = "remembered"
     stale = True
 
 
@@ -255,13 +281,13 @@ def rate_of(host: Host, what: str) -> Callable[[nn.Parameter], float]:
     return host.learning_rate
 
 
-def strength_of(given: float | None, host: Host, what: str) -> float:
-    """Return the number that says how strong a rule is: its own, or the config's `rho`.
+def strength_of(ascent: Ascent, host: Host) -> float:
+    """Return the number that says how strong a rule without an e is: its own, or the config's `rho`.
 
     Raises:
         ValueError: neither is set.
     """
-    found = host.config.rho if given is None else given
+    found = host.config.rho if ascent.strength is None else ascent.strength
     if found is None:
-        raise ValueError(f"{what} needs rho, and loss_rise is set; set rho, or name the ascent in place of an object.")
+        raise ValueError(f"{ascent.setting} needs rho, and loss_rise is set in its place; set rho.")
     return found

@@ -1,6 +1,6 @@
 r"""Balances the norms of LoRA's factors, which is what SAM does to them, as weight decay does: beside a plain pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ class Balancing(Ascent):
     """
 
     moves = False
+    paced = True
 
     def __init__(self, strength: float | None = None, by_gradients: bool = True) -> None:
         self.strength = strength
@@ -45,14 +46,14 @@ class Balancing(Ascent):
         self._rest: dict[nn.Parameter, torch.Tensor] = {}  # of factors in half precision: what rounding has left
 
     @property
-    def name(self) -> str:
-        """How the settings call it."""
-        return f"ascent={'bar' if self.by_gradients else 'obar'!r}"
+    def rule(self) -> str:
+        """What the settings call it, by what it compares."""
+        return "bar" if self.by_gradients else "obar"
 
     def begin(self, host: Host) -> None:
         """See `Ascent.begin`."""
-        check_factors(self.name, host.arms, host.factors)
-        self._mu = strength_of(self.strength, host, self.name)
+        check_factors(self.setting, host.arms, host.factors)
+        self._mu = strength_of(self, host)
         self._host = host
         self._rest = {}
 
@@ -67,7 +68,7 @@ class Balancing(Ascent):
         host = self._host
         assert host is not None
         drawn = {host.parameters[i] for i in host.members(step.mask)}
-        alpha, rate = self.coefficient(), rate_of(host, self.name)
+        alpha, rate = self.coefficient(), rate_of(host, self.setting)
         pairs = [
             weights
             for factors in host.factors
@@ -90,7 +91,7 @@ class Balancing(Ascent):
         """Return by which share of itself a factor is to change, and refuse one beyond all reason."""
         if alpha * rate > LARGEST:
             raise ValueError(
-                f"{self.name} would change a factor by {alpha * rate:.3g} of itself in one step (alpha {alpha:.3g} "
+                f"{self.setting} would change a factor by {alpha * rate:.3g} of itself in one step (alpha {alpha:.3g} "
                 f"times the learning rate {rate:.3g}); at most {LARGEST} is allowed. Lower rho, or use an optimizer "
                 "whose learning rate is the length of its steps (Prodigy's and D-Adaptation's 1 is not)."
             )
@@ -108,6 +109,10 @@ class Balancing(Ascent):
             whole += self._rest[weight]
         weight.copy_(whole.mul_(factor))
         self._rest[weight] = whole.sub_(weight)
+
+    def kept_bytes(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Return the bytes of what rounding leaves: a float32 number for each of a factor in half precision."""
+        return float(sum(4 * p.numel() for p in parameters if p.element_size() < 4))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what rounding has left of factors in half precision, see `Ascent.state_dict`."""

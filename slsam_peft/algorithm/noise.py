@@ -12,8 +12,6 @@ from slsam_peft.algorithm.ascents import Ascent, Host, seeded_normal, strength_o
 from slsam_peft.algorithm.factors import Factors, check_factors
 from slsam_peft.algorithm.step import Step
 
-NAME = "ascent='flat_lora'"
-
 
 class WeightNoise(Ascent):
     r"""Flat-LoRA: the expected loss under Gaussian noise on the merged weight, one pass (Li et al., ICML 2025).
@@ -32,6 +30,7 @@ class WeightNoise(Ascent):
         sigma (`float`, *optional*): sigma. Defaults to the config's `rho`.
     """
 
+    rule = "flat_lora"
     merges = True
 
     def __init__(self, sigma: float | None = None) -> None:
@@ -40,16 +39,21 @@ class WeightNoise(Ascent):
         self._step: Step | None = None
         self._noisy: list[_NoisyLinear] = []
 
+    @property
+    def strength(self) -> float | None:
+        """The sigma that it was made with."""
+        return self.sigma
+
     def begin(self, host: Host) -> None:
         """See `Ascent.begin`."""
-        check_factors(NAME, host.arms, host.factors)
-        self._sigma = strength_of(self.sigma, host, NAME)
+        check_factors(self.setting, host.arms, host.factors)
+        self._sigma = strength_of(self, host)
         for factors in host.factors:
             reason = _why_not(factors)
             if reason is not None:
                 raise ValueError(
-                    f"{NAME} adds noise to the frozen weight in its module's product, and {factors.name} {reason}. "
-                    "Linear modules in float and in bitsandbytes' 4 bits can; use another rule here."
+                    f"{self.setting} adds noise to the frozen weight in its module's product, and {factors.name} "
+                    f"{reason}. Linear modules in float and in bitsandbytes' 4 bits can; use another rule here."
                 )
         self._host = host
         self._step = None

@@ -1,7 +1,8 @@
 r"""Radii make the perturbation e of the ascent gradient g: how far it goes, and in which metric.
 
 A radius is an object with one method, `offsets`. Another one is a class with that method; hand an instance to
-`SLSAMConfig(radius=...)`. Nothing here is read by the host.
+`SLSAMConfig(radius=...)`. Nothing here is read by the host. `rule` is what the settings call a class, where they have
+a name for it.
 """
 
 from abc import ABC, abstractmethod
@@ -80,6 +81,8 @@ class Length(AlongGradient):
         rho (`float`): The length.
     """
 
+    rule = "length"
+
     def __init__(self, rho: float) -> None:
         self.rho = rho
 
@@ -99,6 +102,8 @@ class LossRise(AlongGradient):
         rise (`float`): sigma, in the unit of the loss (nats).
         longest (`float`): rho_max.
     """
+
+    rule = "loss_rise"
 
     def __init__(self, rise: float, longest: float) -> None:
         self.rise = rise
@@ -151,6 +156,8 @@ class Adaptive(Scaled):
     paper's $\rho$ and $\eta$ are 0.5 and 0.01 on CIFAR. Here biases are scaled as weights are.
     """
 
+    rule = "asam"
+
     def sizes(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the absolute values."""
         return weight.abs()
@@ -163,6 +170,8 @@ class Neuron(Scaled):
     with large weights, which backdoors tend to have, are moved farthest. $\eta$ is not in the paper, whose weights are
     never 0; ASAM's is used.
     """
+
+    rule = "neuron"
 
     def sizes(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the norms of the rows, shape `(rows, 1, ...)`; the absolute values of a vector."""
@@ -187,6 +196,8 @@ class WeightSpace:
         rho (`float`): The Frobenius norm of the change.
         factors (`Sequence[Factors]`): The pairs that the perturbed parameters belong to.
     """
+
+    rule = "weight"
 
     def __init__(self, rho: float, factors: Sequence[Factors]) -> None:
         self.rho = rho
@@ -287,4 +298,4 @@ def build_radius(config: SLSAMConfig, factors: Sequence[Factors] = ()) -> Radius
     rho = config.rho or 0.0
     if config.radius == "weight":
         return WeightSpace(rho, factors)
-    return {"length": Length, "asam": Adaptive, "neuron": Neuron}[config.radius](rho)
+    return {kind.rule: kind for kind in (Length, Adaptive, Neuron)}[config.radius](rho)

@@ -13,6 +13,8 @@ from slsam_peft.algorithm.shards import Shards
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
 from slsam_peft.config import SLSAMConfig
 
+_ASCENTS = {kind.rule: kind for kind in (TwoPass, Part, Ahead, Remembered, Sampa, ZerothOrder, Adversary, WeightNoise)}
+
 
 def build_ascent(
     name: str | Ascent | None, sequences: int | None = None, fraction: float | None = None, rides: bool = False
@@ -30,12 +32,10 @@ def build_ascent(
         return Ascent() if name is None else name
     if name == "auto":
         name = "ahead" if rides else "partial"
-    parts = {"partial": Part, "ahead": Ahead, "sampa": Sampa, "zeroth_order": ZerothOrder}
-    if name in parts:
-        return parts[name](sequences, fraction)
     if name in ("bar", "obar"):
         return Balancing(by_gradients=name == "bar")
-    return {"two_pass": TwoPass, "remembered": Remembered, "bi_lora": Adversary, "flat_lora": WeightNoise}[name]()
+    kind = _ASCENTS[name]
+    return kind(sequences, fraction) if issubclass(kind, Part) else kind()
 
 
 def check_sharded(ascent: Any, radius: Any, config: SLSAMConfig, shards: Shards, fallbacks: Fallbacks) -> None:

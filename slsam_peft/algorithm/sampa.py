@@ -8,6 +8,7 @@ from slsam_peft.algorithm.ascents import Ahead, Host, rate_of
 from slsam_peft.algorithm.step import Step
 
 SHARE = 0.2  # lambda of SAMPa-0.2, arXiv 2410.10683
+NO_RATE = 1.0  # a learning rate of so much is none; see `Sampa`
 
 
 class Sampa(Ahead):
@@ -23,12 +24,17 @@ class Sampa(Ahead):
     the next step perturbs have the second term; $y_{t+1}$ is a gradient step whatever the optimizer is. A step after
     which nothing comes (an epoch's last) is $g'_t$ with $\lambda = 0$.
 
+    A gradient step at a rate of 1 is as long as the gradient, many times as long as the perturbation, and the paper's
+    rates are 0.1 at most. So rates of 1 and more are refused. What asks for one is a rate that is none, as Prodigy's.
+
     Args:
         sequences (`int`, *optional*): As in `Part`.
         fraction (`float`, *optional*): As in `Part`.
         share (`float`, *optional*, defaults to `0.2`): lambda, in [0, 1); the paper's 0.2.
         extrapolate (`bool`, *optional*, defaults to `True`): Whether $y_{t+1}$ is another point than $w_t$.
     """
+
+    rule = "sampa"
 
     def __init__(
         self,
@@ -44,6 +50,16 @@ class Sampa(Ahead):
         self.extrapolate = extrapolate
         self._host: Host | None = None
 
+    @property
+    def extrapolates(self) -> bool:
+        """Whether riding sequences run at $y_{t+1}$."""
+        return self.extrapolate
+
+    @property
+    def paced(self) -> bool:
+        """Whether there is a $y_{t+1}$, which lies as far away as the learning rate says."""
+        return self.extrapolate
+
     def begin(self, host: Host) -> None:
         """See `Ascent.begin`."""
         self._host = host
@@ -52,8 +68,20 @@ class Sampa(Ahead):
         """Return $y_{t+1} - w_t$, see `Ascent.extrapolation`."""
         if not self.extrapolate or self._host is None:
             return {}
-        rate, parameters = rate_of(self._host, "ascent='sampa'"), self._host.parameters
-        return {i: g * (-rate(parameters[i]) * unit.to(g.device, g.dtype)) for i, g in gradients.items()}
+        rate, parameters = rate_of(self._host, self.setting), self._host.parameters
+        rates = {i: self._checked(rate(parameters[i])) for i in gradients}
+        return {i: g * (-rates[i] * unit.to(g.device, g.dtype)) for i, g in gradients.items()}
+
+    def _checked(self, rate: float) -> float:
+        """Return a rate, and refuse one that no gradient step has."""
+        if rate >= NO_RATE:
+            raise ValueError(
+                f"{self.setting} would look ahead from a gradient step at the learning rate {rate:.3g}; less than "
+                f"{NO_RATE:g} is allowed. Lower it, or use an optimizer whose learning rate is the length of its "
+                "steps (Prodigy's and D-Adaptation's 1 is not), or ascent=Sampa(extrapolate=False) "
+                "(slsam_peft.algorithm.sampa), which reads none."
+            )
+        return rate
 
     def complete(self, step: Step, gradients: Sequence[torch.Tensor | None]) -> None:
         """Let the gradient at the extrapolated point count for lambda of the step's."""

@@ -30,6 +30,7 @@ from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.memory import GradientMemory
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
+from slsam_peft.algorithm.ownership import Ownership
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
 from slsam_peft.algorithm.perturbing import Perturber
 from slsam_peft.algorithm.radius import Radius, build_radius
@@ -68,7 +69,8 @@ class SLSAM:
     Args:
         arms (`Sequence[Arm]`): What `arms_of(model)` returns, or any list of arms that holds every trainable parameter
             of the model once: one that is trained and in no arm would gather the gradients of both passes.
-        config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here.
+        config (`SLSAMConfig`, *optional*): Settings; its `granularity` is not read here. Objects that are given there
+            in the place of a name, and keep something, serve one `SLSAM` at a time: the one that was made last.
         fraction (`float`, *optional*): Expected share of active arms, in place of the config's; solved by the caller
             where `config.cost_budget` is set.
         cost (callable, *optional*): `Step` -> predicted cost in plain steps, or `None`; logged.
@@ -93,7 +95,8 @@ class SLSAM:
             with the descent gradients the two losses, so that all ranks learn from, or skip, the same step. Set
             already where parameters are sharded (FSDP2); their gradients come averaged.
         loss_scale (callable or `None`): Returns the factor on the loss (a tensor), or `None`.
-        learning_rate (callable or `None`): Returns the rate of a parameter in this step; some ascents need it.
+        learning_rate (callable or `None`): Returns the rate that the optimizer steps a parameter with in this step;
+            some ascents need it.
         progress (callable or `None`): Returns the share of the training that is done, in [0, 1); `None`: not known.
 
     Raises:
@@ -182,6 +185,7 @@ class SLSAM:
         self._random_before: rng.State = {}
         self._order = RunOrder(arms.layout if isinstance(arms, Arms) else None)
         self.ascent.begin(self)
+        self._ownership = Ownership(self.ascent, config.radius, config.bandit, config.design)
 
     @property
     def probabilities(self) -> torch.Tensor:
@@ -229,7 +233,7 @@ class SLSAM:
 
         Raises:
             ValueError: `ascent="partial"` without `ascent_closure`; `ascent="ahead"` or `"sampa"`, which need the next
-                batch, too.
+                batch, too; a rule that is an object has been handed to another `SLSAM` since.
             DivergedError: more than `max_skipped_steps` steps in a row had a NaN or infinite loss or gradient; a
                 `RuntimeError`.
         """
@@ -261,6 +265,7 @@ class SLSAM:
         Raises:
             ValueError, RuntimeError: as `update`; and a micro-batch that comes before the first of its step.
         """
+        self._ownership.check()  # before anything is put back: what is not its own is left alone
         try:
             step = self._begin(count, passes) if index == 0 else self._current
             if step is None:
@@ -586,16 +591,22 @@ class SLSAM:
 
         Plain values under `"arms"`, `"config"`, `"steps"`, `"skipped"` and `"skipped_in_a_row"`, tensors under every
         other key.
+
+        Raises:
+            ValueError: a rule that is an object has been handed to another `SLSAM` since.
         """
+        self._ownership.check()
         return state.collect(self)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; nothing changes if it does not fit.
 
         Raises:
-            ValueError: the state belongs to other arms; the message names the first difference.
+            ValueError: the state belongs to other arms; the message names the first difference. Or a rule that is an
+                object has been handed to another `SLSAM` since.
             KeyError: it is incomplete.
         """
+        self._ownership.check()
         state.check_arms(saved["arms"], self.arms)
         before = state.collect(self)
         try:

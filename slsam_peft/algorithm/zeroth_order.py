@@ -29,6 +29,7 @@ class ZerothOrder(Part):
         smoothing (`float`, *optional*, defaults to `0.05`): mu, a length.
     """
 
+    rule = "zeroth_order"
     forwards = 2
 
     def __init__(
@@ -51,8 +52,8 @@ class ZerothOrder(Part):
         forward = pending.forward_only
         if forward is None:
             raise ValueError(
-                "ascent='zeroth_order' runs forward passes alone; pass forward_only, or an ascent_closure that runs "
-                "the forward alone."
+                f"{self.setting} runs forward passes alone; pass forward_only, or an ascent_closure that runs the "
+                "forward alone."
             )
         members = [i for i in runner.members(step.mask) if runner.parameters[i].requires_grad]
         along = self.direction([runner.parameters[i] for i in members], host.config.seed, host.steps)

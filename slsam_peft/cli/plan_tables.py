@@ -16,7 +16,7 @@ _PARTS = {
     "adapters": "adapters",
     "gradients": "their gradients",
     "perturbation": "perturbation",
-    "second_adapter": "second adapter and its moments",
+    "kept_by_rule": "kept by the rule (second adapter and its moments, or what rounding leaves)",
     "noise": "noise on one weight",
     "gradient_memory": "gradients kept for the next step (bfloat16)",
     "optimizer": "optimizer states",

@@ -96,8 +96,7 @@ def memory_of(
         share (`float`, *optional*, defaults to `1.0`): Of the adapters' parameters, how many are perturbed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    stacked, reused = rule.doubled(shapes), rule.reused_shapes(shapes)
-    perturbed = rule.ascent.stale or bool(rule.ascent_shapes(shapes))
+    reused, copies, remembered = rule.reused_shapes(shapes), _copies(rule, shapes), _remembered(rule, shapes, share)
     shapes = rule.run_on(shapes)
     adapters = float(sum(p.numel() * p.element_size() for p in trained))
     largest = max(shapes, key=lambda shape: shape[0] * shape[1])
@@ -108,13 +107,12 @@ def memory_of(
         "weights": weights,
         "adapters": adapters,
         "gradients": adapters,
-        # e and w + e; the other version of each perturbed factor, and its gradient
-        "perturbation": adapters * 2 * share * (perturbed + stacked),
-        # of a second adapter: its factors and the two moments of their ascent, never in half precision
-        "second_adapter": 3.0 * sum(p.numel() * max(4, p.element_size()) for p in trained) * rule.ascent.doubles,
+        "perturbation": adapters * share * copies,
+        # a second adapter and the moments of its ascent, or what rounding leaves of balanced factors
+        "kept_by_rule": rule.ascent.kept_bytes(trained),
         # of a weight with noise on it: the noise in float32, and the sum in what the module computes in
         "noise": _noise_bytes(cost, settings) if rule.ascent.merges else 0.0,
-        "gradient_memory": 2.0 * sum(p.numel() for p in trained) if rule.ascent.stale else 0.0,
+        "gradient_memory": 2.0 * sum(p.numel() for p in trained) * remembered,
         "optimizer": sum(_optimizer_bytes(p, settings.optimizer) for p in trained),
         "activations": _kept_graph(cost, block, kept, rule),
         "block": (block.saved if cost.checkpointing else 0.0) + 2 * block.largest + unpacked,
@@ -125,6 +123,24 @@ def memory_of(
     working = ("block", "logits")
     parts["total"] = sum(v for k, v in parts.items() if k not in working) + max(parts[k] for k in working)
     return parts
+
+
+def _copies(rule: Rule, shapes: Shapes) -> int:
+    """Return how many times the perturbed parameters lie there in a step, beside themselves and their gradients."""
+    perturbed = rule.ascent.stale or bool(rule.ascent_shapes(shapes))
+    copies = 2 * perturbed  # e and w + e
+    if rule.stacked(shapes):
+        copies += 2 + rule.ascent.extrapolates  # what riding tokens see, its gradient; how far from w it lies
+    if rule.ascent.doubles:
+        copies += 3  # both pairs side by side, and the second one's gradient
+    return copies
+
+
+def _remembered(rule: Rule, shapes: Shapes, share: float) -> float:
+    """Return of which share of the parameters a gradient is kept for the next step."""
+    if rule.ascent.rides:  # of those that the next step perturbs
+        return share * rule.stacked(shapes)
+    return float(rule.ascent.stale)  # of all that was ever drawn
 
 
 def block_activations(

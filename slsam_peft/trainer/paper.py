@@ -3,13 +3,7 @@
 import textwrap
 from typing import Any
 
-from slsam_peft.algorithm.adversary import Adversary
-from slsam_peft.algorithm.balancing import Balancing
-from slsam_peft.algorithm.noise import WeightNoise
-from slsam_peft.algorithm.radius import Adaptive, Neuron
-from slsam_peft.algorithm.sampa import Sampa
-from slsam_peft.algorithm.zeroth_order import ZerothOrder
-from slsam_peft.config import ONE_PASS, SLSAMConfig
+from slsam_peft.config import ONE_PASS, SLSAMConfig, rule_name
 
 
 def _paper(key: str, title: str, year: int, arxiv: str) -> dict[str, str]:
@@ -33,7 +27,7 @@ _BAR = _paper(
     2024,
     "2410.14802",
 )
-# By the name that the settings have for a rule: its own name, and its paper.
+# By the name that the settings have for a rule, which its objects know, too: its own name, and its paper.
 _RULES = {
     "asam": (
         "ASAM",
@@ -79,15 +73,6 @@ _RULES = {
         _paper("flatlora2024", "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", 2024, "2409.14396"),
     ),
 }
-_OBJECTS: dict[type, str] = {
-    Adaptive: "asam",
-    Neuron: "neuron",
-    ZerothOrder: "zeroth_order",
-    Sampa: "sampa",
-    Balancing: "bar",
-    Adversary: "bi_lora",
-    WeightNoise: "flat_lora",
-}
 
 
 def name_on_cards(trainer: Any, config: SLSAMConfig) -> None:
@@ -117,6 +102,5 @@ def name_on_cards(trainer: Any, config: SLSAMConfig) -> None:
 
 def _rules_of(config: SLSAMConfig) -> list[tuple[str, dict[str, str]]]:
     """Return the names and papers of the rules of other papers among resolved settings."""
-    given: list[Any] = [config.ascent, config.radius]
-    names = [x if isinstance(x, str) else _OBJECTS.get(type(x)) for x in given]
+    names = [rule_name(given) for given in (config.ascent, config.radius)]
     return [_RULES[name] for name in names if name in _RULES]

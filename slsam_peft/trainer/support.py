@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from slsam_peft.algorithm.arms import Arm
-from slsam_peft.algorithm.noise import WeightNoise
-from slsam_peft.config import SLSAMConfig, to_name
+from slsam_peft.config import SLSAMConfig, rule_name
+from slsam_peft.described import to_name
 from slsam_peft.saving.record import adapter_prefixes
 
 
@@ -59,8 +59,7 @@ def check_reference(trainer: Any, config: SLSAMConfig) -> None:
     Raises:
         ValueError: the reference would be noisy. The message says how it need not be.
     """
-    noisy = config.ascent == "flat_lora" or isinstance(config.ascent, WeightNoise)
-    if not (noisy and config.is_perturbed):
+    if rule_name(config.ascent) != "flat_lora" or not config.is_perturbed:
         return
     shared = hasattr(trainer, "ref_model") and trainer.ref_model is None
     if shared and not getattr(trainer.args, "precompute_ref_log_probs", False):

@@ -47,7 +47,7 @@ from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.paper import name_on_cards
 from slsam_peft.trainer.passes import TrainerPasses
 from slsam_peft.trainer.precision import float32_adapters, restore_float32, same_dtypes, warn_if_low_precision
-from slsam_peft.trainer.rates import LearningRates
+from slsam_peft.trainer.rates import LearningRates, check_rates
 from slsam_peft.trainer.riding import has_own_loss, lora_pairs, not_pairs, why_not
 from slsam_peft.trainer.sharded import check_resumed, check_sharding, is_fsdp2
 from slsam_peft.trainer.support import (
@@ -111,7 +111,8 @@ class SLSAMMixin(_Base):
     Raises:
         ValueError: a set-up that is not supported (DeepSpeed, FSDP 1, torch.compile, GRPO, noise on weights that are
             the reference, too); a base whose quantised layers pass no gradient on; no trainable parameter; an
-            optimizer that lacks some arms. All before the first step.
+            optimizer that lacks some arms, or that makes its own learning rate where the rule moves by it. All before
+            the first step.
     """
 
     def __init__(self, *args: Any, slsam_config: SLSAMConfig | None = None, **kwargs: Any) -> None:
@@ -220,6 +221,8 @@ class SLSAMMixin(_Base):
         self._slsam_restored = False
         self._slsam_index = 0
         check_optimizer(self, self.slsam.arms)
+        if self.slsam.ascent.paced:
+            check_rates(self.optimizer)
         self._slsam_passes = self._make_passes()
         self._slsam_trace = self._open_trace()
         self._slsam_checkpoint = None

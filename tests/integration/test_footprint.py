@@ -3,6 +3,7 @@
 import copy
 import functools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
-from slsam_peft import SLSAMConfig, SLSAMTrainer
+from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
+from slsam_peft.algorithm.adversary import Adversary
 from slsam_peft.algorithm.ascents import Ascent
+from slsam_peft.config import ASCENTS
 from slsam_peft.cost import memory as footprint
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.cost.model import CostModel, Rule
 from slsam_peft.models.shapes import meta_model
+from slsam_peft.trainer.factors import factors_of
+from slsam_peft.trainer.riding import lora_pairs
+from tests.decoders import batch, closures, decoder
 from tests.integration.test_cost_flops import WORDS, tokenizer
+from tests.look_ahead import look_ahead_passes
 from tests.tolerances import PEAK_MEMORY
 
 BATCH, LENGTH = 4, 128
@@ -75,12 +82,13 @@ CASES = {
     "two_pass": ({"design": "depth", "active_fraction": 0.5}, 2, True),
     "remembered": ({"design": "depth", "active_fraction": 1.0, "ascent": "remembered"}, 1, True),
     "dense_descent": ({"design": "depth", "active_fraction": 0.2, "descent": "all"}, 3, True),
+    "sampa": ({"method": "auto", "ascent": "sampa"}, 1, True),
     "bi_lora": ({"method": "bi_lora"}, 1, True),
     "flat_lora": ({"method": "flat_lora"}, 1, True),
 }
 
 
-def trained(folder, settings, micro_batches=1, checkpointing=True):
+def trained(folder, settings, micro_batches=1, checkpointing=True, rank=8):
     """Train three steps on random tokens; return the trainer and the peak of its live bytes."""
     torch.manual_seed(0)
     ids = torch.randint(0, WORDS - 2, (BATCH * micro_batches * 3, LENGTH)).tolist()
@@ -106,7 +114,7 @@ def trained(folder, settings, micro_batches=1, checkpointing=True):
         args=args,
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"),
         **ours,
     )
     with LiveBytes([*trainer.model.parameters(), *trainer.model.buffers()]) as counted:
@@ -172,18 +180,80 @@ def test_peak_is_plain_loras_and_what_is_reported(settings, micro_batches, tmp_p
     assert peak <= plain + 2 * adapters + slsam.horizon.peak_bytes + slsam.memory.bytes + SMALL_BYTES
 
 
+def parts_of(dtype, rank=8, **settings):
+    """Return the predicted parts of a step in so many bytes a number, and how many numbers are trained."""
+    model = meta_model(copy.deepcopy(CONFIG), dtype, rank, float32_adapters=False)  # which notes the dtype in it
+    config = SLSAMConfig(**settings)
+    parts = footprint.memory_of(
+        model,
+        CostModel.from_model(model, True),
+        [(BATCH, LENGTH)],
+        rule_of(config),
+        footprint.MemorySettings(compute_dtype=dtype),
+        config.fraction,
+    )
+    return parts, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize(("dtype", "noise_bytes"), [(torch.float32, 4), (torch.bfloat16, 6)])
 def test_what_rules_of_other_papers_hold_is_counted_in_its_own_dtype(dtype, noise_bytes):
     """A second adapter and its moments are in float32 beside one in half precision, too; noise becomes the sum."""
-    model = meta_model(copy.deepcopy(CONFIG), dtype, lora_r=8, float32_adapters=False)  # which notes the dtype in it
-    settings = footprint.MemorySettings(compute_dtype=dtype)
-    cost, shapes = CostModel.from_model(model, True), [(BATCH, LENGTH)]
-    bi_lora, flat_lora = (
-        footprint.memory_of(model, cost, shapes, rule_of(SLSAMConfig(method=method)), settings)
-        for method in ("bi_lora", "flat_lora")
-    )
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    (bi_lora, numbers), (flat_lora, _) = (parts_of(dtype, method=method) for method in ("bi_lora", "flat_lora"))
     assert bi_lora["adapters"] == numbers * dtype.itemsize
-    assert (bi_lora["second_adapter"], bi_lora["noise"]) == (3 * 4 * numbers, 0)
+    assert (bi_lora["kept_by_rule"], bi_lora["noise"]) == (3 * 4 * numbers, 0)
     largest = CONFIG.hidden_size * CONFIG.intermediate_size
-    assert (flat_lora["second_adapter"], flat_lora["noise"]) == (0, noise_bytes * largest)
+    assert (flat_lora["kept_by_rule"], flat_lora["noise"]) == (0, noise_bytes * largest)
+
+
+KEEPING = {name: name for name in ASCENTS if name != "auto"} | {"bi_lora by plain ascent": Adversary(0.1, adam=False)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ascent", KEEPING.values(), ids=KEEPING)
+def test_what_a_rule_keeps_from_step_to_step_is_what_is_counted(ascent, dtype):
+    """Its own tensors and the gradients kept for the next step, in the state that a checkpoint holds."""
+    model = decoder(dropout=0.0, dtype=dtype)
+    config = SLSAMConfig(method="auto", ascent=ascent, active_fraction=1.0, descent="active")
+    slsam = SLSAM(arms_of(model), config, pairs=lora_pairs(model), factors=factors_of(model))
+    slsam.learning_rate = lambda p: 1e-3
+    inputs = batch()
+    inputs["labels"] = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)
+    passes = look_ahead_passes(model, inputs, inputs)
+    slsam.accumulate(replace(passes, cut=None, forward_only=closures(model, inputs)[1]))
+    assert slsam.steps == 1
+    assert slsam.skipped == 0
+    rule, shapes = rule_of(config), [(len(inputs["labels"]), 12)]
+    held = sum(x.nbytes for x in slsam.ascent.state_dict().values() if x.dim() == 2)
+    assert held == rule.ascent.kept_bytes(slsam.parameters)
+    numbers = sum(p.numel() for p in slsam.parameters)
+    assert slsam.memory.bytes == 2 * numbers * footprint._remembered(rule, shapes, 1.0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 0.25), (2, 0.0)])
+def test_gradients_that_rode_along_are_those_of_the_arms_that_come(count, expected):
+    """A quarter of them is perturbed; with several micro-batches none ride along."""
+    rule = rule_of(SLSAMConfig())
+    assert footprint._remembered(rule, [(BATCH, LENGTH)] * count, SLSAMConfig().fraction) == expected
+
+
+EVERYWHERE = {"method": "auto", "active_fraction": 1.0}
+BESIDE = {  # what is compared with what, and how many more copies of the adapters it holds at the peak
+    "sampa": ({**EVERYWHERE, "ascent": "sampa"}, {**EVERYWHERE, "ascent": "ahead"}, 1),
+    "bi_lora": ({"method": "bi_lora"}, {"method": "bar"}, 6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_a_rule_holds_more_than_another_one_is_counted(case, tmp_path, small_head):
+    """How far riding tokens run from w; both pairs side by side and a second gradient, beside what is kept.
+
+    Of adapters so large that the peak is where all of their gradients are there.
+    """
+    more, less, copies = BESIDE[case]
+    both = (("more", more), ("less", less))
+    measured = [trained(tmp_path / name, settings, rank=64)[1] for name, settings in both]
+    predicted = [parts_of(torch.float32, rank=64, **settings)[0] for _, settings in both]
+    adapters = predicted[0]["adapters"]
+    assert predicted[0]["total"] - predicted[1]["total"] == copies * adapters
+    assert measured[0] - measured[1] == pytest.approx(copies * adapters, rel=PEAK_MEMORY)

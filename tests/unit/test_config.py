@@ -12,13 +12,23 @@ import pytest
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.algorithm.adversary import Adversary
-from slsam_peft.algorithm.ascents import Ahead, Part
+from slsam_peft.algorithm.ascents import Ahead, Ascent, Part
 from slsam_peft.algorithm.balancing import Balancing
 from slsam_peft.algorithm.noise import WeightNoise
-from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron
+from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron, build_radius
+from slsam_peft.algorithm.rules import build_ascent
 from slsam_peft.algorithm.sampa import Sampa
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
-from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA
+from slsam_peft.config import ASCENTS, ONE_PASS, RADII, RECORD_NAME, RECORD_SCHEMA, rule_name
+
+# Each rule that makes no e, by its name and as an object, and one of a class that a user derives from ours.
+ONE_PASS_RULES = [(name, name) for name in ONE_PASS]
+ONE_PASS_RULES += [("bar", Balancing()), ("obar", Balancing(by_gradients=False))]
+ONE_PASS_RULES += [
+    ("bi_lora", Adversary()),
+    ("bi_lora", type("Own", (Adversary,), {})(0.2)),
+    ("flat_lora", WeightNoise()),
+]
 
 BAD = [
     ({"rho": -0.1}, "rho=-0.1", "finite number >= 0"),
@@ -96,6 +106,23 @@ BAD = [
     ),
     ({"method": "bar", "ascent": "partial"}, "method='bar' and ascent='partial' name two rules", "leave one of them"),
     ({"method": "bi_lora", "ascent": Ahead(1)}, "method='bi_lora' and ascent=", "name two rules"),
+    *(
+        ({"method": method, "ascent": given}, f"method='{method}' and ascent=", "an object of the method's own rule")
+        for method in ("bar", "bi_lora", "flat_lora")
+        for name, given in ONE_PASS_RULES
+        if name.removeprefix("o") != method
+    ),
+    *(
+        (
+            {"method": "auto", "ascent": given, **values},
+            f"radius='{radius}' and ascent='slsam_peft.algorithm.",
+            "unset",
+        )
+        for given in (Balancing(), Adversary(0.2))
+        for values, radius in (({"loss_rise": 0.3}, "loss_rise"), ({"radius": "asam"}, "asam"))
+    ),
+    ({"method": "bi_lora", "ascent": Adversary(0.2), "rho": 0.1}, "(0.2), and rho=0.1 is set", "leave one of them"),
+    ({"ascent": WeightNoise(0.0), "rho": 0.1}, "(0.0), and rho=0.1 is set", "leave one of them"),
 ]
 
 
@@ -110,6 +137,45 @@ def test_a_bad_value_is_named_with_what_is_allowed(values, named, advice):
         SLSAMConfig(**values)
     assert named in str(error.value)
     assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), ONE_PASS_RULES, ids=[f"{n}, {type(g).__name__}" for n, g in ONE_PASS_RULES]
+)
+def test_a_method_takes_an_object_of_its_own_rule(name, given):
+    """As it takes its name: everything else is the method's."""
+    method = name.removeprefix("o")
+    config, named = SLSAMConfig(method=method, ascent=given), SLSAMConfig(method=method, ascent=name)
+    rho = named.resolved.rho if getattr(given, "strength", None) is None else None
+    assert config.resolved == dataclasses.replace(named, ascent=given, rho=rho).resolved
+    assert (config.resolved.ascent, config.resolved.rho, config.fraction) == (given, rho, 1.0)
+    assert dataclasses.replace(config.resolved, seed=3).resolved.ascent is given, "resolved settings are settings"
+
+
+@pytest.mark.parametrize("name", [*ASCENTS, *RADII])
+def test_an_object_knows_what_the_settings_call_it(name):
+    """Which the cards, the methods and the errors go by."""
+    if name == "auto":
+        assert build_ascent(name).rule == "partial"
+        return
+    if name in ASCENTS:
+        made = build_ascent(name)
+        assert made.setting == f"ascent='{name}'"
+    else:
+        number = {"loss_rise": 0.1} if name == "loss_rise" else {"rho": 0.1}
+        made = build_radius(SLSAMConfig(method="auto", radius=name, **number))
+    assert made.rule == rule_name(made) == rule_name(name) == name
+
+
+def test_what_is_no_rule_of_the_settings_has_no_name():
+    class Own(Ascent):
+        """A rule of a user."""
+
+    class Odd:
+        rule = ["bar"]
+
+    assert [rule_name(x) for x in (Own(), Odd(), None, "a", Ascent())] == [None] * 5
+    assert Own().setting == "ascent=Own"
 
 
 PARTS = ("active_fraction", "bandit", "design", "ascent", "descent", "ascent_sequences", "ascent_fraction")

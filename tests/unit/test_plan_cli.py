@@ -74,7 +74,7 @@ def test_plan_of_a_local_configuration(capsys, folder):
 
 
 def held_by(rule, folder, monkeypatch):
-    """Return the bytes of a second adapter and of the largest noisy weight, with its noise, that a step really has.
+    """Return the bytes of what a rule keeps and of the largest noisy weight, with its noise, that a step really has.
 
     Of float32 adapters on a bfloat16 base, as the plan's.
     """
@@ -103,10 +103,10 @@ def held_by(rule, folder, monkeypatch):
         return loss
 
     slsam.update(closure)
-    state = {} if rule != "bi_lora" else slsam.ascent.state_dict()
+    state = slsam.ascent.state_dict()
     return {
         "adapters": sum(p.nbytes for p in slsam.parameters),
-        "second_adapter": sum(x.nbytes for x in state.values() if x.dim() == 2),
+        "kept_by_rule": sum(x.nbytes for x in state.values() if x.dim() == 2),
         "noise": max(noisy, default=0),
     }
 
@@ -118,7 +118,7 @@ def test_what_rules_of_other_papers_hold_is_what_is_planned(rule, capsys, folder
     memory = planned(capsys, *base, "--method", rule)["memory"]
     held = held_by(rule, folder, monkeypatch)
     assert {name: memory[name] for name in held} == held
-    assert bool(held["second_adapter"]) == (rule == "bi_lora")
+    assert bool(held["kept_by_rule"]) == (rule == "bi_lora")
     assert bool(held["noise"]) == (rule == "flat_lora")
 
 
@@ -132,7 +132,10 @@ def test_rules_of_other_papers_are_planned(capsys, folder):
     assert 1 < made["flat_lora"]["cost"]["expected"] / plain < 1.02
     assert all(m["cost"]["ascent_sequences"] == 0 and not m["cost"]["rides"] for m in made.values())
     memory = {name: m["memory"] for name, m in made.items()}
-    assert memory["bar"]["perturbation"] == memory["flat_lora"]["perturbation"] == 0
+    assert memory["bar"]["perturbation"] == memory["flat_lora"]["perturbation"] == memory["bar"]["kept_by_rule"] == 0
+    half = (*base, "--load_in_4bit", "--adapter_dtype", "keep", "--method", "auto", "--ascent", "obar")
+    rounded = planned(capsys, *half)["memory"]
+    assert rounded["kept_by_rule"] == 2 * rounded["adapters"] > 0, "float32 beside bfloat16"
     ahead, sampa = (planned(capsys, *base, "--method", "auto", "--ascent", a)["cost"] for a in ("ahead", "sampa"))
     assert sampa["expected"] == ahead["expected"]
     small, zeroth = (

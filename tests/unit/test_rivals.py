@@ -2,6 +2,7 @@
 
 import gc
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from slsam_peft.algorithm.sampa import Sampa
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
+from slsam_peft.config import ASCENTS
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.cost.model import CostModel
 from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
@@ -380,18 +382,39 @@ def test_half_precision_is_balanced_as_a_wider_one_is():
     [
         ("bar", r"would change a factor by 0\.5 of itself.*at most 0\.1 is allowed"),
         ("bi_lora", r"would ascend at the learning rate 1; at most 0\.1 is allowed"),
+        (
+            "sampa",
+            r"from a gradient step at the learning rate 1; less than 1 is allowed.*or ascent=Sampa\(extrapolate",
+        ),
     ],
 )
 def test_a_learning_rate_that_is_none_is_refused(name, message):
     """Prodigy's is 1, whatever its steps are. Nothing is left half changed."""
     model = decoder(dropout=0.0)
-    slsam = algorithm(model, method=name, rho=0.5)
+    slsam = algorithm(model, method="auto", ascent=name, rho=0.5)
     slsam.learning_rate = lambda p: 1.0
-    closure, _ = closures(model, batch())
-    before = copied(trained(model))
+    before, (inputs, following, _) = copied(trained(model)), two_epochs()[:3]
     with pytest.raises(ValueError, match=message):
-        slsam.update(closure)
+        slsam.accumulate(look_ahead_passes(model, inputs, following))
+    assert slsam.steps == 0
     assert all(torch.equal(p, w) for p, w in zip(trained(model), before, strict=True))
+
+
+ALL = {name: name for name in ASCENTS if name != "auto"}
+ALL |= {"sampa at w": Sampa(1, extrapolate=False), "bi_lora by plain ascent": Adversary(0.1, adam=False)}
+
+
+@pytest.mark.parametrize("ascent", ALL.values(), ids=ALL)
+def test_a_rule_is_said_to_move_by_the_learning_rate_where_it_reads_it(ascent):
+    """A trainer refuses optimizers by it before the first step."""
+    model = decoder(dropout=0.0)
+    slsam = algorithm(model, method="auto", ascent=ascent, active_fraction=1.0, descent="active")
+    read, (inputs, following, _) = [], two_epochs()[:3]
+    slsam.learning_rate = lambda p: read.append(p) or RATE
+    passes = look_ahead_passes(model, inputs, following)
+    slsam.accumulate(replace(passes, cut=None, forward_only=closures(model, inputs)[1]))
+    assert slsam.steps == 1
+    assert bool(read) == slsam.ascent.paced
 
 
 def test_a_void_step_balances_nothing():
@@ -894,6 +917,11 @@ def test_objects_take_their_own_strength():
     model = decoder(dropout=0.0)
     for ascent in (Balancing(0.3), Adversary(0.2), WeightNoise(0.1)):
         assert algorithm(model, method="auto", ascent=ascent).config.ascent is ascent
-        bare = type(ascent)()
-        with pytest.raises(ValueError, match="needs rho, and loss_rise is set"):
-            algorithm(model, method="auto", ascent=bare)
+        resolved = SLSAMConfig(method="auto", ascent=ascent).resolved
+        assert (resolved.rho, resolved.loss_rise, resolved.radius) == (None, None, "length"), "it knows its own"
+        with pytest.raises(ValueError, match=rf"which knows how strong it is \({ascent.strength}\), and rho=0\.5 is"):
+            SLSAMConfig(method="auto", ascent=ascent, rho=0.5)
+        assert not SLSAMConfig(method="auto", ascent=ascent, rho=0.0).resolved.is_perturbed
+        bare, named = (SLSAMConfig(method="auto", ascent=x).resolved for x in (type(ascent)(), ascent.rule))
+        assert (bare.rho, bare.loss_rise, bare.radius) == (named.rho, None, "length")
+        assert algorithm(model, method="auto", ascent=type(ascent)(), rho=0.7).config.rho == 0.7
