@@ -67,7 +67,7 @@ def test_the_scale_does_not_move_the_trajectory(train):
     assert_same_training(train(2.0**8), train(2.0**14))
 
 
-CHANGES = ["two_pass", "remembered", pytest.param(Adversary(2.0, adam=False), marks=pytest.mark.slow, id="bi_lora")]
+CHANGES = ["two_pass", "remembered", pytest.param(Adversary(adam=False), marks=pytest.mark.slow, id="bi_lora")]
 
 
 @pytest.mark.parametrize("ascent", CHANGES)

@@ -91,7 +91,7 @@ class RuleRun(Run):
         self.model = exact_norms(decoder(dropout=0.0))
         self.model.register_forward_hook(self.scale_gradients)
         self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=RATE)
-        config = SLSAMConfig(method="auto", rho=0.1, ascent=ascent)
+        config = SLSAMConfig(method="auto", rho=0.1 if ascent.strength is None else None, ascent=ascent)
         arms, pairs = arms_of(self.model), lora_pairs(self.model)
         self.slsam = SLSAM(arms, config, pairs=pairs, factors=factors_of(self.model))
         self.slsam.loss_scale = lambda: self.scaler._scale
