@@ -6,6 +6,7 @@ would go on with what another one has left there is refused. Objects are not cop
 what cannot be copied.
 """
 
+import copy
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -33,6 +34,10 @@ class Ownership:
         self._owned = [owned for owned in map(_holder, given) if _may_keep(owned)]
         for owned in self._owned:
             _owners[id(owned)] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ownership":
+        """Give a copied algorithm the copies of them."""
+        return Ownership(*copy.deepcopy(self._owned, memo))
 
     def check(self) -> None:
         """Refuse to go on where another algorithm has taken one of them.

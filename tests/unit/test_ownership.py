@@ -185,6 +185,16 @@ def test_of_our_own_rules_those_alone_are_shared_that_keep_nothing(name):
     assert (vars(run.slsam.ascent) == before) == (type(run.slsam.ascent) in SHARED)
 
 
+@pytest.mark.parametrize("case", ["bar", "bi_lora", "flat_lora", "design"])
+def test_a_copy_of_an_algorithm_has_copies_of_its_rules(case):
+    run = Run(SLSAMConfig(**KEPT[case][1]()))
+    run.step()
+    copied = copy.deepcopy(run)
+    for either in (run, copied):
+        either.step()
+    assert_same(run.state(), copied.state())
+
+
 def test_a_rule_is_read_where_it_was_made():
     """It is no copy: a user reads what it holds, before and after an algorithm was made anew with it."""
     rule = Adversary(0.2)
