@@ -37,7 +37,7 @@ from tests.recipes.commands import compare, compare_words
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 BEGUN = [path for path in RECIPES if (path.parent / "rows" / f"{path.stem}.jsonl").exists()]
 # Comparisons whose rows name a method; they grow.
-GROWING = ("auto", "backdoor", "fresh", "fresh_batch16", "raters", "rivals", "tweets_rivals")
+GROWING = ("auto", "backdoor", "fresh", "fresh_batch16", "gemma", "raters", "rivals", "tweets_rivals")
 
 
 RANDOM = "[/random] $x_{"  # a name that rich and matplotlib would take for markup
@@ -343,7 +343,7 @@ def test_keys_of_committed_rows_are_those_they_were_made_with() -> None:
         for line in (path.parent / "rows" / f"{path.stem}.jsonl").read_text().splitlines()
     ]
     digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:16]
-    assert (len(keys), digest) == (532, "00da637a4ac8e545")
+    assert (len(keys), digest) == (557, "6790d53ec55dccfb")
 
 
 @pytest.fixture(scope="module")
