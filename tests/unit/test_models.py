@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from slsam_peft.adapters.load import open_adapter
 from slsam_peft.errors import UserError
 from slsam_peft.models import load
 from slsam_peft.models.fetched import FETCHED_BY_HUB_NAME, hub_name_of
@@ -75,3 +79,15 @@ def test_every_fetched_model_has_a_name_that_others_know(tmp_path: Path) -> None
         None,
     ]
     assert list(FETCHED_BY_HUB_NAME) == ["HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m"]
+
+
+@pytest.mark.parametrize("name", FETCHED_BY_HUB_NAME)
+def test_an_adapter_finds_the_fetched_model_by_the_name_that_others_know(
+    name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FETCHED_BY_HUB_NAME, name, lambda: home / "fetched")
+    LoraConfig(base_model_name_or_path=name, task_type="CAUSAL_LM").save_pretrained(home / "adapter")
+    save_file({"weight": torch.zeros(1)}, home / "adapter" / "adapter_model.safetensors")
+    assert open_adapter(home / "adapter").base == str(home / "fetched")
+    (home / name).mkdir(parents=True)
+    assert open_adapter(home / "adapter").base == name
