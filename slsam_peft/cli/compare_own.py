@@ -26,7 +26,7 @@ CONFIG, RECIPE, ADAPTER = "compare.yaml", "sft.yaml", "adapter"  # in the output
 # Name, type or `None` for a switch, what a value is, help; those of `Wishes`.
 FLAGS = (
     ("eval_data", str, "FILE", "held-out data: a file, or a split of --data (default: a part of --data, by a hash)"),
-    ("model", str, "NAME", "base model: folder, Hub name or smollm2 (default: smollm2)"),
+    ("model", str, "NAME", "base model: folder, Hub name, smollm2 or gemma3 (default: smollm2)"),
     (
         *("runs", int, "N"),
         "most trainings: learning rates, as many for each method, then seeds (default: 12; 18 with fewer steps of "

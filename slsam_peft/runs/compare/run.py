@@ -86,7 +86,7 @@ def _skeleton(settings: CompareSettings) -> Any:
     except (ValueError, KeyError) as error:  # what transformers and PEFT raise for architectures
         raise UserError(
             f"model={settings.model} is no causal language model: {brief(error)}\nName a folder "
-            "with one in it, a hub name that can be reached, or smollm2."
+            "with one in it, a hub name that can be reached, smollm2 or gemma3."
         ) from error
 
 

@@ -112,7 +112,8 @@ class TrainingSettings:
         dtype (`str`, *optional*, defaults to `"float32"`): What the model computes in: `"float32"` or `"bfloat16"`.
         quantize (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base; adapters stay in float32.
         prompt_format (`str`, *optional*): What stands in place of the chat template around a single user message, with
-            `{}` where it goes; the answer follows. Unset: the tokenizer's own template.
+            `{}` where it goes; the answer follows, and a BOS token comes first where the tokenizer adds one. Unset: the
+            tokenizer's own template.
     """
 
     steps: int
@@ -157,7 +158,8 @@ class CompareSettings:
         seeds (`list[int]`): Reported seeds: data, initial adapter, batches and sampler.
         tuning_seed (`int`): Seed on which learning rates are chosen; not reported.
         tuning_task (`str`, *optional*): Task that learning rates are chosen on, for all tasks. Unset: each on its own.
-        model (`str`, *optional*, defaults to `"smollm2"`): Base model: `"smollm2"`, a folder or a name on the Hub.
+        model (`str`, *optional*, defaults to `"smollm2"`): Base model: `"smollm2"`, `"gemma3"`, a folder or a name on
+            the Hub.
         match (`list[str]`, *optional*): What methods have in common: `"steps"`, `"cost"` (a method of cost c per
             step gets 1/c of the steps) or `"epochs"` (a method of k times the common batch size gets 1/k of them);
             several of these too. Defaults to steps and cost.
@@ -197,7 +199,7 @@ class CompareSettings:
         if not self.match or len(set(self.match)) < len(self.match):
             raise ValueError(f"match={list(self.match)} must be one or more different names.")
         if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"model={self.model!r} is not allowed; name a folder, a hub name, or smollm2.")
+            raise ValueError(f"model={self.model!r} is not allowed; name a folder, a hub name, smollm2 or gemma3.")
         for name, how in self.methods.items():
             self._check_sequences(name)
             poisoned = [task for task, of in self.tasks.items() if of.backdoor is not None]
