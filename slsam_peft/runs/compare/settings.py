@@ -112,7 +112,7 @@ class TrainingSettings:
         dtype (`str`, *optional*, defaults to `"float32"`): What the model computes in: `"float32"` or `"bfloat16"`.
         quantize (`str`, *optional*, defaults to `"none"`): `"nf4"` for a 4-bit base; adapters stay in float32.
         prompt_format (`str`, *optional*): What stands in place of the chat template around a single user message, with
-            `{}` where it goes; the answer follows, and a BOS token comes first where the tokenizer adds one. Unset: the
+            `{}` where it goes; the answer follows; a BOS token comes first where the tokenizer adds one. Unset: the
             tokenizer's own template.
     """
 
