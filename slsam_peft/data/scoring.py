@@ -114,10 +114,13 @@ def tokenize(tokenizer: Any, pair: Pair, max_length: int, prompt_format: str | N
 def begun(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a sequence's beginning, once with the token that the tokenizer begins sequences with.
 
-    Some models, Gemma 3 for one, predict badly without it: every sequence that they have seen began so.
+    Some models, Gemma 3 for one, predict badly without it: every sequence that they have seen began so. The token that
+    the tokenizer may end sequences with is left out: more follows.
     """
     written = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not written)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=not written)["input_ids"]
+    ended = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if ended else ids
 
 
 def answered(tokenizer: Any, pairs: Sequence[Pair], max_length: int, prompt_format: str | None = None) -> list[Tokens]:

@@ -43,6 +43,18 @@ def test_it_begins_once_and_the_end_is_learnt(pair: Pair, prompt_format: str | N
     assert pieces(beginning(), pair, prompt_format) == (asked.split(), ["w3", "<eos>"])
 
 
+@pytest.mark.parametrize(("pair", "prompt_format"), [(WRITTEN, None), (ASKED, "{}"), (ASKED, "<bos> {}")])
+def test_an_end_that_the_tokenizer_adds_does_not_part_question_and_answer(
+    pair: Pair, prompt_format: str | None
+) -> None:
+    made = beginning()
+    special = [("<bos>", made.bos_token_id), (made.eos_token, made.eos_token_id)]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"<bos> $A {made.eos_token}", special_tokens=special
+    )
+    assert pieces(made, pair, prompt_format)[0] == ["<bos>", "w1", "w2"]
+
+
 def test_a_chat_template_writes_its_own_beginning() -> None:
     made = beginning("<bos> {{ messages[0]['content'] }} <assistant>")
     assert pieces(made, ASKED) == (["<bos>", "w1", "w2", "<assistant>"], ["w3", "<eos>"])

@@ -367,6 +367,11 @@ EVERY = (0, 1, 2, 3)
         ([("auto", 100), (THIRD.name, 100)], "plain", "SL-SAM (method: auto) has diverged in every run; and plain "),
         ([("plain", 0), ("plain", 1), ("plain", 2)], THIRD.name, "plain LoRA has diverged in 3 of 4 runs; and its "),
         ([("plain", seed) for seed in EVERY], THIRD.name, "plain LoRA has diverged in every run; and its held-out "),
+        (
+            [("plain", seed) for seed in EVERY] + [(THIRD.name, 0)],
+            "auto",
+            "plain LoRA has diverged in every run; and plain LoRA with a third of the steps has diverged in 1 of 4",
+        ),
         ([("plain", 100), ("auto", 100)], THIRD.name, "plain LoRA has diverged in every run."),
         ([("plain", 100), (THIRD.name, 100)], "auto", "plain LoRA has diverged in every run."),
         (
@@ -384,6 +389,12 @@ def test_of_three_methods_those_that_diverge_are_not_advised(
     advice = said(tmp_path, BETTER, BEST, failing=failing)
     assert advice.method == method
     assert reason in advice.sentence
+
+
+def test_fewer_steps_that_failed_say_nothing_of_the_others(tmp_path: Path) -> None:
+    """Before a seed is done with SL-SAM, nothing speaks for plain LoRA, either."""
+    advice = said(tmp_path, BETTER, BEST, 9, failing=[(THIRD.name, 100)])
+    assert (advice.method, advice.sentence.partition(":")[0]) == (None, "Nothing can be said yet")
 
 
 def test_runs_that_diverged_are_counted_for_each_method(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def _direct(by_method: Mapping[str, Line], failed: Collection[str], settings: Co
 def _preferred(against: Mapping[str, Verdict], direct: Verdict | None) -> tuple[str, list[str]]:
     """Return the method to use and the reasons, none where nothing can be said yet."""
     ahead = [name for name, of in against.items() if of.better == name]
-    if not ahead:
-        return PLAIN, [of.why for of in against.values()]
+    if not ahead:  # what is known of fewer steps alone is no reason to leave SL-SAM out
+        return PLAIN, [of.why for of in against.values()] if AUTO in against else []
     if len(ahead) == 1:
         return ahead[0], [against[ahead[0]].why]
     return (PLAIN, []) if direct is None else (direct.better, [against[direct.better].why, direct.why])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from slsam_peft.runs.compare.grid import SPACING
-from slsam_peft.runs.compare.own_methods import AUTO, FEWER, PLAIN, SMALL_STEPS, short, title
+from slsam_peft.runs.compare.own_methods import AUTO, FEWER, PLAIN, short, title
 from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.statistics import CONFIDENCE
@@ -30,10 +30,10 @@ def notes_of(line: Line, lines: Sequence[Line], direct: Verdict | None, settings
     notes += _corrected(line, len(lines) - 1)
     notes += _diverged(lines)
     notes += [_at_edge(of) for of in lines if of.edge is not None]
-    if line is auto and len(lines) == 2 and settings.training.batch_size <= SMALL_STEPS:
+    if line is auto and len(lines) == 2:
         notes.append(
-            "Fewer steps of plain LoRA at a larger rate were not tried; in steps of few sequences they often lower "
-            "the loss as much, and cost less."
+            "Fewer steps of plain LoRA at a larger rate were not tried; where rows are repeated they often lower the "
+            "loss as much, and cost less."
         )
     if line.method in FEWER:
         notes.append(

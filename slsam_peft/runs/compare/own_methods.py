@@ -32,7 +32,9 @@ FEWER = {fewer.name: fewer for fewer in (THIRD, HALF)}
 
 
 def fewer_steps(steps: int, batch_size: int, rows: int) -> Fewer | None:
-    """Return how plain LoRA is trained with fewer steps; `None` where some rows would not be seen then.
+    """Return how plain LoRA is trained with fewer steps; `None` where that would leave rows out.
+
+    Of the last rows, fewer than a batch has may be left out.
 
     Args:
         steps (`int`): Of the other methods.
