@@ -7,10 +7,22 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from slsam_peft.packages import Package
+
+if TYPE_CHECKING:
+    import gguf
+
+
+def finish(writer: "gguf.GGUFWriter") -> None:
+    """Write a GGUF file that has all its settings and tensors."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_wheel(folder: Path, package: Package, content: bytes) -> Path:

