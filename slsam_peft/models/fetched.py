@@ -5,10 +5,8 @@ from pathlib import Path
 from slsam_peft.models import gemma3, smollm2
 
 FETCHED = {smollm2.SMOLLM2: smollm2.fetch_smollm2, gemma3.GEMMA3: gemma3.fetch_gemma3}
-# Adapters that the quickstart makes name their base so. Other adapters on these names are of the weights on the Hub.
-FETCHED_BY_HUB_NAME = {smollm2.PACKED.hub_name: smollm2.fetch_smollm2}
 
-_HUB_NAMES = {packed.hub_name.partition("/")[2]: packed.hub_name for packed in (smollm2.PACKED, gemma3.PACKED)}
+_HUB_NAMES = {packed.name: packed.hub_name for packed in (smollm2.PACKED, gemma3.PACKED)}
 
 
 def hub_name_of(folder: str | Path) -> str | None:

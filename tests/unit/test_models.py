@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from slsam_peft.adapters.load import open_adapter
 from slsam_peft.errors import UserError
-from slsam_peft.models import load
-from slsam_peft.models.fetched import FETCHED_BY_HUB_NAME, hub_name_of
+from slsam_peft.models import load, smollm2
+from slsam_peft.models.fetched import hub_name_of
 from slsam_peft.models.shapes import BUILT_IN, SHAPE_OF, find_config
 
 
@@ -80,11 +80,11 @@ def test_every_fetched_model_has_a_name_that_others_know(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("name", FETCHED_BY_HUB_NAME)
-def test_an_adapter_finds_the_fetched_model_by_the_name_that_others_know(
-    name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_of_the_quickstart_finds_the_fetched_model_by_the_name_that_others_know(
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FETCHED_BY_HUB_NAME, name, lambda: home / "fetched")
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.setattr(smollm2, "fetch_smollm2", lambda: home / "fetched")
     LoraConfig(base_model_name_or_path=name, task_type="CAUSAL_LM").save_pretrained(home / "adapter")
     save_file({"weight": torch.zeros(1)}, home / "adapter" / "adapter_model.safetensors")
     assert open_adapter(home / "adapter").base == str(home / "fetched")
