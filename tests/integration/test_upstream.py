@@ -350,7 +350,7 @@ def _() -> None:
 def _() -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from slsam_peft.algorithm.horizon import _is_reentrant
+    from slsam_peft.algorithm.entering import _is_reentrant
 
     block = llama().model.layers[0]
     assert isinstance(block, GradientCheckpointingLayer)
