@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,7 +35,7 @@ from slsam_peft.trainer.distributed import average_over_ranks
 from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.riding import lora_pairs
 from tests import sharded
-from tests.tiny import build, llama, lora
+from tests.tiny import build, llama, lora, texts
 
 STEPS = 20
 NON_REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -285,19 +286,58 @@ def loss_rise(rank=None):
 
 
 def rides(folder, ascent="auto"):
-    """Sequences that ride along; one rank gives that up in the third step."""
+    """Sequences that ride along; one rank gives that up in the third step of the first of two epochs.
+
+    The rows do not fill an epoch's last batches.
+    """
 
     class GivesUp(Watched):
         def training_step(self, *args, **kwargs):
             if self.state.global_step == 2 and dist.get_rank() == 1:
                 self.slsam.runner.pairs = ()
             radii.append(self.slsam.metrics.get("rho"))
+            ahead.append(self._slsam_batches is not None)
             return super().training_step(*args, **kwargs)
 
-    radii = []
+    radii, ahead = [], []
     config = SLSAMConfig(method="auto", ascent=ascent, loss_rise=0.02)
-    trainer = train_small(GivesUp, folder / "out", config, max_steps=6, **PLAIN_SGD)
-    return {"radii": radii, "pairs": len(trainer.slsam.runner.pairs)}, adapters(trainer)
+    trainer = train_small(GivesUp, folder / "out", config, data=texts(13), max_steps=6, **PLAIN_SGD)
+    report = {
+        "radii": radii,
+        "pairs": len(trainer.slsam.runner.pairs),
+        "ahead": ahead,
+        "tokens": [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log],
+        "lengths": [len(row["input_ids"]) for row in trainer.train_dataset],
+    }
+    return report, adapters(trainer)
+
+
+def uneven(folder):
+    """Packed rows, the first ones of one document on a rank and of two on the other: so one rank's ascent is complete
+    behind the first of three micro-batches, and the other's behind the second.
+
+    Trained with a count of tokens, which ranks exchange between micro-batches, and without.
+    """
+    words = [" ".join(f"w{i}" for i in range(n - 1)) for n in (16, *(8,) * 10)]  # and the end of each
+    packed = {"packing": True, "packing_strategy": "bfd", "max_length": 16, "per_device_train_batch_size": 1}
+    config = SLSAMConfig(method="auto", ascent_sequences=2, loss_rise=0.02)
+    report, weights = {}, {}
+    for counts in (False, True):
+        trainer = train_small(
+            Watched,
+            folder / f"out-{counts}",
+            config,
+            data=Dataset.from_list([{"text": text} for text in words]),
+            gradient_accumulation_steps=3,
+            include_num_input_tokens_seen=counts,
+            max_steps=2,
+            **packed,
+            **PLAIN_SGD,
+        )
+        rho = [log["slsam/rho"] for log in trainer.state.log_history if "slsam/rho" in log]
+        report[str(counts)] = {**trainer.seen.report(), "rho": rho, "seen": trainer.state.num_input_tokens_seen}
+        weights |= {f"{counts}.{n}": p for n, p in adapters(trainer).items()}
+    return report, weights
 
 
 def sharded_steps(name):
@@ -448,6 +488,7 @@ SCENARIOS = {
     "loss rise": lambda folder: loss_rise(dist.get_rank()),
     "rides": rides,
     "rides, sampa": partial(rides, ascent="sampa"),
+    "uneven": uneven,
     **{f"sharded, {name}": sharded_steps(name) for name in sharded.SHARDED},
     **{name: fsdp2(*chosen) for name, chosen in UNDER_FSDP2.items()},
     "fsdp2, resumed": fsdp2_resumed,

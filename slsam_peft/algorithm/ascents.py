@@ -159,6 +159,14 @@ class Ascent:
         """
         return 0
 
+    def reach(self, count: int) -> int:
+        """Return of how many micro-batches, the first of a step of so many, `take` may take sequences.
+
+        Ranks make one e together, each of its own sequences: behind so many micro-batches every rank has taken them,
+        whatever it holds.
+        """
+        return count
+
     def riding(self, sequences: int) -> int:
         """Return how many sequences of a next step of so many ride along in a lone micro-batch."""
         return 0
@@ -226,6 +234,10 @@ class Part(Ascent):
         if count > 1:
             return here if index < self.of(count) else 0
         return self.of(here)
+
+    def reach(self, count: int) -> int:
+        """Return the micro-batches that a fraction takes, or as many as there are sequences: each has at least one."""
+        return self.of(count)
 
 
 class Ahead(Part):

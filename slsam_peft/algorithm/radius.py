@@ -33,7 +33,12 @@ class Offsets(NamedTuple):
 
 
 class Radius(Protocol):
-    """What makes e of g."""
+    """What makes e of g.
+
+    One that keeps something from step to step has `state_dict` and `load_state_dict`, too, as `Ascent` has them: a
+    checkpoint then holds it, and a step that is aborted or skipped leaves it as it was. What it keeps is not to lie
+    under the names of its constructor's parameters: by these a checkpoint tells settings apart.
+    """
 
     def offsets(
         self,

@@ -193,13 +193,20 @@ class SLSAM:
         return self.sampler.probabilities
 
     @property
+    def rides(self) -> bool:
+        """Whether sequences of the next step may ride along; with ranks alike on all, though one may have stopped."""
+        return bool(self.runner.pairs) if self.reduce is None else self._rides
+
+    @property
     def radius(self) -> Radius:
         """What makes e of the ascent gradients; another one may take its place between two steps."""
         return self._perturber.radius
 
     @radius.setter
     def radius(self, radius: Radius) -> None:
+        self._ownership.check()
         self._perturber.radius = radius
+        self._ownership = Ownership(self.ascent, radius, self.config.bandit, self.config.design)
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -291,7 +298,7 @@ class SLSAM:
             self._abort()
         self.idle = False
         self._random_before = rng.snapshot(self.runner.accelerators)
-        self._before = state.sampler(self)
+        self._before = state.before_step(self)
         self.runner.clear()
         self._check_passes(passes, count)
         self._settle_order(passes)
@@ -310,8 +317,7 @@ class SLSAM:
             divisor=count if passes.divisor is None else passes.divisor,
         )
         # Where sequences of the next step ride along, its arms must be known; on every rank, whichever has some.
-        rides = self._rides if self.reduce is not None else bool(self.runner.pairs) and passes.riding is not None
-        if rides and count == 1:
+        if self.rides and count == 1 and (self.reduce is not None or passes.riding is not None):
             step.next_mask = self.sampler.draw_ahead().mask
         if self.ascent.stale and self.config.is_perturbed:
             self._perturber.of_memory(step)
@@ -393,29 +399,53 @@ class SLSAM:
 
     def _micro_batch(self, step: Step, passes: Passes, index: int) -> torch.Tensor:
         """Run the passes that are due with this micro-batch; return the loss to report for it."""
-        exact = self.ascent.exact
         pending = Pending(passes, rng.snapshot(self.runner.accelerators))
-        take = 0 if step.perturbation is not None else self._take(step, passes, index)
+        take = 0 if step.perturbation is not None or step.given else self._take(step, passes, index)
         # Once e is known, and where there is none, there is the descent alone.
-        if not take:
+        if not take and not step.pending:
             with self.ascent.within(step):
                 return self.runner.descend(step, pending, logged=True)
-        # The ascent's micro-batches run at w and wait for e.
-        closure = self._ascent_pass(step, pending, take)
-        loss = self.ascent.ascend(self, self.runner, step, pending, closure)
-        step.pending.append(pending)
-        step.taken, step.ascents = step.taken + take, step.ascents + 1
-        if index + 1 < step.count and self._take(step, passes, index + 1):
-            return loss if exact else torch.zeros_like(loss)
-        # The last of them completes e: all that wait descend, each with the random state it had in its ascent.
+        # The ascent's micro-batches run at w and wait for e; so do others while it is not known.
+        if take:
+            loss = self.ascent.ascend(self, self.runner, step, pending, self._ascent_pass(step, pending, take))
+            step.pending.append(pending)
+            step.taken, step.ascents = step.taken + take, step.ascents + 1
+        else:
+            loss = torch.zeros((), device=self.runner.parameters[0].device)
+            step.late.append(pending)
+        step.given = step.given or index + 1 == step.count or not self._take(step, passes, index + 1)
+        if not step.given or self._waits_for_ranks(index, step.count):
+            return loss if self.ascent.exact else torch.zeros_like(loss)
+        return self._descend_all(step, loss)
+
+    def _waits_for_ranks(self, index: int, count: int) -> bool:
+        """Whether e is not to be made yet, since another rank may have ascent passes behind this micro-batch.
+
+        What ranks tell one another between two micro-batches would meet there what they average into e. The numbers
+        of sequences of ranks with sharded parameters are agreed on.
+        """
+        reach = self.ascent.reach(count) if self.reduce is not None and self._shards is None else 0
+        return index + 1 < min(reach, count)
+
+    def _descend_all(self, step: Step, loss: torch.Tensor) -> torch.Tensor:
+        """Complete e, and run the descents that wait for it, each with the random state it had in its ascent.
+
+        Args:
+            step (`Step`): The step.
+            loss (`torch.Tensor`): What to report where the ascents have counted in metrics and logs.
+        """
         self._perturber.of_ascent(step)
         after = rng.snapshot(self.runner.accelerators)
         with self.ascent.within(step):
-            losses = [self.runner.descend(step, p, logged=not exact) for p in step.pending]
-        if all(p.whole for p in step.pending):  # a part has used fewer random numbers than its micro-batch
-            rng.restore(after)
+            losses = [self.runner.descend(step, p, logged=not self.ascent.exact) for p in step.pending]
+            if all(p.whole for p in step.pending):  # a part has used fewer random numbers than its micro-batch
+                rng.restore(after)
+            for late in step.late:  # as if they came only now
+                late.state = rng.snapshot(self.runner.accelerators)
+                losses.append(self.runner.descend(step, late, logged=True))
         step.pending.clear()
-        return loss if exact else torch.stack(losses).sum()
+        step.late.clear()
+        return loss if self.ascent.exact else torch.stack(losses).sum()
 
     def _take(self, step: Step, passes: Passes, index: int) -> int:
         sequences, shards = passes.sequences, self.runner.shards
@@ -555,6 +585,7 @@ class SLSAM:
         """
         self.skipped += 1
         self.skipped_in_a_row += 1
+        state.skip_step(self, self._before)
         norm = float(numbers.descent_squared.sum().sqrt())
         if self.loss_scale is None or self.loss_scale() is None:
             self.runner.clear()  # no gradient: the optimizer changes nothing
@@ -579,7 +610,7 @@ class SLSAM:
         self._release()
         self.runner.clear()
         if self._before:
-            state.restore_sampler(self, self._before)
+            state.abort_step(self, self._before)
             self._before = {}
 
     def _release(self) -> None:

@@ -119,6 +119,8 @@ class Step:
     items: torch.Tensor | float = 0.0  # of the ascent passes, see `Cut`
     divisor: torch.Tensor | float = 1.0  # see `Passes`
     pending: list[Pending] = field(default_factory=list)
+    late: list[Pending] = field(default_factory=list)  # that wait behind them, and have no ascent pass
+    given: bool = False  # whether the ascent passes of this rank have all run
     perturbation: Perturbation | None = None
     lone: Pending | None = None  # the only micro-batch, where sequences of the next step may ride along in its pass
     ascent_squared: torch.Tensor | None = None  # (L,) squared norms of the ascent gradient of the sequences' mean loss

@@ -1,6 +1,7 @@
 """Looks at a trainer's batches as they come."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -23,6 +24,25 @@ class Lookahead(Iterator):
             raise StopIteration
         batch, self.coming = self.coming, next(self.batches, None)
         return batch
+
+    @contextmanager
+    def in_hand(self, loader: Any) -> Iterator[None]:
+        """Let the loader be at its end no earlier than the batch in hand, inside the context.
+
+        At the end accelerate takes what the last ranks gather for metrics to be of repeated rows, and leaves it out.
+
+        Args:
+            loader (`DataLoader` or `None`): What the batches come from, as accelerate has prepared it; `None` where
+                it is at its end and has been left.
+        """
+        early = self.coming is not None and getattr(loader, "end_of_dataloader", False)
+        if early:
+            loader.end_of_dataloader = False
+        try:
+            yield
+        finally:
+            if early:
+                loader.end_of_dataloader = True
 
 
 def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:

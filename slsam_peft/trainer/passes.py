@@ -70,6 +70,7 @@ class TrainerPasses:
         self.divisor = Divisor(trainer, own_loss=self.own_loss, needed=not ascent.exact)
         self.joined: Joined | None = None
         self._rode: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None  # of the step before
+        self._counted_early = 0  # tokens of the next batch, of this rank, that TRL has counted in this one's pass
 
     def of(self, model: nn.Module, inputs: Batch, num_items: Any, coming: Batch | None) -> Passes:
         """Return the passes over a micro-batch.
@@ -162,7 +163,7 @@ class TrainerPasses:
         def logged() -> torch.Tensor:
             with losses.only(joined.own):
                 run(joined.inputs)
-            self._take_off_tokens(joined.tokens)
+            self._counted_early = joined.tokens
             return own_loss()
 
         def unlogged() -> torch.Tensor:
@@ -195,10 +196,20 @@ class TrainerPasses:
 
         return rode
 
-    def _take_off_tokens(self, tokens: int) -> None:
-        """Take the next batch's tokens off TRL's count of those trained on: their step is still to come."""
-        self.trainer._total_train_tokens -= tokens
-        self.trainer._metrics["train"]["num_tokens"] = [self.trainer._total_train_tokens]
+    def uncount_riding(self, *, on_all_ranks: bool) -> None:
+        """Take the next batch's tokens off TRL's count of those trained on, once a step: theirs is still to come.
+
+        Args:
+            on_all_ranks (`bool`): Whether every rank comes here in this step, though on some nothing may have ridden
+                along: TRL counts the tokens of all of them, and so does this.
+        """
+        tokens, self._counted_early = self._counted_early, 0
+        if on_all_ranks:
+            accelerator = self.trainer.accelerator
+            tokens = int(accelerator.gather(torch.tensor(tokens, device=accelerator.device)).sum())
+        if tokens:
+            self.trainer._total_train_tokens -= tokens
+            self.trainer._metrics["train"]["num_tokens"] = [self.trainer._total_train_tokens]
 
     def _take_whole(self, why: object) -> None:
         self.fallbacks.add(

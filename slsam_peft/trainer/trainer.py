@@ -261,7 +261,7 @@ class SLSAMMixin(_Base):
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
         """Take a step's batches from the epoch, as the trainer does; for a look-ahead ascent see the next one."""
-        if not self.slsam.runner.pairs and self._slsam_batches is None:
+        if not self.slsam.rides and self._slsam_batches is None:
             return super().get_batch_samples(epoch_iterator, *args, **kwargs)
         if self._slsam_batches is None:
             self._slsam_batches = Lookahead(epoch_iterator)
@@ -297,8 +297,10 @@ class SLSAMMixin(_Base):
             if self._slsam_cost is not None:
                 joined = self._slsam_passes.joined
                 self._slsam_cost.joined = None if joined is None else batch_shape(joined.inputs)
-            with self._own_exchange(model):
+            with self._own_exchange(model), self._in_hand():
                 loss = self.slsam.accumulate(passes, index, count)
+            if count == 1:
+                self._slsam_passes.uncount_riding(on_all_ranks=has_ranks() and self.slsam.rides)
         except BaseException:
             self._slsam_index = 0
             raise
@@ -316,6 +318,12 @@ class SLSAMMixin(_Base):
             return self.accelerator.no_sync(model)
         model.set_requires_gradient_sync(True)  # the trainer has it wait for the last micro-batch
         return nullcontext()
+
+    def _in_hand(self) -> AbstractContextManager[None]:
+        """Return the context in which the loader is where this step's batch is, not where the next one is."""
+        if self._slsam_batches is None:
+            return nullcontext()
+        return self._slsam_batches.in_hand(self.accelerator.gradient_state.active_dataloader)
 
     def _see_shape(self, inputs: dict[str, Any], index: int, count: int) -> None:
         if self._slsam_cost is None:

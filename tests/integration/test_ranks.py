@@ -76,6 +76,7 @@ def seen(tmp_path_factory, request):
         "loss rise",
         "rides",
         "rides, sampa",
+        "uneven",
         *(f"sharded, {name}" for name in sharded.SHARDED),
         *UNDER_FSDP2,
         "fsdp2, resumed",
@@ -179,6 +180,32 @@ def test_ranks_stay_together_where_one_of_them_stops_riding(name, seen):
     assert all(0 < rho < 2 for rho in one["radii"][1:]), "the case shows nothing at the longest radius"
     assert one["pairs"] > two["pairs"] == 0
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    assert all(one["ahead"] + two["ahead"]), "both look a batch ahead, in the second epoch too"
+
+
+@pytest.mark.parametrize("name", ["rides", "rides, sampa"])
+def test_tokens_that_ride_along_are_counted_in_their_own_step_alone(name, seen):
+    """Those of both ranks, and of a step whose look ahead has reached the last rows of the epoch."""
+    for report, _ in seen(name):
+        lengths = torch.tensor(report["lengths"])
+        steps = [lengths[4 * i : 4 * i + 4].sum() for i in range(3)]
+        assert report["tokens"][:3] == torch.stack(steps).cumsum(0).tolist()
+        assert report["tokens"][4] - report["tokens"][3] == steps[0], "the second epoch begins with the same rows"
+
+
+def test_ranks_make_e_together_whatever_their_micro_batches_hold(seen):
+    """What they exchange between two of these finds both at the same place, and changes nothing."""
+    ranks = seen("uneven")
+    for counts in ("False", "True"):
+        assert_ranks_agree(
+            [(report[counts], {n: w for n, w in weights.items() if n.startswith(counts)}) for report, weights in ranks]
+        )
+    (report, weights), (other, _) = ranks
+    assert report["True"]["rho"] == report["False"]["rho"] == other["True"]["rho"]
+    assert all(0 < rho < 2 for rho in report["True"]["rho"]), "the case shows nothing at the longest radius"
+    assert (report["False"]["seen"], report["True"]["seen"], other["True"]["seen"]) == (0, 2 * 96, 2 * 96)
+    for n in [n.removeprefix("True.") for n in weights if n.startswith("True.")]:
+        assert torch.equal(weights[f"True.{n}"], weights[f"False.{n}"]), n
 
 
 def test_only_gradients_of_active_arms_travel(seen):

@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
 from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError
+from tests.stateful import Following
 from tests.tiny import build, llama, lora, texts, tokenizer, train
 
 STEPS, CUT = 6, 3
@@ -133,9 +134,9 @@ def test_resuming_is_bitwise_going_on(settings, tmp_path):
 
 def assert_goes_on(folder, config, checkpoint=lambda path: path / f"checkpoint-{CUT}", **common):
     """A run resumed from the checkpoint of another ends as it did; return both."""
-    whole, drawn = run(folder / "whole", config, **{k: made(v) for k, v in common.items()})
+    whole, drawn = run(folder / "whole", made(config), **{k: made(v) for k, v in common.items()})
     resumed = checkpoint(folder / "whole")
-    parted, again = run(folder / "parted", config, resumed, **{k: made(v) for k, v in common.items()})
+    parted, again = run(folder / "parted", made(config), resumed, **{k: made(v) for k, v in common.items()})
     assert again == {step: seen for step, seen in drawn.items() if step > CUT}
     assert torch.equal(whole.slsam.probabilities, parted.slsam.probabilities)
     for (name, p), q in zip(whole.model.named_parameters(), parted.model.parameters(), strict=True):
@@ -156,6 +157,20 @@ def assert_goes_on(folder, config, checkpoint=lambda path: path / f"checkpoint-{
 def made(value):
     """Return a value of its own for each run where a function makes it."""
     return value() if inspect.isfunction(value) else value
+
+
+def test_a_radius_that_keeps_something_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """Each run has an object of its own; without what the checkpoint holds it would begin with shorter steps."""
+
+    def config():
+        return SLSAMConfig(method="auto", radius=Following())
+
+    common = {"gradient_accumulation_steps": 3, "peft_config": lora(lora_dropout=0.2)}
+    for trainer in assert_goes_on(tmp_path, config, **common):
+        assert float(trainer.slsam.state_dict()["radius.mean"]) > 0
+    monkeypatch.delattr(Following, "load_state_dict")
+    with pytest.raises(StateMismatchError, match=r"holds 'mean', and .* has no load_state_dict.*accept_state_mism"):
+        run(tmp_path / "again", config(), tmp_path / "whole" / f"checkpoint-{CUT}", **common)
 
 
 def low_precision():

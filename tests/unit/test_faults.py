@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from slsam_peft import SLSAM, SLSAMConfig, arms_of
-from slsam_peft.algorithm import horizon, perturbation, swap
+from slsam_peft.algorithm import leaving, perturbation, swap
 from slsam_peft.algorithm.step import Passes
 from slsam_peft.algorithm.swap import Swap
 from slsam_peft.saving.checkpoint import FILE_NAME, load_state, save_state
 from tests.decoders import batch, closures, decoder
+from tests.stateful import Following
 
 
 class Fault(Exception):
@@ -151,7 +152,7 @@ POINTS = {
     "second ascent forward": in_forward(2),
     "ascent backward": in_backward(1),
     "second ascent backward": in_backward(2),
-    "entering the lowest active block": once(horizon, "split"),
+    "entering the lowest active block": once(leaving, "split"),
     "ascent norms": once(lambda t: t.slsam._norms, "squared"),
     "between the passes": once(lambda t: t.slsam.radius, "offsets"),
     "perturbing": once(perturbation.Perturbation, "_moved"),
@@ -229,6 +230,14 @@ def test_a_fault_forgets_no_stale_gradient(point, monkeypatch):
     disturbed, other = (Training("swap", ascent="remembered") for _ in range(2))
     assert_unmoved_by(REMEMBERED[point], disturbed, other, monkeypatch)
     assert torch.equal(disturbed.slsam.probabilities, other.slsam.probabilities)
+
+
+@pytest.mark.parametrize("point", ["perturbing", "second descent forward", "bandit"])
+def test_a_fault_teaches_a_radius_nothing(point, monkeypatch):
+    """One of a user that has learnt from the ascent gradients when the step is aborted; the next step is as long."""
+    disturbed, other = (Training("swap", rho=None, radius=Following()) for _ in range(2))
+    assert_unmoved_by(POINTS[point], disturbed, other, monkeypatch)
+    assert disturbed.slsam.metrics["rho"] == other.slsam.metrics["rho"]
 
 
 def test_an_optimizer_that_raises(monkeypatch):

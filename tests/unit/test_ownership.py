@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.algorithm.adversary import Adversary
@@ -221,6 +222,46 @@ def test_trainers_take_turns_and_each_begins_anew(tmp_path):
     assert first.slsam.steps == 1
     with pytest.raises(ValueError, match="the Adversary that this SLSAM"):
         second.slsam.state_dict()
+
+
+def test_a_radius_that_takes_the_place_of_another_is_owned_too():
+    radius = Growing()
+    first, second = (Run(SLSAMConfig(method="auto")) for _ in range(2))
+    for run in (first, second):
+        run.slsam.radius = radius
+        run.step()
+    with pytest.raises(ValueError, match="the Growing that this SLSAM was made with"):
+        first.step()
+    with pytest.raises(ValueError, match="the Growing that this SLSAM was made with"):
+        first.slsam.radius = Length(0.1)
+    second.slsam.radius = Length(0.1)
+    Run(SLSAMConfig(method="auto", radius=radius)).step()
+    second.step()
+
+
+class Within(TrainerCallback):
+    """Lets another trainer take its first step within the first step of this one."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def on_step_end(self, *args, **kwargs):
+        self.other.train()
+
+
+SHARED_IN_TRAINERS = {"bandit": ("Turns", lambda: Turns().learn), "design": ("Turns", Turns)}
+
+
+@pytest.mark.parametrize("field", SHARED_IN_TRAINERS)
+def test_a_sampler_is_not_shared_by_two_trainings_at_once(field, tmp_path):
+    """What one has left in a user's bandit or sampling scheme, the other one does not go on with."""
+    name, make = SHARED_IN_TRAINERS[field]
+    config = SLSAMConfig(method="auto", trace=False, **{field: make()})
+    inner = build(SLSAMTrainer, tmp_path / "inner", config, max_steps=1)
+    outer = build(SLSAMTrainer, tmp_path / "outer", config, max_steps=2, parts={"callbacks": [Within(inner)]})
+    with pytest.raises(ValueError, match=f"the {name} that this SLSAM was made with.*Make one {name} for each"):
+        outer.train()
+    assert (outer.slsam.steps, inner.slsam.steps) == (1, 1)
 
 
 class Nothing(Ascent):
