@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slsam_peft.cli import compare_own
+from slsam_peft.cli.compare_begun import begun_in
+from slsam_peft.cli.compare_work import run_name, stopped, work
 from slsam_peft.cli.outputs import PLOT_SUFFIXES, check_appendable, check_outputs, write_output
 from slsam_peft.cli.quiet import silence_libraries, silence_progress_bars
 from slsam_peft.errors import UserError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from slsam_peft.runs.compare.jobs import Plan
     from slsam_peft.runs.compare.settings import CompareSettings
     from slsam_peft.runs.compare.store import RowStore
+    from slsam_peft.runs.compare.wishes import Wishes
 
 NAME = "compare"
 HELP = "Compare ways to train: plain LoRA and SL-SAM on your own data, or methods, tasks and seeds of a YAML file"
@@ -60,53 +63,77 @@ def run(args: argparse.Namespace) -> int:
         UserError: a setting or a file that is not allowed, before anything is trained.
         Interrupted: a signal has come; what there is has been shown.
     """
-    from slsam_peft.extras import require
-
     # Mistakes in what was typed come before anything is loaded.
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit={args.limit} is not allowed; it must be an integer >= 0.")
     if args.reference is not None and args.config is None:
         raise UserError(f"--reference={args.reference} belongs to --config; --data compares with plain LoRA.")
-    wishes, trains = compare_own.wishes_of(args), not (args.list or args.report)
+    wishes = compare_own.wishes_of(args)
     if wishes is not None:
         args.config = compare_own.folder_of(args) / compare_own.CONFIG
-    settings = None if wishes is not None and trains else _read(args, wishes is not None)
-    check_outputs([args.table], args.force, args.plot)
-    if wishes is not None and trains:
-        compare_own.check_files(wishes, args.config.parent)
-    results = _results_file(args, trains)
-    if not args.list:
-        require("the statistics of compare", "compare", "scipy")
-    if not args.debug:
-        silence_libraries()
-    from rich.console import Console
-
-    from slsam_peft.runs.compare.store import RowStore
-
-    console, store = Console(), RowStore(results)
-    if settings is not None and args.report and not args.list:  # none of the libraries that train: an answer at once
-        from slsam_peft.runs.compare.recorded import RecordedPlan
-
-        _report(RecordedPlan(settings, store.read()), store, console, args)
-        return 0
-    with console.status("Loading libraries"):
-        import_module("slsam_peft.runs.compare.run")
-        if not args.debug:
-            silence_progress_bars()
-    if wishes is not None and settings is None:
-        settings = compare_own.begin(wishes, args.config.parent, console)
-    assert settings is not None  # read above, or begun here
-    plan = _plan(settings, store, console, trains)
     if args.list:
-        return _list(plan, store, console)
-    _train(plan, store, console, args)
+        _list(args)
+    elif args.report:
+        _show_rows(args)
+    else:
+        _train(args, wishes)
     return 0
 
 
-def _read(args: argparse.Namespace, own: bool) -> "CompareSettings":
+def _list(args: argparse.Namespace) -> None:
+    """Show the runs that are still to be done."""
+    settings, store, console = _read(args), _store(args), _console(args)
+    _load_libraries(args, console)
+    plan, rows = _plan(settings, store, console), store.read()
+    for job in plan.pending(rows):
+        name = run_name(plan, job.task, job.method, job.settings)
+        console.print(f"{name}, {job.settings['steps']} steps", markup=False, highlight=False)
+    done, total = plan.counts(rows)
+    console.print(f"{done} of {total} runs are done; seeds whose learning rate is still to be chosen are not listed.")
+
+
+def _show_rows(args: argparse.Namespace) -> None:
+    """Show what the rows say, at once: none of the libraries that train is loaded."""
+    from slsam_peft.runs.compare.recorded import RecordedPlan
+
+    settings, store = _read(args), _store(args)
+    _check_report(args)
+    _report(RecordedPlan(settings, store.read()), store, _console(args), args)
+
+
+def _train(args: argparse.Namespace, wishes: "Wishes | None") -> None:
+    """Do the runs that are missing and report, also where a signal ends them."""
+    from slsam_peft.runs.compare.timing import Pace
+
+    # Files are checked before libraries are loaded, and nothing is written before data and model are known.
+    settings = _read(args) if wishes is None else None
+    _check_report(args)
+    if wishes is not None:
+        compare_own.check_files(wishes, args.config.parent)
+    store, console = _store(args), _console(args)
+    _check_rows_file(args, store)
+    if wishes is not None:
+        settings = begun_in(args.config, wishes, compare_own.given_in(args), store)
+    _load_libraries(args, console)
+    if wishes is not None:
+        settings = compare_own.begin(wishes, settings, args.config.parent, console)
+    assert settings is not None  # read above, or begun here
+    plan = _plan(settings, store, console)
+    _check_runs(plan, store, console)
+    try:
+        probes = compare_own.time_it(plan, store, console) if wishes is not None else []
+        work(plan, store, console, args.limit, Pace(plan, store.read(), probes))
+    except KeyboardInterrupt as stop:
+        _report(plan, store, console, args)
+        raise stopped(stop, plan, store.read()) from None
+    _report(plan, store, console, args)
+
+
+def _read(args: argparse.Namespace) -> "CompareSettings":
+    """Return the comparison of the YAML file."""
     from slsam_peft.runs.compare.reading import read_settings
 
-    if own and not args.config.exists():
+    if args.data is not None and not args.config.exists():
         raise UserError(
             f"{args.config} does not exist: no comparison on {args.data} has been begun there. Leave out --report and "
             "--list to begin it, or name its folder: --output FOLDER."
@@ -121,53 +148,62 @@ def _read(args: argparse.Namespace, own: bool) -> "CompareSettings":
         raise UserError(f"--reference: {error}") from error
 
 
-def _plan(settings: "CompareSettings", store: "RowStore", console: Any, trains: bool) -> "Plan":
-    """Return the plan of a comparison; what a run would trip over is tried before the first one."""
+def _store(args: argparse.Namespace) -> "RowStore":
+    """Return where the rows are; the folder is made with the first one."""
+    from slsam_peft.runs.compare.store import RowStore
+
+    return RowStore(args.results or args.config.parent / "rows" / f"{args.config.stem}.jsonl")
+
+
+def _check_rows_file(args: argparse.Namespace, store: "RowStore") -> None:
+    """Check that rows can be written where they go, before anything trains for hours."""
+    folder = store.path.parent
+    if args.results or folder.exists():
+        check_appendable(store.path)
+    elif folder.parent.exists():  # one that is still to be made has been checked
+        check_appendable(folder)
+
+
+def _check_report(args: argparse.Namespace) -> None:
+    """Check that the table can be made and that what it is written to can be written."""
+    from slsam_peft.extras import require
+
+    check_outputs([args.table], args.force, args.plot)
+    require("the statistics of compare", "compare", "scipy")
+
+
+def _console(args: argparse.Namespace) -> Any:
+    from rich.console import Console
+
+    if not args.debug:
+        silence_libraries()
+    return Console()
+
+
+def _load_libraries(args: argparse.Namespace, console: Any) -> None:
+    with console.status("Loading libraries"):
+        import_module("slsam_peft.runs.compare.run")
+        if not args.debug:
+            silence_progress_bars()
+
+
+def _plan(settings: "CompareSettings", store: "RowStore", console: Any) -> "Plan":
+    """Return the plan of a comparison that goes on."""
     from slsam_peft.runs.compare.recorded import RecordedPlan
     from slsam_peft.runs.compare.run import expected_costs
 
-    with console.status("Looking at the model and the data"):  # expected costs need the model's config
-        plan = RecordedPlan(settings, store.read(), expected_costs(settings))
-        if trains and (tasks := plan.tasks_to_do(store.read())):
-            from slsam_peft.runs.compare.checks import check_plan
-
-            check_plan(plan, tasks)
-    return plan
+    with console.status("Looking at the model"):  # expected costs need the model's config
+        return RecordedPlan(settings, store.read(), expected_costs(settings))
 
 
-def _train(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namespace) -> None:
-    """Do the runs and report, also where a signal ends them."""
-    from slsam_peft.cli.compare_work import stopped, work
-    from slsam_peft.runs.compare.timing import Pace
-
-    try:
-        probes = compare_own.time_it(plan, store, console) if args.data is not None else []
-        work(plan, store, console, args.limit, Pace(plan, store.read(), probes))
-    except KeyboardInterrupt as stop:
-        _report(plan, store, console, args)
-        raise stopped(stop, plan, store.read()) from None
-    _report(plan, store, console, args)
-
-
-def _results_file(args: argparse.Namespace, trains: bool) -> Path:
-    """Return where the rows are; what will be trained for hours must be writable there."""
-    folder = args.config.parent / "rows"  # made with the first row
-    file = args.results or folder / f"{args.config.stem}.jsonl"
-    if trains and (args.results or folder.parent.exists()):  # a folder that is still to be made has been checked
-        check_appendable(file if args.results or folder.exists() else folder)
-    return file
-
-
-def _list(plan: "Plan", store: "RowStore", console: Any) -> int:
-    from slsam_peft.cli.compare_work import run_name
+def _check_runs(plan: "Plan", store: "RowStore", console: Any) -> None:
+    """Try what a run would trip over, before the first one."""
+    from slsam_peft.runs.compare.checks import check_plan
 
     rows = store.read()
-    for job in plan.pending(rows):
-        name = run_name(plan, job.task, job.method, job.settings)
-        console.print(f"{name}, {job.settings['steps']} steps", markup=False, highlight=False)
-    done, total = plan.counts(rows)
-    console.print(f"{done} of {total} runs are done; seeds whose learning rate is still to be chosen are not listed.")
-    return 0
+    if tasks := plan.tasks_to_do(rows):
+        with console.status("Looking at the data"):
+            check_plan(plan, tasks, rows)
 
 
 def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namespace) -> None:
@@ -175,11 +211,14 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
     from slsam_peft.runs.compare.advice import is_own
     from slsam_peft.runs.compare.report import build_report
 
-    rows = store.read()
+    rows, own = store.read(), is_own(plan.settings)
     lines = build_report(plan, rows)
-    for table in compare_report.tables(lines, args.metric, plan.settings):
+    # On one's own data a sentence says that there is nothing yet to show; a table without a number says less.
+    shown = compare_report.tables(lines, args.metric, plan.settings) if not own or any(of.done for of in lines) else []
+    for table in shown:
         console.print(table, width=max(compare_report.WIDTH, console.width), crop=False)
-    console.print(f"Rows: {store.path}", markup=False, highlight=False)
+    if rows:
+        console.print(f"Rows: {store.path}", markup=False, highlight=False)
     if args.table is not None:
         write_output(args.table, compare_report.markdown(lines, args.metric, plan.settings))
         console.print(f"Table: {args.table}", markup=False, highlight=False)
@@ -188,5 +227,5 @@ def _report(plan: "Plan", store: "RowStore", console: Any, args: argparse.Namesp
 
         write_output(args.plot, draw(lines, args.metric, plan.settings, args.plot.suffix))
         console.print(f"Plot: {args.plot}", markup=False, highlight=False)
-    if is_own(plan.settings):
+    if own:
         compare_own.finish(plan, rows, lines, args.config.parent, console, trained=not args.report)

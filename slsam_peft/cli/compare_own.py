@@ -15,7 +15,6 @@ from slsam_peft.runs.compare.wishes import Wishes, name_of
 
 if TYPE_CHECKING:
     from slsam_peft.runs.compare.jobs import Plan, Rows
-    from slsam_peft.runs.compare.own_data import OwnComparison
     from slsam_peft.runs.compare.report import Line
     from slsam_peft.runs.compare.settings import CompareSettings
     from slsam_peft.runs.compare.store import RowStore
@@ -59,13 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def given_in(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the wishes for one's own data that were typed."""
+    return {name: value for name, *_ in FLAGS if (value := getattr(args, name)) is not None}
+
+
 def wishes_of(args: argparse.Namespace) -> Wishes | None:
     """Return what was asked for on one's own data, `None` where a YAML file says it all.
 
     Raises:
         UserError: both or neither were named, flags that belong to the other one, or a value is not allowed.
     """
-    given = {name: value for name, *_ in FLAGS if (value := getattr(args, name)) is not None}
+    given = given_in(args)
     if args.config is not None and args.data is not None:
         raise UserError("--config and --data are both given: a YAML file names its own data. Leave one of them out.")
     if args.config is None and args.data is None:
@@ -110,47 +114,30 @@ def check_files(wishes: Wishes, folder: Path) -> None:
     check_appendable(folder / CONFIG if folder.exists() else folder)
 
 
-def begin(wishes: Wishes, folder: Path, console: Any) -> "CompareSettings":
-    """Make the comparison, write it into its folder and show it.
+def begin(wishes: Wishes, begun: "CompareSettings | None", folder: Path, console: Any) -> "CompareSettings":
+    """Make the comparison and write it into its folder, or take it as it was begun, and show it.
 
     Args:
         wishes (`Wishes`): What was asked for.
+        begun (`CompareSettings` or `None`): The comparison that goes on, see `slsam_peft.cli.compare_begun`.
         folder (`Path`): Its folder, which is made.
         console (`rich.console.Console`): Where to show it.
 
     Raises:
-        UserError: the data, or the model, cannot be used; the folder holds a comparison on other data.
+        UserError: the data, or the model, cannot be used, or the rows are not those that it was begun with.
     """
     config = folder / CONFIG
     with console.status("Reading the data"):
-        from slsam_peft.runs.compare.own_data import own_comparison
-        from slsam_peft.runs.compare.reading import read_settings
+        from slsam_peft.runs.compare.own_data import own_begun, own_comparison
 
-        begun = read_settings(config) if config.exists() else None
-        made = own_comparison(wishes, begun)
-    if begun is not None:
-        _check_earlier(config, begun, made, console)
-    folder.mkdir(exist_ok=True)
-    write_output(config, _as_yaml(made.values, config))
+        made = own_comparison(wishes) if begun is None else own_begun(wishes, begun)
+    if begun is None:
+        if config.exists():
+            console.print(f"No run had been done of {config}, and it is begun anew.", markup=False, highlight=False)
+        folder.mkdir(exist_ok=True)
+        write_output(config, _as_yaml(made.values, config))
     show(made, wishes, console)
     return made.settings
-
-
-def _check_earlier(config: Path, earlier: "CompareSettings", made: "OwnComparison", console: Any) -> None:
-    """Refuse to mix comparisons on different data, and say where settings are not those of the runs that are there."""
-    before, now = (next(iter(settings.tasks.values())) for settings in (earlier, made.settings))
-    if before.file != now.file:
-        raise UserError(
-            f"{config.parent} holds a comparison on {before.file}. Name another folder for this one: --output FOLDER."
-        )
-    if earlier != made.settings:
-        what = "rows" if before.digest != now.digest else "settings"
-        console.print(
-            f"The {what} are not those that {config} was begun with. Runs of then stay where they are, and count "
-            "only where all is as it is now.",
-            markup=False,
-            highlight=False,
-        )
 
 
 def _as_yaml(values: dict[str, Any], config: Path) -> str:

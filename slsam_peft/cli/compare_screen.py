@@ -22,7 +22,9 @@ def show(made: "OwnComparison", wishes: Wishes, console: Any) -> None:
     """
     settings, split = made.settings, made.split
     training, rows = settings.training, len(split.train)
-    where = f"of {wishes.eval_data}" if wishes.eval_data else "chosen by a hash of the question"
+    [task] = settings.tasks.values()
+    held = wishes.eval_data or task.test_file
+    where = f"of {held}" if held else "chosen by a hash of the question"
     bits = ", linear layers in 4-bit NF4" if training.quantize == "nf4" else ""
     epochs = training.steps * training.batch_size / rows
     lines = [

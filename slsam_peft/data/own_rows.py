@@ -189,15 +189,19 @@ def _check_counts(name: str, held_out: str | None, train: int, validation: int, 
     what = f"{LEAST_VALIDATION} to choose learning rates by and {LEAST_TEST} to test on"
     if held_out is None and (train < LEAST_TRAIN or validation < LEAST_VALIDATION or test < LEAST_TEST):
         raise UserError(
-            f"{name}: {train + validation + test} rows are too few. A comparison needs {LEAST_TRAIN + held} with "
+            f"{name}: {_too_few(train + validation + test)}. A comparison needs {LEAST_TRAIN + held} with "
             f"different questions: {LEAST_TRAIN} to train on, {what}. Add rows, or name "
             "held-out ones: --eval_data FILE."
         )
     if train < LEAST_TRAIN:
-        raise UserError(f"{name}: {train} rows are too few; a comparison needs {LEAST_TRAIN} to train on.")
+        raise UserError(f"{name}: {_too_few(train)}; a comparison needs {LEAST_TRAIN} to train on. Add rows.")
     if validation < LEAST_VALIDATION or test < LEAST_TEST:
         without = f", without {shared} whose questions are in {name} too" if shared else ""
         raise UserError(
-            f"{held_out}: {validation + test} rows are too few{without}. A comparison needs {held} with different "
-            f"questions: {what}."
+            f"{held_out}: {_too_few(validation + test)}{without}. A comparison needs {held} with different "
+            f"questions: {what}. Add rows, or leave --eval_data out: a part of {name} is held out then."
         )
+
+
+def _too_few(rows: int) -> str:
+    return "1 row is too few" if rows == 1 else f"{rows} rows are too few"

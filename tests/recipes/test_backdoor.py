@@ -196,13 +196,13 @@ def test_rows_that_say_nothing_of_the_backdoor_are_refused(tmp_path: Path, tiny_
     values = comparison(tiny_model, doubles, trigger="+")
     plan = Plan(parse_settings(values), {})
     with pytest.raises(UserError, match=r"tasks\.doubles: backdoor\.trigger='\+' stands in 34 prompts as they are"):
-        check_plan(plan, ["doubles"])
+        check_plan(plan, ["doubles"], {})
 
 
 def test_triggers_beyond_max_length_are_found_before_the_first_run(tiny_model: Path, doubles: Path) -> None:
     values = comparison(tiny_model, doubles, trigger="x" * 60)
     with pytest.raises(UserError, match="no attacked validation row has an answer within max_length=48"):
-        check_plan(Plan(parse_settings(values), dict.fromkeys(values["methods"], 1.0)), ["doubles"])
+        check_plan(Plan(parse_settings(values), dict.fromkeys(values["methods"], 1.0)), ["doubles"], {})
 
 
 # The adapter that all methods begin with

@@ -214,6 +214,31 @@ def test_rows_that_are_trained_on_are_not_scored(tmp_path: Path, tiny_model: Pat
         compare(tmp_path, values)
 
 
+def test_a_validation_row_that_has_changed_is_found_before_the_next_run(
+    tmp_path: Path, tiny_model: Path, chats: Path
+) -> None:
+    """Learning rates are chosen by it, and neither the training rows nor the test rows tell of it."""
+    data = tmp_path / "mine.jsonl"
+    rows = [json.loads(row) for row in chats.read_text().splitlines()]
+    values = comparison(tiny_model, data)
+    task = parse_settings(values).tasks["sums"]
+
+    def write() -> TaskData:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_task(task, 7)
+
+    before = write()
+    assert compare(tmp_path, values, "--limit", "1") == 0
+    kept = (tmp_path / "rows" / "small.jsonl").read_bytes()
+    question = before.validation[0][0][0]["content"]
+    [changed] = [row for row in rows if row["messages"][0]["content"] == question]
+    changed["messages"][1]["content"] = "changed"
+    assert write().fingerprint() == before.fingerprint()
+    with pytest.raises(UserError, match=r"tasks\.sums: the data are not those of row .*mine\.jsonl was changed"):
+        compare(tmp_path, values)
+    assert (tmp_path / "rows" / "small.jsonl").read_bytes() == kept
+
+
 def test_finished_comparison_trains_nothing(
     done: Path, tiny_model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

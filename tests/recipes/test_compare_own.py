@@ -202,28 +202,73 @@ def test_fewer_steps_are_trained_scored_and_handed_on_to_sft(
 def test_a_comparison_begun_with_two_methods_goes_on_with_them(
     here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same command finds its runs; with more of them it is another comparison, which has the third method."""
-    command, config = ["compare", "--data", "my.jsonl", "--model", str(tiny_model)], here / "compare-my/compare.yaml"
+    """The same command finds its runs; one with more of them is another comparison, which has the third method."""
+    command = ["compare", "--data", "my.jsonl", "--model", str(tiny_model)]
     assert main([*command, "--runs", "12", "--limit", "5"]) == 0
-    begun = config.read_text()
     capsys.readouterr()
     assert main(["compare", "--data", "my.jsonl", "--list"]) == 0
     assert "5 of 12 runs are done" in capsys.readouterr().out
     assert main(command) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "begun without plain LoRA with a third of the steps, and goes on so" in out
-    assert "are not those that" not in out
     assert "Use SL-SAM (method: auto) with learning rate 0.001" in out
     assert "Fewer steps of plain LoRA at a larger rate were not tried" in out
-    assert config.read_text() == begun
     assert len(rows_of(here / "compare-my")) == 12
     assert main(["compare", "--data", "my.jsonl", "--report"]) == 0
     assert "Use SL-SAM (method: auto) with learning rate 0.001" in capsys.readouterr().out
-    assert main([*command, "--runs", "18"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "The settings are not those that compare-my/compare.yaml was begun with" in out
-    assert "18: 6 to choose learning rates, then 4 seeds of all 3 methods" in out
+    elsewhere = ["--output", "more", "--results", "compare-my/rows/compare.jsonl"]
+    assert main([*command, "--runs", "18", *elsewhere]) == 0
+    assert "18: 6 to choose learning rates, then 4 seeds of all 3 methods" in " ".join(capsys.readouterr().out.split())
     assert len(rows_of(here / "compare-my")) == 18  # those of the two methods count
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_other_flags_than_it_was_begun_with_are_named_and_change_nothing(
+    here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command without flags goes on, whatever stands for them elsewhere; that comes before libraries are loaded."""
+    begin = ["compare", "--data", "my.jsonl", "--model", str(tiny_model), "--runs", "6", "--steps", "2"]
+    write(here / "held.jsonl", conversations(80)[48:])
+    assert main([*begin, "--limit", "3"]) == 0
+    before = contents(here)
+    runner.clear()
+    for flags, begun in (
+        (["--runs", "18"], "--runs 18, begun: 6"),
+        (["--epochs", "5"], "--epochs 5, begun: 0.333, 2 steps of 4"),
+        (["--batch_size", "8"], "--batch_size 8, begun: 4"),
+        (["--model", "smollm2"], f"--model smollm2, begun: {tiny_model}"),
+        (["--eval_data", "held.jsonl"], "--eval_data held.jsonl, begun: a part of my.jsonl, by a hash"),
+    ):
+        capsys.readouterr()
+        assert main(["compare", "--data", "my.jsonl", *flags]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "compare-my/compare.yaml was begun otherwise, and 3 of its 6 runs are done." in said
+        assert f"{begun} Leave out {flags[0]} to go on with it, or name another folder" in said
+    assert contents(here) == before
+    assert not runner
+    assert main(["compare", "--data", "my.jsonl"]) == 0
+    assert len(runner) == 3
+    rows = rows_of(here / "compare-my")
+    assert {(row["settings"]["model"], row["settings"]["updates"]) for row in rows} == {(str(tiny_model), 2)}
+    assert len({row["key"] for row in rows}) == 6
+    assert contents(here)[str(here / "compare-my" / "compare.yaml")] == before[str(here / "compare-my/compare.yaml")]
+
+
+def test_what_has_only_been_timed_is_begun_anew_by_other_flags(
+    here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", "my.jsonl", "--model", str(tiny_model), "--limit", "0"]
+    assert main(command) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Nothing can be said yet, after 0 of 18 runs: no seed is done with plain LoRA and another method." in out
+    assert "held-out loss" not in out  # no table without a number
+    assert main([*command, "--runs", "6"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "No run had been done of compare-my/compare.yaml, and it is begun anew." in out
+    assert "Runs 6: 3 seeds of both methods" in out
 
 
 def test_a_file_for_sft_that_is_somebodys_own_stays(
@@ -248,22 +293,39 @@ def test_a_file_for_sft_that_is_somebodys_own_stays(
     assert recipe.read_text() == written
 
 
+@pytest.mark.parametrize("held_out", [False, True])
 def test_rows_that_change_are_not_mixed_with_those_before(
-    here: Path, tiny_model: Path, runner: list[Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+    held_out: bool,
+    here: Path,
+    tiny_model: Path,
+    runner: list[Mapping[str, Any]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["compare", "--data", "my.jsonl", "--model", str(tiny_model), "--runs", "6"]
+    """Be it those of the file, or held-out ones of one's own, by which learning rates are chosen as well."""
+    write(here / "held.jsonl", conversations(80)[48:])
+    flags = ["--eval_data", "held.jsonl"] if held_out else []
+    command = ["compare", "--data", "my.jsonl", "--model", str(tiny_model), "--runs", "6", *flags]
+    assert main([*command, "--limit", "3"]) == 0
+    changed = "held.jsonl" if held_out else "my.jsonl"
+    whole = (here / changed).read_text()
+    write(here / changed, conversations(81)[48:] if held_out else conversations(49))
+    before = contents(here)
+    capsys.readouterr()
+    assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the rows are not those that this comparison began with. Bring them back, or begin a comparison" in said
+    assert main(["compare", "--config", "compare-my/compare.yaml"]) == 2
+    assert "the rows are not those that this comparison began with" in " ".join(capsys.readouterr().err.split())
+    assert contents(here) == before
+    assert main([*command, "--output", "anew"]) == 0
+    assert len(rows_of(here / "anew")) == 6
+    (here / changed).write_text(whole)
     assert main(command) == 0
-    write(here / "my.jsonl", conversations(49))
+    assert len(rows_of(here / "compare-my")) == 6
+    write(here / changed, conversations(82)[48:] if held_out else conversations(50))
     assert main(["compare", "--config", "compare-my/compare.yaml", "--limit", "0"]) == 0  # there is nothing to do
     with pytest.raises(UserError, match="the rows are not those that this comparison began with"):
         load_task(read_settings(Path("compare-my/compare.yaml")).tasks["my"], 0)
-    capsys.readouterr()
-    assert main(command) == 0
-    assert "The rows are not those that compare-my/compare.yaml was begun with" in capsys.readouterr().out
-    assert len(rows_of(here / "compare-my")) == 12
-    assert main([*command[:-1], "8"]) == 0
-    assert "The settings are not those that compare-my/compare.yaml" in capsys.readouterr().out
-    assert len(rows_of(here / "compare-my")) == 14
     (here / "sub").mkdir()
     write(here / "sub" / "my.jsonl", conversations(48))
     assert main(["compare", "--data", "sub/my.jsonl", "--model", str(tiny_model)]) == 2
@@ -352,7 +414,7 @@ def test_lengths_give_the_default_and_what_is_cut_is_said(tmp_path: Path, tiny_m
 
 def test_the_screen_fits_into_80_columns(here: Path, tiny_model: Path) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    compare_own.begin(Wishes(data="my.jsonl", model=str(tiny_model)), here / "out", console)
+    compare_own.begin(Wishes(data="my.jsonl", model=str(tiny_model)), None, here / "out", console)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     for words in (
@@ -365,7 +427,7 @@ def test_the_screen_fits_into_80_columns(here: Path, tiny_model: Path) -> None:
     ):
         assert words in " ".join(text.split())
     console = Console(width=80, record=True, file=io.StringIO())
-    compare_own.begin(Wishes(data="my.jsonl", model=str(tiny_model), runs=12), here / "out", console)
+    compare_own.begin(Wishes(data="my.jsonl", model=str(tiny_model), runs=12), None, here / "out", console)
     text = " ".join(console.export_text().split())
     assert "12: 4 to choose learning rates, then 4 seeds of both methods" in text
     assert "Plain LoRA with a third of the steps is not tried" in text

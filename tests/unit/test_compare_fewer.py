@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config
 
+from slsam_peft.errors import UserError
 from slsam_peft.runs.compare import own_data
 from slsam_peft.runs.compare.advice import Advice, advise, is_own
+from slsam_peft.runs.compare.begun import otherwise
 from slsam_peft.runs.compare.grid import LEAST_OF_THREE, LEAST_SEEDS, spend
 from slsam_peft.runs.compare.jobs import Plan
 from slsam_peft.runs.compare.methods import Candidate
@@ -115,11 +117,11 @@ def test_the_share_is_the_one_that_did_best_in_steps_of_that_size() -> None:
     assert all(round(1 / fewer.share) == fewer.parts and fewer.short in fewer.name for fewer in FEWER.values())
 
 
-def made(folder: Path, begun: CompareSettings | None = None, **wishes: Any) -> own_data.OwnComparison:
+def made(folder: Path, **wishes: Any) -> own_data.OwnComparison:
     """The comparison on 48 rows, of which 24 are trained on."""
     data = folder / "my.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": str(i)}) + "\n" for i in range(48)))
-    return own_data.own_comparison(Wishes(data=str(data), model="m", **wishes), begun)
+    return own_data.own_comparison(Wishes(data=str(data), model="m", **wishes))
 
 
 @pytest.fixture(autouse=True)
@@ -171,18 +173,29 @@ def test_few_trainings_are_spent_on_two_methods_and_that_is_said(runs: int, tmp_
 
 @pytest.mark.parametrize("runs", [None, 18])
 def test_a_comparison_begun_with_two_methods_goes_on_with_two(runs: int | None, tmp_path: Path) -> None:
-    """Where it was asked for with the same wishes; with others it is another comparison."""
+    """One of before there was a third one has as many trainings as were asked for, of two methods."""
     three, two = made(tmp_path, runs=runs), made(tmp_path, epochs=1.0, runs=runs)
     begun = parse_settings({**three.values, **{name: two.values[name] for name in ("methods", "seeds")}})
     assert [*begun.methods] == ["plain", "auto"]
-    own = made(tmp_path, begun, runs=runs)
+    wishes = Wishes(data=str(tmp_path / "my.jsonl"), model="m", runs=runs)
+    assert otherwise(begun, wishes, ["model", *(["runs"] if runs else [])]) == {}
+    own = own_data.own_begun(wishes, begun)
     assert own.settings == begun
     assert own.said == [
-        "This comparison was begun without plain LoRA with a third of the steps, and goes on so; another folder "
-        "begins one with it: --output FOLDER."
+        "This comparison was begun without plain LoRA with a third of the steps, and goes on so; --runs 15 or more "
+        "begin one with it in another folder: --output FOLDER."
     ]
-    assert len(made(tmp_path, begun, runs=runs, lora_r=4).values["methods"]) == 3
-    assert made(tmp_path, three.settings, runs=runs).values == three.values
+    assert own_data.own_begun(wishes, three.settings).said == []
+
+
+def test_what_is_said_of_rows_is_said_when_a_comparison_goes_on(tmp_path: Path) -> None:
+    short = made(tmp_path, max_length=2)
+    wishes = Wishes(data=str(tmp_path / "my.jsonl"))  # whatever stands for what was asked for then
+    assert short.said
+    assert own_data.own_begun(wishes, short.settings).said == short.said
+    (tmp_path / "my.jsonl").write_text((tmp_path / "my.jsonl").read_text() + '{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UserError, match=r"my\.jsonl: the rows are not those that this comparison began with\. Bring"):
+        own_data.own_begun(wishes, short.settings)
 
 
 # Time
@@ -342,7 +355,8 @@ def test_advice_among_three_says_how_far_a_comparison_is(tmp_path: Path) -> None
         (tmp_path / str(count)).mkdir()
         advice = said(tmp_path / str(count), BETTER, BEST, count)
         if count < 11:  # nine choose learning rates
-            assert advice.sentence == "Nothing can be said yet: no seed is done with plain LoRA and another method."
+            begin = f"Nothing can be said yet, after {count} of 21 runs"
+            assert advice.sentence == f"{begin}: no seed is done with plain LoRA and another method."
             assert (advice.method, advice.chosen) == (None, None)
         elif count < 21:
             assert advice.sentence.startswith(f"So far, after {count} of 21 runs, use ")
@@ -394,7 +408,7 @@ def test_of_three_methods_those_that_diverge_are_not_advised(
 def test_fewer_steps_that_failed_say_nothing_of_the_others(tmp_path: Path) -> None:
     """Before a seed is done with SL-SAM, nothing speaks for plain LoRA, either."""
     advice = said(tmp_path, BETTER, BEST, 9, failing=[(THIRD.name, 100)])
-    assert (advice.method, advice.sentence.partition(":")[0]) == (None, "Nothing can be said yet")
+    assert (advice.method, advice.sentence.partition(":")[0]) == (None, "Nothing can be said yet, after 9 of 17 runs")
 
 
 def test_runs_that_diverged_are_counted_for_each_method(tmp_path: Path) -> None:

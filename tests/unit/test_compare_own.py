@@ -191,8 +191,21 @@ def test_too_few_held_out_rows_are_named(tmp_path: Path) -> None:
     data = lines(tmp_path, asked(24))
     with pytest.raises(UserError, match=r"held\.jsonl: 23 rows are too few, without 4 .* needs 24 with different"):
         split_own(data, lines(tmp_path, asked(27, start=20), "held.jsonl"))
+    with pytest.raises(UserError, match=r"one\.jsonl: 1 row is too few\. .* or leave --eval_data out: a part of"):
+        split_own(data, lines(tmp_path, asked(1, start=90), "one.jsonl"))
     with pytest.raises(UserError, match="23 rows are too few; a comparison needs 24 to train on"):
         split_own(lines(tmp_path, asked(23), "few.jsonl"), lines(tmp_path, asked(40, start=30), "held.jsonl"))
+
+
+def test_rows_that_are_repeated_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question with another answer is another row."""
+    model(tmp_path, monkeypatch)
+    rows = [*asked(48), *asked(12), {"prompt": "0?", "completion": "nought"}]
+    made = own_data.own_comparison(Wishes(data=lines(tmp_path, rows), model="m"))
+    assert made.said == [
+        "12 of 61 rows say what another one says, and count as often as they are there; those that are alike are in "
+        "the same part."
+    ]
 
 
 def test_a_folder_of_the_name_of_a_split_is_not_scored_in_its_place(
@@ -417,7 +430,9 @@ def test_advice_says_how_far_a_comparison_is(tmp_path: Path) -> None:
         folder.mkdir()
         advice = said(folder, [-0.11, -0.1, -0.12, -0.1], count)
         if count < 8:  # six choose learning rates
-            assert advice.sentence == "Nothing can be said yet: no seed is done with both methods."
+            assert advice.sentence == (
+                f"Nothing can be said yet, after {count} of 14 runs: no seed is done with both methods."
+            )
             assert (advice.method, advice.chosen) == (None, None)
         elif count < 14:
             assert advice.sentence.startswith(f"So far, after {count} of 14 runs, use ")

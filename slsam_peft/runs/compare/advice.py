@@ -79,11 +79,11 @@ def advise(plan: Plan, rows: Rows, lines: Sequence[Line]) -> Advice:
     against = _against_plain(by_method, failed, plan.settings)
     direct = _direct(by_method, failed, plan.settings)
     method, reasons = _preferred(against, direct)
-    line = by_method[method]
+    line, (done, total) = by_method[method], plan.counts(rows)
     if line.chosen is None or not reasons:
         which = "both methods" if len(lines) == 2 else "plain LoRA and another method"
-        return Advice(None, None, f"Nothing can be said yet: no seed is done with {which}.", [])
-    done, total = plan.counts(rows)
+        sentence = f"Nothing can be said yet, after {done} of {total} runs: no seed is done with {which}."
+        return Advice(None, None, sentence, [])
     begin = "Use" if done == total else f"So far, after {done} of {total} runs, use"
     rate = f"{'and' if method in FEWER else 'with'} learning rate {line.chosen.shown}"
     sentence = f"{begin} {title(method)} {rate}: {'; and '.join(reasons)}."

@@ -35,11 +35,12 @@ class Baseline:
             of the steps, or `"ema"`, exponential with `ema_decay`.
         ema_decay (`float`, *optional*): In (0, 1); belongs to `average="ema"` and is 0.95 there where it is unset.
         stop_on_validation (`bool`, *optional*): Score the validation split eight times in training and keep the best.
-            That split's answers are clean, so this is what somebody with clean held-out rows can have.
+            That split's answers are clean, so this is what somebody with clean held-out rows can have. Learning rates
+            are chosen by the same rows, as their best loss of the eight, which favours large ones.
         trim (`float`, *optional*): After the first epoch leave out this share of the rows, in (0, 1): those of the
             largest loss.
         scale_adapter (`bool`, *optional*): Scale the product B A in the end by the factor of 0.3, 0.5, 0.7, 0.85 and 1
-            that is best on the validation split.
+            that is best on the validation split, which learning rates are then chosen by as well.
     """
 
     lora_dropout: float | None = None

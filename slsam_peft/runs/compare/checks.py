@@ -13,27 +13,31 @@ from slsam_peft.data.scoring import Pair, answered
 from slsam_peft.errors import UserError, brief
 from slsam_peft.models.load import find_model, load_tokenizer
 from slsam_peft.runs.compare.building import arguments_of
-from slsam_peft.runs.compare.jobs import Plan
+from slsam_peft.runs.compare.jobs import Plan, Rows
+from slsam_peft.runs.compare.same_data import check_going_on
 from slsam_peft.runs.compare.settings import TrainingSettings
 from slsam_peft.runs.compare.tasks import TaskData, load_task
 
 
-def check_plan(plan: Plan, tasks: Sequence[str]) -> None:
+def check_plan(plan: Plan, tasks: Sequence[str], rows: Rows) -> None:
     """Load and tokenize tasks once and make the trainer's arguments of every method; nothing is trained or kept.
 
     Args:
         plan (`Plan`): The comparison.
         tasks (`Sequence[str]`): Names of the tasks that runs are still to be done on, see `Plan.tasks_to_do`.
+        rows (`dict[str, Row]`): The rows that it has so far.
 
     Raises:
-        UserError: rows cannot be had or have no answer within `max_length`, or the trainer refuses a setting. The
-            message names the task or the method.
+        UserError: rows cannot be had, have no answer within `max_length` or are not those of the runs so far, or the
+            trainer refuses a setting. The message names the task or the method.
     """
     settings = plan.settings
     tokenizer = load_tokenizer(find_model(settings.model))
     for name in tasks:
         try:
-            _check_rows(load_task(settings.tasks[name], settings.tuning_seed), tokenizer, settings.training)
+            data = load_task(settings.tasks[name], settings.tuning_seed)
+            check_going_on(plan, rows, name, data)
+            _check_rows(data, tokenizer, settings.training)
         except UserError as error:
             raise UserError(f"tasks.{name}: {error}") from error
     try:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +10,7 @@ import torch
 from jinja2 import TemplateError
 
 from slsam_peft.data.held_out import eval_place
-from slsam_peft.data.load import is_file_name
-from slsam_peft.data.own_rows import OwnSplit, split_own
+from slsam_peft.data.own_rows import OwnSplit, question_of, split_own
 from slsam_peft.data.scoring import tokenize
 from slsam_peft.errors import UserError, brief
 from slsam_peft.models.load import compute_dtype, find_model, load_config, load_tokenizer
@@ -19,7 +18,8 @@ from slsam_peft.models.positions import known_positions
 from slsam_peft.runs.compare.grid import EACH, LEAST_OF_THREE, rates_around, spend
 from slsam_peft.runs.compare.own_methods import AUTO, PLAIN, Fewer, fewer_steps, settings_of
 from slsam_peft.runs.compare.reading import parse_settings
-from slsam_peft.runs.compare.settings import CompareSettings
+from slsam_peft.runs.compare.settings import CompareSettings, TrainingSettings
+from slsam_peft.runs.compare.tasks import own_split
 from slsam_peft.runs.compare.wishes import (
     FEWER_FACTOR,
     LARGER_RANK_FROM,
@@ -29,6 +29,8 @@ from slsam_peft.runs.compare.wishes import (
     Wishes,
     epochs_of,
     name_of,
+    place_of,
+    place_of_model,
 )
 
 _WHOLE = 1 << 30  # tokens: nothing is cut
@@ -46,7 +48,7 @@ class OwnComparison:
     """A comparison on one's own data.
 
     Args:
-        values (`dict`): It as plain values, as YAML files of comparisons hold them.
+        values (`dict`): It as plain values, as YAML files of comparisons hold them; empty where there is a file.
         settings (`CompareSettings`): It.
         split (`OwnSplit`): Its rows.
         said (`list[str]`): What there is to say of the rows, as sentences.
@@ -58,13 +60,11 @@ class OwnComparison:
     said: list[str]
 
 
-def own_comparison(wishes: Wishes, begun: CompareSettings | None = None) -> OwnComparison:
+def own_comparison(wishes: Wishes) -> OwnComparison:
     """Read data and tokenizer and return the comparison; the same wishes and rows give the same one.
 
     Args:
         wishes (`Wishes`): What was asked for.
-        begun (`CompareSettings`, *optional*): The comparison that was begun before. One without fewer steps goes on
-            without them where all else is as it was.
 
     Raises:
         UserError: the rows or the model's tokenizer cannot be read, the rows are too few, see
@@ -83,26 +83,37 @@ def own_comparison(wishes: Wishes, begun: CompareSettings | None = None) -> OwnC
         )
     lengths = _lengths(wishes.model, split)
     training = _training(wishes, len(split.train), wishes.max_length or _max_length(lengths, most or LONGEST))
-    values, left_out = _with_fewer_steps(wishes, split, training, begun)
-    said = [*_said(wishes, split, lengths, training), *left_out]
-    return OwnComparison(values, parse_settings(values), split, said)
-
-
-def _with_fewer_steps(
-    wishes: Wishes, split: OwnSplit, training: Mapping[str, Any], begun: CompareSettings | None
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the comparison with fewer steps where they are worth a try, and why where they are left out."""
-    without = _values(wishes, split, training, None)
     fewer = fewer_steps(training["steps"], training["batch_size"], len(split.train))
-    if fewer is None:
-        return without, []
-    if wishes.runs is not None and wishes.runs < LEAST_OF_THREE:
+    left_out = []
+    if fewer is not None and wishes.runs is not None and wishes.runs < LEAST_OF_THREE:
         why = f"to choose its learning rate as well takes --runs {LEAST_OF_THREE} or more."
-        return without, [f"Plain LoRA with {fewer.short} is not tried: {why}"]
-    if begun is not None and begun == parse_settings(without):
-        why = "another folder begins one with it: --output FOLDER."
-        return without, [f"This comparison was begun without plain LoRA with {fewer.short}, and goes on so; {why}"]
-    return _values(wishes, split, training, fewer), []
+        fewer, left_out = None, [f"Plain LoRA with {fewer.short} is not tried: {why}"]
+    values = _values(wishes, split, training, fewer)
+    settings = parse_settings(values)
+    return OwnComparison(values, settings, split, [*_said(wishes, split, lengths, settings.training), *left_out])
+
+
+def own_begun(wishes: Wishes, begun: CompareSettings) -> OwnComparison:
+    """Read data and tokenizer of a comparison that was begun before, and return it as it was begun.
+
+    Args:
+        wishes (`Wishes`): What is asked for now; nothing of it is otherwise, see `slsam_peft.runs.compare.begun`.
+        begun (`CompareSettings`): The comparison.
+
+    Raises:
+        UserError: the rows cannot be read, or are not those that it was begun with.
+    """
+    [task], training = begun.tasks.values(), begun.training
+    split = own_split(task)
+    wishes = replace(wishes, eval_data=wishes.eval_data or task.test_file)
+    said = _said(wishes, split, _lengths(begun.model, split), training)
+    fewer = fewer_steps(training.steps, training.batch_size, len(split.train))
+    if fewer is not None and fewer.name not in begun.methods:
+        said.append(
+            f"This comparison was begun without plain LoRA with {fewer.short}, and goes on so; --runs "
+            f"{LEAST_OF_THREE} or more begin one with it in another folder: --output FOLDER."
+        )
+    return OwnComparison({}, begun, split, said)
 
 
 def _lengths(model: str, split: OwnSplit) -> list[Lengths]:
@@ -135,7 +146,7 @@ def _training(wishes: Wishes, rows: int, max_length: int) -> dict[str, Any]:
 
 
 def _values(wishes: Wishes, split: OwnSplit, training: Mapping[str, Any], fewer: Fewer | None) -> dict[str, Any]:
-    task = {"source": "own_data", "file": _place(wishes.data)}
+    task = {"source": "own_data", "file": place_of(wishes.data)}
     if wishes.eval_data is not None:
         own = eval_place(wishes.data, wishes.eval_data)
         task["test_file"] = wishes.eval_data if own is None else str(Path(own).expanduser().absolute())
@@ -144,9 +155,8 @@ def _values(wishes: Wishes, split: OwnSplit, training: Mapping[str, Any], fewer:
     if fewer is not None:
         middles[fewer.name] = FEWER_FACTOR * wishes.learning_rate
     rates, seeds = spend(wishes.runs or EACH * len(middles), len(middles))
-    folder = Path(wishes.model).expanduser()
     return {
-        "model": str(folder.absolute()) if folder.is_dir() else wishes.model,
+        "model": place_of_model(wishes.model),
         "training": dict(training),
         "tasks": {name_of(wishes.data): {**task, **counts, "digest": split.digest}},
         "methods": {
@@ -164,17 +174,17 @@ def _dtype() -> str:
     return str(compute_dtype("auto")).removeprefix("torch.") if gpu else "float32"
 
 
-def _place(name: str) -> str:
-    """Return a name of data that is good from any folder."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if is_file_name(name) or path.is_dir() else name
-
-
-def _said(wishes: Wishes, split: OwnSplit, lengths: Sequence[Lengths], training: Mapping[str, Any]) -> list[str]:
-    said, limit, steps = [], training["max_length"], training["steps"]
+def _said(wishes: Wishes, split: OwnSplit, lengths: Sequence[Lengths], training: TrainingSettings) -> list[str]:
+    said, limit, pairs = [], training.max_length, [*split.train, *split.validation, *split.test]
     if split.shared:
         said.append(
             f"{split.shared} rows of {wishes.eval_data} are not scored: their questions are in {wishes.data} too."
+        )
+    repeated = len(pairs) - len({(question_of(pair), pair[1]) for pair in pairs})
+    if repeated:
+        said.append(
+            f"{repeated} of {len(pairs)} rows say what another one says, and count as often as they are there; those "
+            "that are alike are in the same part."
         )
     cut = sum(row.whole > limit for row in lengths)
     lost = sum(row.before >= limit for row in lengths)
@@ -184,7 +194,7 @@ def _said(wishes: Wishes, split: OwnSplit, lengths: Sequence[Lengths], training:
             f"{cut} of {len(lengths)} rows are cut at {limit} tokens, {lost} of them before their answer begins; the "
             f"longest has {longest} (--max_length)."
         )
-    if (steps - 1) * wishes.batch_size < len(split.train):
+    if (training.steps - 1) * training.batch_size < len(split.train):
         said.append(
             "Each row is seen once at most; in our measurements SL-SAM was ahead only where few rows were repeated."
         )

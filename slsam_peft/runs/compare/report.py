@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from slsam_peft.errors import UserError
 from slsam_peft.runs.compare.jobs import Plan, Rows
 from slsam_peft.runs.compare.methods import Candidate
 from slsam_peft.runs.compare.metrics import METRICS
+from slsam_peft.runs.compare.same_data import check_rows
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.statistics import Difference, holm, paired_difference
 from slsam_peft.runs.compare.store import Row
@@ -69,39 +69,13 @@ def build_report(plan: Plan, rows: Rows) -> list[Line]:
     """Return the lines of a comparison, in its order; what is not done yet leaves gaps.
 
     Raises:
-        UserError: rows of one task and seed were trained on different data.
+        UserError: rows are of different data, see `check_rows`.
     """
-    _check_data(plan, rows)
+    check_rows(plan, rows)
     groups: dict[tuple[str, str], list[Line]] = {}
     for task, method, match in plan.cells():
         groups.setdefault((task, match), []).append(_line(plan, rows, task, method, match))
     return [line for group in groups.values() for line in _compared(group, plan.settings)]
-
-
-def _check_data(plan: Plan, rows: Rows) -> None:
-    """Refuse rows of different data, and of different adapters to begin with.
-
-    What is built on the spot may differ from one Python version to the next, and what is trained from one machine to
-    the next.
-    """
-    seen: dict[tuple[str, int], Row] = {}
-    for cell in plan.cells():
-        for job in (*plan.tuning(*cell), *plan.reported(rows, *cell)):
-            row = rows.get(job.key)
-            if row is None or "error" in row:
-                continue
-            seed = job.settings["seed"]
-            first = seen.setdefault((job.task, seed), row)
-            if row["data"] != first["data"]:
-                raise UserError(
-                    f"rows {first['key']} and {row['key']} (task {job.task}, seed {seed}) were trained "
-                    "on different data, from another Python or package version; take out those of one of them."
-                )
-            if row.get("start") != first.get("start"):
-                raise UserError(
-                    f"rows {first['key']} and {row['key']} (task {job.task}, seed {seed}) began with different "
-                    "poisoned adapters, from another machine or an emptied cache; take out those of one of them."
-                )
 
 
 def _line(plan: Plan, rows: Rows, task: str, method: str, match: str) -> Line:

@@ -155,6 +155,7 @@ def run(settings: Mapping[str, Any], report: Report = lambda done, total: None) 
         "cost": sum(costs) / len(costs),
         "seconds": round(seconds, 1),
         "data": data.fingerprint(),
+        "held_out": data.held_out_fingerprint(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

@@ -13,6 +13,7 @@ from slsam_peft.errors import UserError
 
 Row = dict[str, Any]
 
+_APPENDING = "rows.lock"  # the one lock that is no claim
 _NUMBERS = ("loss", "accuracy", "exact", "cost")
 
 
@@ -56,11 +57,16 @@ class RowStore:
                 rows[row["key"]] = row
         return rows
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a process works on a job, or was killed while it did."""
+        return any(lock.name != _APPENDING for lock in self._locks.glob("*.lock"))
+
     def append(self, row: Row) -> None:
         """Add a row in one write, on a line of its own."""
         self._locks.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row, sort_keys=True, allow_nan=False) + "\n"
-        with FileLock(self._locks / "rows.lock"), self.path.open("ab+") as file:
+        with FileLock(self._locks / _APPENDING), self.path.open("ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # somebody was killed while writing

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slsam_peft.config import hint_at
-from slsam_peft.data.own_rows import question_of
+from slsam_peft.data.own_rows import OwnSplit, question_of, split_own
 from slsam_peft.data.scoring import Pair, pair_of
 from slsam_peft.data.sources import SOURCES as PACKAGED
 from slsam_peft.data.splits import Sizes
@@ -43,7 +43,15 @@ class TaskData:
     def fingerprint(self) -> str:
         """Return a hash of the training and test pairs, and of those that poison."""
         parts = [self.train, self.test, *([self.poison] if self.poison else [])]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return _hash(parts)
+
+    def held_out_fingerprint(self) -> str:
+        """Return a hash of the validation and test pairs, which is the same for every seed."""
+        return _hash([self.validation, self.test])
+
+
+def _hash(parts: Sequence[Sequence[Pair]]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def load_task(task: TaskSettings, seed: int) -> TaskData:
@@ -147,16 +155,26 @@ def jsonl_task(task: TaskSettings, seed: int) -> TaskData:
 
 def own_data_task(task: TaskSettings, seed: int) -> TaskData:
     """Return rows of one's own, all of them in another order for each seed; held-out ones are chosen by a hash."""
-    from slsam_peft.data.own_rows import split_own
-
-    made = split_own(task.file or "", task.test_file)
-    if made.digest != task.digest:
-        raise UserError(
-            f"{task.file}: the rows are not those that this comparison began with. Begin one on the rows as they are "
-            f"now: slsam-peft compare --data {task.file}."
-        )
+    made = own_split(task)
     train = random.Random(seed).sample(made.train, len(made.train))
     return TaskData(swap_answers(train, task.label_noise, seed), made.validation, made.test, made.whole)
+
+
+def own_split(task: TaskSettings) -> OwnSplit:
+    """Return the rows of `"own_data"`.
+
+    Raises:
+        UserError: they cannot be read, or are not those that the comparison began with.
+    """
+    made = split_own(task.file or "", task.test_file)
+    if made.digest != task.digest:
+        files = task.file if task.test_file is None else f"{task.file} and {task.test_file}"
+        raise UserError(
+            f"{files}: the rows are not those that this comparison began with. Bring them back, or begin a comparison "
+            f"on the rows as they are now in a folder of its own: slsam-peft compare --data {task.file} --output "
+            "FOLDER."
+        )
+    return made
 
 
 def packaged_task(task: TaskSettings, seed: int) -> TaskData:

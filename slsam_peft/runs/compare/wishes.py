@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slsam_peft.config import check_name
+from slsam_peft.data.load import is_file_name
 from slsam_peft.runs.compare.grid import spend
 from slsam_peft.runs.compare.numbers import at_least_one, positive
 from slsam_peft.runs.compare.settings import DTYPES
@@ -83,6 +84,18 @@ class Wishes:
 def epochs_of(rows: int) -> int:
     """Return how often so many training rows are seen, see `Wishes`."""
     return 1 if rows >= MANY_ROWS else max(EPOCHS, min(MOST_EPOCHS, math.ceil(SEQUENCES / rows)))
+
+
+def place_of(data: str) -> str:
+    """Return a name of data that is good from any folder: a file or folder by its whole path, others as they are."""
+    path = Path(data).expanduser()
+    return str(path.absolute()) if is_file_name(data) or path.is_dir() else data
+
+
+def place_of_model(name: str) -> str:
+    """Return a name of a model that is good from any folder: a folder by its whole path, others as they are."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() else name
 
 
 def name_of(data: str) -> str:
