@@ -4,6 +4,7 @@ These hooks lie outside gradient checkpointing in transformers >= 5.23.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -20,6 +21,7 @@ from slsam_peft.algorithm.outputs import hidden_of, with_hidden, with_sides
 ENTERED = -1  # the place of the hidden state among what a block takes in
 
 
+@dataclass(eq=False)
 class Entering:
     """What happens before the blocks of a stack in one cut pass.
 
@@ -28,9 +30,8 @@ class Entering:
         run (`CutPass`): The pass.
     """
 
-    def __init__(self, stack: CutStack, run: CutPass) -> None:
-        self.stack = stack
-        self.run = run
+    stack: CutStack
+    run: CutPass
 
     def hook(self, index: int) -> Callable[..., Any]:
         """Return the hook that runs before the block at `index`."""

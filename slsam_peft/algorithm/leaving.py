@@ -1,6 +1,7 @@
 """What a cut pass does where a block below the cut is left: cuts the graph, and keeps the hidden state going on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from slsam_peft.algorithm.leaks import check_cut
 from slsam_peft.algorithm.outputs import is_immutable, joined, mapped, split, tensors
 
 
+@dataclass(eq=False)
 class Leaving:
     """What happens behind the blocks of a stack in one cut pass.
 
@@ -21,9 +23,8 @@ class Leaving:
         run (`CutPass`): The pass.
     """
 
-    def __init__(self, stack: CutStack, run: CutPass) -> None:
-        self.stack = stack
-        self.run = run
+    stack: CutStack
+    run: CutPass
 
     def hook(self, index: int) -> Callable[..., Any]:
         """Return the hook behind the block at `index`, which lies below the cut and not next to it."""
