@@ -20,4 +20,5 @@ FLOAT32_ANGLES = 1e-6  # rotary angles are float32, and left padding shifts them
 FLOAT16 = 1e-2  # what float16 rounds away at the lower end of its range depends on the loss scale
 FIRST_ORDER = 0.02  # a loss rise over rho |g|: second order is a percent at these radii, a wrong token far more
 ROOT = 1e-8  # the radius in weight space comes from below: what it leaves of rho after its last step
+SOLVED_BUDGET = 1e-3  # draws with a fixed seed; a share is found by halving an interval
 SIMULATED_PICTURE = 0.3  # of its numbers: sampled steps carry on what CPUs round differently; 0.25 moved once

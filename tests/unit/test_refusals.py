@@ -22,6 +22,7 @@ from slsam_peft.adapters.load import base_config, fit, open_adapter
 from slsam_peft.adapters.merge import Merge
 from slsam_peft.cli.arguments import _check_config, build_parser, read_config
 from slsam_peft.cli.main import main
+from slsam_peft.config import METHODS
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import load_config
 from slsam_peft.models.positions import learns_positions
@@ -30,6 +31,7 @@ from slsam_peft.runs.compare.reading import parse_settings
 from slsam_peft.runs.compare.run import expected_costs
 from slsam_peft.runs.sequences import check_positions
 from tests.tiny import build, llama, lora, sft_args, tokenizer, train
+from tests.tolerances import SOLVED_BUDGET
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
 CONFIG = SLSAMConfig(active_fraction=0.5)
@@ -287,3 +289,22 @@ def test_a_comparison_of_more_tokens_than_positions_is_refused_before_training(t
     }
     with pytest.raises(UserError, match=r"training.max_length=65 is more than the 64 positions .*; set 64 or less"):
         expected_costs(parse_settings(values))
+
+
+def test_every_method_by_its_name_alone_has_an_expected_cost_in_a_comparison(tmp_path: Path) -> None:
+    """Also one that has a budget unless told otherwise, which is solved for as training does it."""
+    llama(num_hidden_layers=4).config.save_pretrained(tmp_path)
+    values = {
+        "model": str(tmp_path),
+        "training": {"steps": 2, "max_length": 32, "lora_r": 2},
+        "tasks": {"docs": {"source": "stdlib_docs", "rows": 8}},
+        "methods": {"plain": {"learning_rates": [1e-3]}}
+        | {method: {"learning_rates": [1e-3], "slsam": {"method": method}} for method in METHODS},
+        "seeds": [0],
+        "tuning_seed": 1,
+        "match": "epochs",
+    }
+    costs = expected_costs(parse_settings(values))
+    assert list(costs) == ["plain", *METHODS]
+    assert costs["depth"] == pytest.approx(1.0, abs=SOLVED_BUDGET)
+    assert 1.0 < costs["auto"] < costs["paper"] < costs["sam"]

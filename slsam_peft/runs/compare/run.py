@@ -63,7 +63,7 @@ def expected_costs(settings: CompareSettings) -> dict[str, float]:
         if method.slsam is None:
             expected[name] = 1.0
             continue
-        slsam, shapes = slsam_config(method.slsam), [(settings.batch_size(name), TYPICAL_LENGTH)]
+        slsam, shapes = slsam_config(method.slsam).resolved, [(settings.batch_size(name), TYPICAL_LENGTH)]
         try:
             arms = arms_of(model, slsam.granularity)
             cost = ExpectedCost(costs, arms, slsam, shapes)
