@@ -546,6 +546,8 @@ def test_the_primary_method_keeps_its_own_p_value(tmp_path: Path) -> None:
         assert ("uncorrected that of 'sam'" in markdown(lines, "loss", plan.settings)) == (primary is not None)
     with pytest.raises(ValueError, match="primary='plain'"):
         replace(plan.settings, primary="plain")
+    with pytest.raises(ValueError, match="primary='sam': there is no method beside reference='plain'"):
+        replace(plan.settings, primary="sam", methods={"plain": plan.settings.methods["plain"]})
 
 
 def test_holm_by_hand() -> None:
