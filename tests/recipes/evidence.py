@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "compare"
 # tests/unit/test_compare.py simulates, and what others have published.
 ELSEWHERE = {"83 %", "70 %", "95 %", "+0.1", "2508.19564"}
 
-DEFAULTS = ("auto", "auto, default rise of the loss")  # what the default is called in comparisons
+DEFAULTS = ("auto", "auto, default rise of the loss", "auto at 5e-4")  # what the default is called in comparisons
 
 SHARES = ("exact", "attack_success")  # metrics that the text may state in percent
 
@@ -45,8 +45,10 @@ SEED_CLAIMS = {
 # steps is called there.
 FRESH = [
     ("raters", "tweets-repeated", "plain, a third of the steps"),
+    ("amazon", "reviews-repeated", "plain, a third of the steps"),
     ("fresh", "sums-32-label-noise", "plain, a third of the steps"),
     ("fresh", "sums-32-clean", "plain, a third of the steps"),
+    ("tweets_batch16", "tweets-repeated", "plain, half of the steps"),
     ("fresh_batch16", "sums-64-label-noise", "plain, half of the steps"),
     ("confirm_batch16", "sums-64-label-noise", "plain, half of the steps"),
 ]

@@ -37,7 +37,7 @@ from tests.recipes.commands import compare, compare_words
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 BEGUN = [path for path in RECIPES if (path.parent / "rows" / f"{path.stem}.jsonl").exists()]
 # Comparisons whose rows name a method; they grow.
-GROWING = ("amazon", "auto", "backdoor", "fresh", "gemma", "raters", "rivals", "tweets")
+GROWING = ("amazon", "auto", "backdoor", "fresh", "gemma", "raters", "rivals", "tweets", "tweets_forms")
 
 
 RANDOM = "[/random] $x_{"  # a name that rich and matplotlib would take for markup
