@@ -192,8 +192,8 @@ class CompareSettings:
         others = tuple(name for name in self.methods if name != self.reference)
         if self.primary is not None and not others:
             raise ValueError(
-                f"primary={self.primary!r}: there is no method beside reference={self.reference!r}, and its p-value would "
-                "be of the difference to that; add the method, or leave primary out."
+                f"primary={self.primary!r}: there is no method beside reference={self.reference!r}, and its p-value "
+                "would be of the difference to that; add the method, or leave primary out."
             )
         if self.primary is not None:
             check_name("primary", self.primary, others)
