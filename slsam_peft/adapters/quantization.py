@@ -14,7 +14,8 @@ from slsam_peft.errors import UserError, brief
 
 BITSANDBYTES = "bitsandbytes"
 
-# These are made of a plain model while it is loaded; others are read from files that hold quantised weights.
+# These can be made of a plain model while it is loaded, others are read from files that hold quantised weights alone.
+# Whether the transformers that is installed makes them, `_check_here` asks it: not each version does.
 ON_THE_FLY = (BITSANDBYTES, "quanto", "torchao", "hqq")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
@@ -34,9 +34,9 @@ def test_optimizers_of_transformers_leave_arms_alone_that_are_not_drawn(name, tm
     trainer = build(SLSAMTrainer, tmp_path, PAPER, optim=name, **settings)
     watch = Watch()
     trainer.add_callback(watch)
-    try:
-        trainer.create_optimizer()
-    except (ImportError, ValueError, AssertionError) as error:
+    try:  # transformers alone: what this package refuses is no reason to skip
+        Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    except (ImportError, ValueError) as error:
         pytest.skip(f"{name} cannot be made here: {str(error)[:120]}")  # its package, or its device, is not there
     trainer.train()
     check(trainer, watch)
