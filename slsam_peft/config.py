@@ -3,153 +3,43 @@
 This module imports neither torch nor any framework, so that a command line can list the settings at once.
 """
 
-import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from slsam_peft.described import PLAIN, described, to_name
-
-METHODS = ("auto", "sam", "paper", "depth", "bar", "bi_lora", "flat_lora")
-BANDITS = ("paper", "scale_free", "uniform")
-DESIGNS = ("bernoulli", "fixed_size", "window", "depth")
-ASCENTS = ("auto", "two_pass", "partial", "remembered", "ahead", "sampa", "zeroth_order")
-ASCENTS += ("bar", "obar", "bi_lora", "flat_lora")
-RIDING = ("ahead", "sampa")  # let sequences of the next batch ride along, wherever they are asked for by name
-ONE_PASS = ("bar", "obar", "bi_lora", "flat_lora")  # make no e of an ascent gradient; rho is how strong they are
-RADII = ("length", "loss_rise", "asam", "neuron", "weight")
-DESCENTS = ("active", "all")
-GRANULARITIES = ("block", "module", "tensor")
-ADAPTER_DTYPES = ("float32", "keep")
-
-# How alike two names must be for one to be offered in place of the other, as difflib measures it: misspellings of
-# short names ("roh" for rho) come to 0.67, names that have little in common ("lr" and rho) to 0.4.
-NEAR = 0.6
+from slsam_peft.names import check_name
+from slsam_peft.presets import (
+    ADAPTER_DTYPES,
+    ADAPTIVE_RHO,
+    ALONE,
+    ASCENTS,
+    BALANCING_RHO,
+    BANDITS,
+    DESCENTS,
+    DESIGNS,
+    EITHER_OR,
+    GRANULARITIES,
+    LOSS_RISE,
+    METHODS,
+    ONE_PASS,
+    PAPER_FRACTION,
+    PARTED,
+    PARTLESS,
+    PARTS,
+    RADII,
+    RHO,
+    RHO_MAX,
+    RIDING,
+)
 
 RECORD_NAME = "slsam.json"  # beside an adapter; see saving/record.py
 RECORD_SCHEMA = 2
-
-PAPER_FRACTION = 0.2  # s in the paper's LLM experiments (arXiv 2602.09395)
-RHO = 0.05  # Foret et al. 2021; the length of the perturbation wherever neither `rho` nor `loss_rise` is set
-BALANCING_RHO = 0.5  # mu_0 of BAR, in most of the paper's grids (arXiv 2410.14802, appendix D)
-ADAPTIVE_RHO = 0.5  # Kwon et al. 2021, where lengths are in units of the weights
-RHO_MAX = 2.0  # measured: 1 to 2
-LOSS_RISE = 0.5  # nats; measured: ahead of plain LoRA on fitted rows, and behind on rows still being learnt
-ASCENT_FRACTION = 0.25  # Bahri et al., ACL 2022
-
-_PARTED = ("bandit", "design", "ascent", "descent")  # fields that are parts of a method and have no other name
-
-# What a method sets where the field itself is unset. `None` is no method: the parts alone were given.
-_PARTS: dict[str | None, dict[str, Any]] = {
-    "auto": {
-        "active_fraction": 0.25,
-        "bandit": "scale_free",
-        "design": "fixed_size",
-        "ascent": "auto",
-        "descent": "all",
-        "loss_rise": LOSS_RISE,
-        "ascent_sequences": 1,
-    },
-    "sam": {
-        "active_fraction": 1.0,
-        "bandit": "uniform",
-        "design": "bernoulli",
-        "ascent": "two_pass",
-        "descent": "all",
-        "rho": RHO,
-    },
-    "paper": {
-        "active_fraction": PAPER_FRACTION,
-        "bandit": "paper",
-        "design": "bernoulli",
-        "ascent": "two_pass",
-        "descent": "active",
-        "rho": RHO,
-    },
-    "depth": {
-        "cost_budget": 1.0,
-        "bandit": "scale_free",
-        "design": "depth",
-        "ascent": "two_pass",
-        "descent": "active",
-        "rho": RHO,
-    },
-    **{
-        name: {
-            "active_fraction": 1.0,
-            "bandit": "uniform",
-            "design": "bernoulli",
-            "ascent": name,
-            "descent": "all",
-            "rho": BALANCING_RHO if name == "bar" else RHO,
-        }
-        for name in ("bar", "bi_lora", "flat_lora")
-    },
-    None: {
-        "bandit": "scale_free",
-        "design": "bernoulli",
-        "ascent": "two_pass",
-        "ascent_fraction": ASCENT_FRACTION,
-        "descent": "active",
-        "rho": RHO,
-    },
-}
-
-_PARTLESS = ("two_pass", "remembered", *ONE_PASS)  # ascents that take no part of a batch
-
-# Any of these, set without a method, asks for the parts alone.
-_ALONE = ("active_fraction", "bandit", "design", "ascent", "ascent_fraction", "descent", "cost_budget")
-
-# Pairs of fields that say the same thing in two ways.
-_EITHER_OR = (
-    ("rho", "loss_rise", "the radius is a length or a rise of the loss"),
-    ("ascent_sequences", "ascent_fraction", "both say how many sequences make the ascent"),
-    ("cost_budget", "active_fraction", "cost_budget decides how many arms are active"),
-)
-
-
-def choices(allowed: tuple[str, ...], callable_too: bool = False) -> str:
-    """Return the allowed names as a phrase for help texts and errors."""
-    return ", ".join(f"'{name}'" for name in allowed) + (" or a callable" if callable_too else "")
-
-
-def check_name(
-    what: str, value: Any, allowed: tuple[str, ...], callable_too: bool = False, method: str | None = None
-) -> None:
-    """Raise `ValueError` naming the nearest match unless `value` is one of `allowed`.
-
-    Args:
-        what (`str`): The setting, for the message.
-        value (`Any`): Its value.
-        allowed (`tuple[str, ...]`): The names there are.
-        callable_too (`bool`, *optional*, defaults to `False`): Whether a callable will do.
-        method (`str`, *optional*): An object with a method of this name will do.
-    """
-    if isinstance(value, str) and value in allowed:
-        return
-    if (callable_too and callable(value)) or (method and callable(getattr(value, method, None))):
-        return
-    raise ValueError(
-        f"{what}={value!r} is not known; allowed: {choices(allowed, callable_too)}.{hint_at(value, allowed)}"
-    )
-
-
-def hint_at(value: Any, allowed: Iterable[str]) -> str:
-    """Return the nearest of the allowed names as a question to end a message with; empty where none is near.
-
-    Neither letter case nor the dashes in front of a flag count: "--lr" and "--rho" have two characters in common that
-    say nothing.
-    """
-    if not isinstance(value, str) or value in (allowed := tuple(allowed)):
-        return ""
-    names = {name.lstrip("-").lower(): name for name in allowed}
-    near = difflib.get_close_matches(value.lstrip("-").lower(), names, n=1, cutoff=NEAR)
-    return f" Did you mean '{names[near[0]]}'?" if near else ""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -401,7 +291,7 @@ class SLSAMConfig:
 
     def _check_pairs(self) -> None:
         """Refuse what contradicts itself as it was set, before anything is filled in."""
-        for first, second, why in _EITHER_OR:
+        for first, second, why in EITHER_OR:
             a, b = getattr(self, first), getattr(self, second)
             if a is not None and b is not None:
                 raise ValueError(f"{first}={a!r} and {second}={b!r} are both set; {why}, so leave one of them unset.")
@@ -442,9 +332,9 @@ class SLSAMConfig:
             return
         how = "" if self.method is None else f" (method={self.method!r})"
         named = isinstance(settled.ascent, str)
-        unread = not named or settled.ascent in _PARTLESS
+        unread = not named or settled.ascent in PARTLESS
         # Resolved settings without a method say this share whatever their ascent is, and are settings, too.
-        filled = _PARTS[self.method].get("ascent_fraction") if named else None
+        filled = PARTS[self.method].get("ascent_fraction") if named else None
         for name, ignored in (("ascent_sequences", None), ("ascent_fraction", filled)):
             value = getattr(self, name)
             if not unread or value in (None, ignored):
@@ -486,11 +376,11 @@ class SLSAMConfig:
     @cached_property
     def resolved(self) -> "SLSAMConfig":
         """The settings with every part filled in, from `method` where it is unset; resolving twice changes nothing."""
-        alone = any(getattr(self, name) is not None for name in _ALONE)
+        alone = any(getattr(self, name) is not None for name in ALONE)
         method = "auto" if self.method is None and not alone else self.method
-        values = dict(_PARTS[method])
+        values = dict(PARTS[method])
         # What is set in one of two ways leaves the other way unset.
-        for first, second, _ in _EITHER_OR:
+        for first, second, _ in EITHER_OR:
             if getattr(self, first) is not None or getattr(self, second) is not None:
                 values = _without(values, first, second)
         if self.radius is not None:
@@ -504,7 +394,7 @@ class SLSAMConfig:
             values |= {} if _own_strength(ascent) is not None else {"rho": BALANCING_RHO if "bar" in rule else RHO}
         if not isinstance(ascent, str):  # an object knows its own
             values = _without(values, "ascent_sequences", "ascent_fraction")
-        elif ascent in _PARTLESS:
+        elif ascent in PARTLESS:
             values.pop("ascent_sequences", None)
         elif self.ascent_fraction is None and "ascent_fraction" not in values:
             values.setdefault("ascent_sequences", 1)
@@ -528,7 +418,7 @@ class SLSAMConfig:
     def filled_in(self) -> dict[str, Any]:
         """What unset parts are filled with where others are set and no `method` is named; empty otherwise."""
         named = self.resolved.method is not None
-        return {} if named else {n: getattr(self.resolved, n) for n in _PARTED if getattr(self, n) is None}
+        return {} if named else {n: getattr(self.resolved, n) for n in PARTED if getattr(self, n) is None}
 
     @property
     def is_perturbed(self) -> bool:
@@ -613,7 +503,7 @@ def _recorded_settings(file: Path) -> dict[str, Any]:
         raise ValueError(f'{file} has no settings under "method"; save the adapter again, or give them by hand.')
     settings = {name: value for name, value in method.items() if name != "name"}
     # A record of a version that had no methods holds parts alone; what it leaves out had these defaults.
-    return settings if "method" in settings else {**_PARTS[None], **settings}
+    return settings if "method" in settings else {**PARTS[None], **settings}
 
 
 def _radius_default(radius: Any) -> dict[str, float]:

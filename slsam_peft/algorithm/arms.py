@@ -14,7 +14,8 @@ from slsam_peft.algorithm.layout import Layout
 from slsam_peft.algorithm.places import Place, places_of
 from slsam_peft.algorithm.shards import gathering_modules
 from slsam_peft.algorithm.swap import Site, Sites, sites_of
-from slsam_peft.config import GRANULARITIES, check_name
+from slsam_peft.names import check_name
+from slsam_peft.presets import GRANULARITIES
 
 Granularity = str | Callable[[str], str]
 

@@ -11,7 +11,8 @@ from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.passes import PassRunner
 from slsam_peft.algorithm.shards import Shards
 from slsam_peft.algorithm.stack import Pair
-from slsam_peft.config import RIDING, SLSAMConfig
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.presets import RIDING
 
 
 def fraction_of(config: SLSAMConfig, count: int, solved: float | None = None) -> float:

@@ -28,6 +28,7 @@ from slsam_peft.algorithm.factors import Factors, check_factors
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.horizons import Horizons
 from slsam_peft.algorithm.memory import GradientMemory
+from slsam_peft.algorithm.micro_batches import MicroBatches
 from slsam_peft.algorithm.norms import ArmNorms, joint_norm
 from slsam_peft.algorithm.order import RunOrder
 from slsam_peft.algorithm.ownership import Ownership
@@ -41,8 +42,9 @@ from slsam_peft.algorithm.shards import is_sharded, local, shards_of
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Closure, Cut, Passes, Pending, Step
 from slsam_peft.algorithm.telemetry import RadiusWatch, StepNumbers, step_metrics
-from slsam_peft.config import RIDING, SLSAMConfig
+from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import DivergedError
+from slsam_peft.presets import RIDING
 
 REDRAWS = 1000  # of arms that are not all frozen
 
@@ -160,6 +162,7 @@ class SLSAM:
         self._norms = ArmNorms(arms, None if shards is None else shards.summed)
         radius = build_radius(config, factors)
         self._perturber = Perturber(self, self.runner, self.ascent, radius, self._norms, self.memory, self.fallbacks)
+        self._micro_batches = MicroBatches(self, self.runner, self.ascent, self._perturber, self.fallbacks)
         if shards is not None:
             check_sharded(self.ascent, radius, config, shards, self.fallbacks)
         # What reads gradients that are not there: a parameter has none where it is not drawn, or a step is skipped.
@@ -278,7 +281,7 @@ class SLSAM:
             if step is None:
                 raise RuntimeError(f"micro-batch {index} of {count} came before the first; start a step with 0.")
             with self.runner.switched(step.trained), self._order.watched():
-                loss = self._micro_batch(step, passes, index)
+                loss = self._micro_batches.run(step, passes, index)
                 lone = step.lone
                 if index == count - 1:
                     self._finish(step)
@@ -396,85 +399,6 @@ class SLSAM:
                     "ascent='partial' takes the ascent gradient from a part of the batch: pass ascent_closure, or "
                     "several micro-batches, or use ascent='two_pass'."
                 )
-
-    def _micro_batch(self, step: Step, passes: Passes, index: int) -> torch.Tensor:
-        """Run the passes that are due with this micro-batch; return the loss to report for it."""
-        pending = Pending(passes, rng.snapshot(self.runner.accelerators))
-        take = 0 if step.perturbation is not None or step.given else self._take(step, passes, index)
-        # Once e is known, and where there is none, there is the descent alone.
-        if not take and not step.pending:
-            with self.ascent.within(step):
-                return self.runner.descend(step, pending, logged=True)
-        # The ascent's micro-batches run at w and wait for e; so do others while it is not known.
-        if take:
-            loss = self.ascent.ascend(self, self.runner, step, pending, self._ascent_pass(step, pending, take))
-            step.pending.append(pending)
-            step.taken, step.ascents = step.taken + take, step.ascents + 1
-        else:
-            loss = torch.zeros((), device=self.runner.parameters[0].device)
-            step.late.append(pending)
-        step.given = step.given or index + 1 == step.count or not self._take(step, passes, index + 1)
-        if not step.given or self._waits_for_ranks(index, step.count):
-            return loss if self.ascent.exact else torch.zeros_like(loss)
-        return self._descend_all(step, loss)
-
-    def _waits_for_ranks(self, index: int, count: int) -> bool:
-        """Whether e is not to be made yet, since another rank may have ascent passes behind this micro-batch.
-
-        What ranks tell one another between two micro-batches would meet there what they average into e. The numbers
-        of sequences of ranks with sharded parameters are agreed on.
-        """
-        reach = self.ascent.reach(count) if self.reduce is not None and self._shards is None else 0
-        return index + 1 < min(reach, count)
-
-    def _descend_all(self, step: Step, loss: torch.Tensor) -> torch.Tensor:
-        """Complete e, and run the descents that wait for it, each with the random state it had in its ascent.
-
-        Args:
-            step (`Step`): The step.
-            loss (`torch.Tensor`): What to report where the ascents have counted in metrics and logs.
-        """
-        self._perturber.of_ascent(step)
-        after = rng.snapshot(self.runner.accelerators)
-        with self.ascent.within(step):
-            losses = [self.runner.descend(step, p, logged=not self.ascent.exact) for p in step.pending]
-            if all(p.whole for p in step.pending):  # a part has used fewer random numbers than its micro-batch
-                rng.restore(after)
-            for late in step.late:  # as if they came only now
-                late.state = rng.snapshot(self.runner.accelerators)
-                losses.append(self.runner.descend(step, late, logged=True))
-        step.pending.clear()
-        step.late.clear()
-        return loss if self.ascent.exact else torch.stack(losses).sum()
-
-    def _take(self, step: Step, passes: Passes, index: int) -> int:
-        sequences, shards = passes.sequences, self.runner.shards
-        if shards is not None and self.ascent.cuts:  # all ranks run the same passes
-            sequences = shards.least(sequences)
-        return self.ascent.take(index, step.count, sequences, step.taken)
-
-    def _ascent_pass(self, step: Step, pending: Pending, take: int) -> Closure:
-        """Return the ascent pass over so many sequences of a micro-batch: a part of it, or all."""
-        passes = pending.passes
-        known = passes.sequences is not None
-        if not self.ascent.exact and passes.cut is not None and (take < (passes.sequences or 0) or not known):
-            pending.cut = passes.cut(take)
-            step.items = step.items + pending.cut.items
-            return pending.cut.run
-        pending.whole = True
-        step.items = step.items + passes.items
-        if self.ascent.exact:
-            return passes.logged
-        rides = bool(self.runner.pairs) and passes.riding is not None  # then this is an epoch's first step alone
-        if step.count == 1 and not rides and not self.ascent.forwards:
-            self.fallbacks.add(
-                "the ascent is made by the whole batch",
-                "it has a single sequence; with gradient accumulation one micro-batch of several makes it"
-                if passes.sequences == 1
-                else "no part of it can be taken (in a loop of your own, pass ascent_closure)",
-                "That is a second pass: a step costs 2.0 plain ones.",
-            )
-        return passes.unlogged
 
     def _finish(self, step: Step) -> None:
         """Read the step's numbers once, then learn from them, or skip the step if one is not finite."""

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from slsam_peft.config import GRANULARITIES
+from slsam_peft.presets import GRANULARITIES
 
 if TYPE_CHECKING:
     from rich.table import Table

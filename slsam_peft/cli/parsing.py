@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
+from slsam_peft.names import hint_at
 
 DTYPES = ("float32", "bfloat16", "float16")  # the names of every --dtype
 

@@ -10,7 +10,9 @@ from typing import Any
 from slsam_peft.cli.parsing import DTYPES
 from slsam_peft.cli.plan_facts import make_plan
 from slsam_peft.cli.quiet import silence_libraries
-from slsam_peft.config import (
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.errors import UserError
+from slsam_peft.presets import (
     ADAPTER_DTYPES,
     ASCENTS,
     BANDITS,
@@ -20,9 +22,7 @@ from slsam_peft.config import (
     METHODS,
     RADII,
     RIDING,
-    SLSAMConfig,
 )
-from slsam_peft.errors import UserError
 
 NAME = "plan"
 HELP = "Say what a step will cost and whether its memory fits, from a model's configuration alone"

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from slsam_peft.config import RIDING
+from slsam_peft.presets import RIDING
 
 GIB = 2**30
 LISTED_ARMS = 40  # longer lists are shown by kind

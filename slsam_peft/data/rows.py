@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slsam_peft.config import hint_at
 from slsam_peft.data.strict_json import read_json, reason_of
+from slsam_peft.names import hint_at
 
 COLUMNS = ("input_ids", "prompt", "completion", "messages", "conversations")
 

@@ -15,10 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError, brief
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.models.fetched import FETCHED
+from slsam_peft.names import hint_at
 
 # What transformers and PEFT raise, one way or another, for files that hold values of a wrong kind, or that do not
 # belong on each other: their constructors check few of them.

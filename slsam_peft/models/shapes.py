@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from slsam_peft.config import hint_at
 from slsam_peft.errors import UserError
 from slsam_peft.models.gemma3 import GEMMA3
 from slsam_peft.models.load import load_config, refused
 from slsam_peft.models.smollm2 import SMOLLM2
+from slsam_peft.names import hint_at
 
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
 _QWEN_2 = {"model_type": "qwen2", "max_position_embeddings": 32768}

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slsam_peft.config import SLSAMConfig, hint_at
+from slsam_peft.config import SLSAMConfig
 from slsam_peft.errors import UserError
+from slsam_peft.names import hint_at
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig
 from trl import ModelConfig, SFTConfig
 
-from slsam_peft.config import hint_at
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import find_model, refused
+from slsam_peft.names import hint_at
 from slsam_peft.saving.atomic import nearest_folder, try_to_write
 from slsam_peft.saving.record import base_name
 

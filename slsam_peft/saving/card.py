@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slsam_peft.config import PAPER_FRACTION, SLSAMConfig
+from slsam_peft.config import SLSAMConfig
+from slsam_peft.presets import PAPER_FRACTION
 
 # In the order they are shown; what is not set gives no tag.
 _SHOWN = (

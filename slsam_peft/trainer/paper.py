@@ -3,7 +3,8 @@
 import textwrap
 from typing import Any
 
-from slsam_peft.config import ONE_PASS, SLSAMConfig, rule_name
+from slsam_peft.config import SLSAMConfig, rule_name
+from slsam_peft.presets import ONE_PASS
 
 
 def _paper(key: str, title: str, year: int, arxiv: str) -> dict[str, str]:

@@ -18,11 +18,12 @@ from slsam_peft.algorithm.arms import arms_of
 from slsam_peft.algorithm.fallbacks import Fallbacks
 from slsam_peft.algorithm.passes import NOT_RIDING, SMALL_PASS
 from slsam_peft.algorithm.slsam import SLSAM, tell_filled_in
-from slsam_peft.config import RECORD_NAME, RIDING, SLSAMConfig
+from slsam_peft.config import RECORD_NAME, SLSAMConfig
 from slsam_peft.cost.expected import ExpectedCost
 from slsam_peft.data.tables import is_table
 from slsam_peft.models.bnb_cpu import keep_trainable
 from slsam_peft.models.foresight import counts_in_part
+from slsam_peft.presets import RIDING
 from slsam_peft.saving.card import describe
 from slsam_peft.saving.checkpoint import FILE_NAME, StateMismatchError, load_state, save_state
 from slsam_peft.saving.hashes import HASHES_NAME, write_hashes

@@ -17,11 +17,11 @@ from trl import SFTConfig, SFTTrainer
 from slsam_peft import SLSAM, SLSAMConfig, SLSAMTrainer, arms_of
 from slsam_peft.algorithm.adversary import Adversary
 from slsam_peft.algorithm.ascents import Ascent
-from slsam_peft.config import ASCENTS
 from slsam_peft.cost import memory as footprint
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.cost.model import CostModel, Rule
 from slsam_peft.models.shapes import meta_model
+from slsam_peft.presets import ASCENTS
 from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.riding import lora_pairs
 from tests.decoders import batch, closures, decoder

@@ -7,7 +7,7 @@ import torch
 from trl import SFTTrainer
 
 from slsam_peft import SLSAMConfig, SLSAMTrainer
-from slsam_peft.config import METHODS
+from slsam_peft.presets import METHODS
 from tests.sft import train
 from tests.tiny import build, texts
 from tests.tolerances import FUSED_HEAD

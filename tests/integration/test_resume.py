@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slsam_peft.config import ASCENTS, BANDITS, DESIGNS
+from slsam_peft.presets import ASCENTS, BANDITS, DESIGNS
 from tests.resume_worker import CUT, train
 from tests.tiny import llama
 

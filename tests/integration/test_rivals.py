@@ -14,8 +14,9 @@ from slsam_peft.algorithm.ascents import Ahead, Ascent
 from slsam_peft.algorithm.noise import WeightNoise
 from slsam_peft.algorithm.radius import Length
 from slsam_peft.algorithm.sampa import Sampa
-from slsam_peft.config import ONE_PASS, RECORD_NAME
+from slsam_peft.config import RECORD_NAME
 from slsam_peft.models.bnb_cpu import keep_trainable
+from slsam_peft.presets import ONE_PASS
 from tests.resume_worker import base
 from tests.tiny import build, llama, lora
 from tests.tolerances import FLOAT32_NORMS

@@ -18,7 +18,7 @@ import slsam_peft
 
 PACKAGE = Path(slsam_peft.__file__).parent
 ROOT = Path(__file__).parents[2]
-LEAVES = ("config", "described", "errors", "extras")  # the standard library only
+LEAVES = ("config", "described", "errors", "extras", "names", "presets")  # the standard library only
 PURE = ("algorithm", "cost", "sharpness")  # torch only
 FRAMEWORKS = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl"}
 

@@ -19,7 +19,8 @@ from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron, buil
 from slsam_peft.algorithm.rules import build_ascent
 from slsam_peft.algorithm.sampa import Sampa
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
-from slsam_peft.config import ASCENTS, ONE_PASS, RADII, RECORD_NAME, RECORD_SCHEMA, rule_name
+from slsam_peft.config import RECORD_NAME, RECORD_SCHEMA, rule_name
+from slsam_peft.presets import ASCENTS, ONE_PASS, RADII
 
 # Each rule that makes no e, by its name and as an object, and one of a class that a user derives from ours.
 ONE_PASS_RULES = [(name, name) for name in ONE_PASS]

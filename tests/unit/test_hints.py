@@ -2,7 +2,7 @@
 
 import pytest
 
-from slsam_peft.config import hint_at
+from slsam_peft.names import hint_at
 
 FLAGS = ("--rho", "--learning_rate", "--max_steps", "--active_fraction", "--cost_budget")
 

@@ -18,7 +18,7 @@ from slsam_peft.algorithm.radius import Adaptive, Length, LossRise, Neuron, Offs
 from slsam_peft.algorithm.rules import build_ascent
 from slsam_peft.algorithm.sampa import Sampa
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
-from slsam_peft.config import ASCENTS
+from slsam_peft.presets import ASCENTS
 from slsam_peft.trainer.factors import factors_of
 from slsam_peft.trainer.riding import lora_pairs
 from tests.decoders import batch, closures, decoder

@@ -17,10 +17,11 @@ from slsam_peft.algorithm import noise
 from slsam_peft.cli import plan, plan_facts
 from slsam_peft.cli.main import main
 from slsam_peft.cli.parsing import Parser
-from slsam_peft.config import BANDITS, SLSAMConfig
+from slsam_peft.config import SLSAMConfig
 from slsam_peft.cost.memory import NF4_BYTES, NF4_NESTED_BYTES
 from slsam_peft.cost.model import CostModel
 from slsam_peft.models.shapes import BUILT_IN, find_config, meta_model
+from slsam_peft.presets import BANDITS
 from slsam_peft.trainer.factors import factors_of
 from tests.tiny import lora
 

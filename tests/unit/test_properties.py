@@ -12,7 +12,7 @@ from torch import nn
 from slsam_peft import SLSAMConfig, arms_of
 from slsam_peft.algorithm.projection import project, project_with_min_probability
 from slsam_peft.algorithm.sampling import build_scheme
-from slsam_peft.config import ADAPTER_DTYPES, ASCENTS, BANDITS, DESCENTS, DESIGNS, GRANULARITIES, METHODS, RADII
+from slsam_peft.presets import ADAPTER_DTYPES, ASCENTS, BANDITS, DESCENTS, DESIGNS, GRANULARITIES, METHODS, RADII
 from tests.tolerances import EXACT_FLOAT64, SUM
 
 weights = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30).map(lambda v: torch.tensor(v, dtype=torch.float64))

@@ -22,10 +22,10 @@ from slsam_peft.adapters.load import base_config, fit, open_adapter
 from slsam_peft.adapters.merge import Merge
 from slsam_peft.cli.arguments import _check_config, build_parser, read_config
 from slsam_peft.cli.main import main
-from slsam_peft.config import METHODS
 from slsam_peft.errors import DivergedError, UserError
 from slsam_peft.models.load import load_config
 from slsam_peft.models.positions import learns_positions
+from slsam_peft.presets import METHODS
 from slsam_peft.runs import finetune
 from slsam_peft.runs.compare.reading import parse_settings
 from slsam_peft.runs.compare.run import expected_costs

@@ -19,9 +19,9 @@ from slsam_peft.algorithm.sampa import Sampa
 from slsam_peft.algorithm.stack import Pair
 from slsam_peft.algorithm.step import Cut, Passes
 from slsam_peft.algorithm.zeroth_order import ZerothOrder
-from slsam_peft.config import ASCENTS
 from slsam_peft.cost.expected import rule_of
 from slsam_peft.cost.model import CostModel
+from slsam_peft.presets import ASCENTS
 from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
 from slsam_peft.saving.card import settings_of
 from slsam_peft.trainer.cutting import scored_items

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from slsam_peft.config import check_name
 from slsam_peft.errors import UserError
+from slsam_peft.names import check_name
 from slsam_peft.runs.compare.numbers import at_least_one, positive
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from slsam_peft.config import check_name
+from slsam_peft.names import check_name
 
 AVERAGES = ("mean", "ema")
 OF_TRAINING = ("lora_dropout", "lora_r", "weight_decay")  # fields of `TrainingSettings` that they stand in for

@@ -8,10 +8,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import SchedulerType, get_scheduler
 
-from slsam_peft.config import check_name
 from slsam_peft.data.scoring import Pair, answered
 from slsam_peft.errors import UserError, brief
 from slsam_peft.models.load import find_model, load_tokenizer
+from slsam_peft.names import check_name
 from slsam_peft.runs.compare.building import arguments_of
 from slsam_peft.runs.compare.jobs import Plan, Rows
 from slsam_peft.runs.compare.same_data import check_going_on

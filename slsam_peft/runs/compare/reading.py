@@ -9,8 +9,8 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from slsam_peft.config import check_name
 from slsam_peft.errors import UserError, brief
+from slsam_peft.names import check_name
 from slsam_peft.runs.compare.methods import MethodSettings
 from slsam_peft.runs.compare.settings import CompareSettings, TaskSettings, TrainingSettings
 

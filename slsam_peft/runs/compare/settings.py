@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from slsam_peft.config import check_name
 from slsam_peft.data.sources import SOURCES as PACKAGED
+from slsam_peft.names import check_name
 from slsam_peft.runs.compare.backdoor import Backdoor
 from slsam_peft.runs.compare.methods import MethodSettings, slsam_config
 from slsam_peft.runs.compare.numbers import at_least_one

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slsam_peft.config import hint_at
 from slsam_peft.data.own_rows import OwnSplit, question_of, split_own
 from slsam_peft.data.scoring import Pair, pair_of
 from slsam_peft.data.sources import SOURCES as PACKAGED
 from slsam_peft.data.splits import Sizes
 from slsam_peft.errors import UserError
 from slsam_peft.extras import require
+from slsam_peft.names import hint_at
 from slsam_peft.runs.compare.backdoor import Backdoor
 from slsam_peft.runs.compare.settings import TaskSettings
 

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from slsam_peft.config import check_name
 from slsam_peft.data.load import is_file_name
+from slsam_peft.names import check_name
 from slsam_peft.runs.compare.grid import spend
 from slsam_peft.runs.compare.numbers import at_least_one, positive
 from slsam_peft.runs.compare.settings import DTYPES
