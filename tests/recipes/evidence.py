@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from slsam_peft.runs.compare.methods import slsam_config
 from slsam_peft.runs.compare.metrics import METRICS
@@ -54,7 +55,7 @@ FRESH = [
 ]
 POOLED = [(method, fewer) for method in ("auto", "auto at plain LoRA's rate") for fewer in (False, True)]
 POOLED_SEED_CLAIMS = {
-    "at plain LoRA's own rate in": ("auto at plain LoRA's rate", False),
+    "the loss is lower than plain LoRA's in": ("auto at plain LoRA's rate", False),
 }
 
 TABLE = re.compile(r"^\| method \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
@@ -187,7 +188,8 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
             yield match.start(), f"{where}: nothing was tried with {' '.join(match[0].split())}"
     for match, sources, where in taken(NUMBER):
         shown = " ".join(match[0].split())
-        if shown not in ELSEWHERE and not any(_same(shown, value) for value in _values(sources, shown)):
+        counts = [] if "\n## " in page[: match.start()] else [str(len(d.values)) for d in _pooled_differences()]
+        if shown not in (*ELSEWHERE, *counts) and not any(_same(shown, value) for value in _values(sources, shown)):
             yield match.start(), f"{where}: {shown} is in no row"
 
 
@@ -198,21 +200,39 @@ def _differences(sources: list[Comparison], which: str) -> Iterator[Difference]:
 
 
 @cache
-def pooled(method: str, fewer: bool, metric: str) -> Difference:
-    """Compare the default with plain LoRA, or plain LoRA with fewer steps, over the seeds of all fresh sets."""
-    ours, theirs = {}, {}
-    for at, (name, task, fewer_steps) in enumerate(FRESH):
-        for scores, of in ((ours, method), (theirs, fewer_steps if fewer else "plain")):
-            line = next(line for line in comparison(name).lines if (line.task, line.method) == (task, of))
-            scores.update({(at, seed): score for seed, score in line.scores[metric].items()})
+def pooled(method: str, fewer: bool, metric: str, by_set: bool = False) -> Difference:
+    """Compare the default with plain LoRA, or plain LoRA with fewer steps, over the seeds of all fresh sets.
+
+    Args:
+        method (`str`): What the default is called.
+        fewer (`bool`): Whether the other one has fewer steps.
+        metric (`str`): The score.
+        by_set (`bool`, *optional*, defaults to `False`): Over the means of the sets, which says more of other sets.
+    """
+    ours: dict[Any, float] = {}
+    theirs: dict[Any, float] = {}
+    for name, task, fewer_steps in FRESH:
+        source = comparison(name)
+        lines = {line.method: line for line in source.lines if line.task == task}
+        scores, others = (lines[of].scores[metric] for of in (method, fewer_steps if fewer else "plain"))
+        for seed in scores.keys() & others.keys():
+            at = (task, source.settings.training.batch_size, name, seed)
+            ours[at], theirs[at] = scores[seed], others[seed]
+    if by_set:
+        ours, theirs = _by_set(ours), _by_set(theirs)
     difference = paired_difference(ours, theirs)
     assert difference is not None
     return difference
 
 
+def _by_set(scores: dict[Any, float]) -> dict[Any, float]:
+    """Return the means over the seeds of one task in steps of one size, whatever comparison they are in."""
+    return {of: _mean({at: score for at, score in scores.items() if at[:2] == of}) for of in {at[:2] for at in scores}}
+
+
 def _pooled_differences() -> Iterator[Difference]:
     for method, fewer in POOLED:
-        yield from (pooled(method, fewer, metric) for metric in ("loss", "exact"))
+        yield from (pooled(method, fewer, metric, by) for metric in ("loss", "exact") for by in (False, True))
 
 
 def _pooled_ahead(method: str, fewer: bool) -> tuple[int, int]:

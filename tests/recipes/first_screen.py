@@ -1,0 +1,175 @@
+"""The tables at the top of recipes/compare/README.md, as the rows make them."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from slsam_peft.runs.compare.report import Line
+from slsam_peft.runs.compare.statistics import Difference
+from tests.recipes import evidence
+
+
+class Task(NamedTuple):
+    """A line of the table of tasks: what the page calls it, and what its methods are called in the comparison."""
+
+    words: str
+    comparison: str
+    task: str
+    default: str = ""  # at a rate of its own
+    drop_in: str = ""  # the default at plain LoRA's rate
+    fewer: str = ""  # plain LoRA with fewer steps
+
+
+DROP_IN, THIRD, HALF = "auto at plain LoRA's rate", "plain, a third of the steps", "plain, half of the steps"
+OLD_NAME = "auto, default rise of the loss"
+
+TWEETS, SUMS = "32 tweets, one rater's answer each", "64 sums, a quarter wrong, in steps of sixteen"
+LEARNING, DOCUMENTATION = "96 sums seen four times, a quarter wrong", "96 questions seen four times, a quarter wrong"
+
+FRESH = [
+    Task(TWEETS, "raters", "tweets-repeated", "auto", DROP_IN, THIRD),
+    Task(f"{TWEETS}, in steps of sixteen", "tweets_batch16", "tweets-repeated", "auto", DROP_IN, HALF),
+    Task(f"{TWEETS}, on Gemma 3 270M", "gemma_tweets", "tweets-repeated", "auto", DROP_IN, THIRD),
+    Task("32 reviews, one rater's answer each", "amazon", "reviews-repeated", "auto", DROP_IN, THIRD),
+    Task("32 sums, a quarter wrong", "fresh", "sums-32-label-noise", "auto", DROP_IN, THIRD),
+    Task("32 sums, none wrong", "fresh", "sums-32-clean", "auto", DROP_IN, THIRD),
+    Task(SUMS, "fresh_batch16", "sums-64-label-noise", "auto", DROP_IN, HALF),
+    Task(f"{SUMS}, other seeds", "confirm_batch16", "sums-64-label-noise", "auto", DROP_IN, HALF),
+]
+SEEN = [
+    Task(LEARNING, "auto_sums", "sums-small-label-noise", drop_in=OLD_NAME),
+    Task("640 sums seen at most once, none wrong", "auto_sums", "sums-seen-once", drop_in=OLD_NAME),
+    Task(DOCUMENTATION, "auto_docs", "docs-small-label-noise", "auto"),
+    Task("32 sums, a quarter wrong", "rivals", "sums-32-label-noise", "auto", DROP_IN, THIRD),
+    Task("64 sums, a quarter wrong", "auto_epochs", "sums-64-label-noise", OLD_NAME),
+    Task(SUMS, "auto_batch16", "sums-64-label-noise", "auto", "", HALF),
+]
+HEADING = (
+    "| rows | seeds | plain LoRA | default | default at plain LoRA's rate | plain LoRA, fewer steps | gains |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def task_table(tasks: list[Task]) -> str:
+    """Return the lines of tasks, those on which no form of the default gains first."""
+    lines = [_task_line(task) for task in tasks]
+    return "\n".join([*HEADING, *(text for gains, text in sorted(lines, key=lambda line: line[0]))])
+
+
+def _task_line(task: Task) -> tuple[bool, str]:
+    """Return whether a form of the default gains, and the line."""
+    lines = {line.method: line for line in evidence.comparison(task.comparison).lines if line.task == task.task}
+    columns = {"default": task.default, "default at plain LoRA's rate": task.drop_in, "fewer steps": task.fewer}
+    run = {words: lines[name] for words, name in columns.items() if name and lines[name].scores.get("loss")}
+    cells = [_cell(lines["plain"]), *(_cell(run[words]) if words in run else "" for words in columns)]
+    gaining = [words + (", which forgets" if _forgets(line) else "") for words, line in run.items() if _gains(line)]
+    gains = "; ".join(gaining).replace("default; default at plain LoRA's rate", "default at either rate") or "nothing"
+    seeds = len(lines["plain"].scores["loss"])
+    return "default" in gains, f"| {task.words} | {seeds} | {' | '.join(cells)} | {gains} |"
+
+
+def _cell(line: Line) -> str:
+    """Return the loss and the share of exact answers: bold where ahead of plain LoRA, in italics where behind."""
+    loss, exact = line.mean("loss"), line.mean("exact")
+    assert loss is not None
+    text = _marked(f"{loss:.2f}", line.differences.get("loss"), better=-1)
+    return text + (f" ({_marked(f'{100 * exact:.0f} %', line.differences.get('exact'), better=1)})" if exact else "")
+
+
+def _marked(text: str, difference: Difference | None, better: int) -> str:
+    sign = 0 if difference is None else side(difference) * better
+    return {1: f"**{text}**", 0: text, -1: f"*{text}*"}[sign]
+
+
+def side(difference: Difference) -> int:
+    """Return on which side of 0 an interval lies: 1, -1, or 0 where it holds it."""
+    return (difference.low > 0) - (difference.high < 0)
+
+
+def _gains(line: Line) -> bool:
+    """Whether the loss or the exact answers are ahead of plain LoRA's, and neither is behind."""
+    sides = [-side(line.differences["loss"])]
+    sides += [side(line.differences["exact"])] if "exact" in line.differences else []
+    return max(sides) > 0 and min(sides) == 0 or min(sides) > 0
+
+
+def _forgets(line: Line) -> bool:
+    return "forgetting" in line.differences and side(line.differences["forgetting"]) > 0
+
+
+def pooled_table() -> str:
+    """Return what the fresh seeds say together."""
+    lines = [
+        "| the default | minus | seeds | held-out loss | exact answers |",
+        "|---|---|---|---|---|",
+    ]
+    names = {"auto": "at a rate of its own", DROP_IN: "at plain LoRA's rate"}
+    for method, fewer in evidence.POOLED:
+        loss, exact = (evidence.pooled(method, fewer, metric) for metric in ("loss", "exact"))
+        other = "plain LoRA, fewer steps" if fewer else "plain LoRA"
+        lines.append(f"| {names[method]} | {other} | {len(loss.values)} | {_triple(loss, -1)} | {_triple(exact, 1)} |")
+    return "\n".join(lines)
+
+
+def _triple(difference: Difference, better: int) -> str:
+    return _marked(f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]", difference, better)
+
+
+# The columns of the tables of the default minus all else, and where each lies; then the lines, and what they are
+# called there.
+COLUMNS = {
+    "32 tweets": (("raters", "tweets_rivals", "tweets_forms"), "tweets-repeated"),
+    "32 reviews": (("amazon",), "reviews-repeated"),
+    "32 tweets in steps of sixteen": (("tweets_batch16",), "tweets-repeated"),
+    "32 sums, a quarter wrong": (("fresh",), "sums-32-label-noise"),
+    "32 sums, none wrong": (("fresh",), "sums-32-clean"),
+    "64 sums in steps of sixteen": (("fresh_batch16",), "sums-64-label-noise"),
+    "other seeds": (("confirm_batch16",), "sums-64-label-noise"),
+}
+OTHERS = {
+    "plain LoRA": ("plain",),
+    "plain LoRA, fewer steps": (THIRD, HALF),
+    "the default at plain LoRA's rate": (DROP_IN,),
+    "the default with a rise of 1.0": ("auto, a rise of 1.0",),
+    "SAMPa": ("SAMPa",),
+    "SAMPa at plain LoRA's rate": ("SAMPa at plain LoRA's rate",),
+    "the default, uniform draws": ("auto, uniform draws",),
+    "the default, every block perturbed": ("auto, every block",),
+    "the paper's rule": ("paper's rule",),
+    "`depth` at plain LoRA's cost": ("depth at plain LoRA's cost",),
+    "dense SAM, two passes": ("dense SAM, two passes",),
+    "dense SAM, radius in the weights": ("radius of B A",),
+    "dense SAM, ASAM's radius": ("ASAM",),
+    "dense SAM, FT-SAM's radius": ("FT-SAM, radius by neuron",),
+    "Flat-LoRA": ("Flat-LoRA",),
+    "Bi-LoRA": ("Bi-LoRA",),
+    "ZO-SAM": ("ZO-SAM",),
+    "BAR": ("BAR",),
+}
+
+
+def table_beside_default(metric: str) -> str:
+    """Return the default at a rate of its own minus every other method on each set, in `"loss"` or `"exact"`."""
+    title = {"loss": "held-out loss", "exact": "exact answers"}[metric]
+    text = [f"| {title}, the default minus | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for words, names in OTHERS.items():
+        cells = [_beside_default(comparisons, task, names, metric) for comparisons, task in COLUMNS.values()]
+        text.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def _beside_default(comparisons: tuple[str, ...], task: str, names: tuple[str, ...], metric: str) -> str:
+    for name in comparisons:
+        for line in evidence.comparison(name).beside_default:
+            difference = line.differences.get(metric)
+            if line.task == task and line.method in names and difference is not None and len(difference.values) > 1:
+                return _triple(_turned(difference), -1 if metric == "loss" else 1)
+    return ""
+
+
+def _turned(difference: Difference) -> Difference:
+    return replace(difference, mean=-difference.mean, low=-difference.high, high=-difference.low)
+
+
+def tables() -> list[str]:
+    """Return all of them."""
+    return [task_table(FRESH), task_table(SEEN), pooled_table(), *map(table_beside_default, ("loss", "exact"))]
