@@ -30,7 +30,7 @@ PARTED = ("bandit", "design", "ascent", "descent")  # fields that are parts of a
 # What a method sets where the field itself is unset. `None` is no method: the parts alone were given.
 PARTS: dict[str | None, dict[str, Any]] = {
     "auto": {
-        "active_fraction": 0.25,  # measured: more is no better, a tenth is worse
+        "active_fraction": 0.25,  # tried on one seed: more had about the same loss, a tenth a higher one
         "bandit": "scale_free",
         "design": "fixed_size",
         "ascent": "auto",

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,12 +16,13 @@ from slsam_peft.runs.compare.report import Line, build_report
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.statistics import Difference, paired_difference
 from slsam_peft.runs.compare.store import Row, RowStore
+from tests.recipes.sets import FRESH
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "compare"
 
 # Numbers that are no results of runs: the level of the intervals and how often they cover the mean, which a test in
 # tests/unit/test_compare.py simulates, and what others have published.
-ELSEWHERE = {"83 %", "70 %", "95 %", "+0.1", "2508.19564"}
+ELSEWHERE = {"83 %", "70 %", "95 %", "+0.1", "2508.19564", "2602.09395"}
 
 DEFAULTS = ("auto", "auto, default rise of the loss", "auto at 5e-4")  # what the default is called in comparisons
 
@@ -42,17 +43,6 @@ SEED_CLAIMS = {
     "Fewer steps beat it in": [("epochs", "sums-64-label-noise", "plain, fewer steps (control)", FEWER)],
 }
 
-# What the top of the page pools: fitted rows on seeds that nobody had looked at, each with what plain LoRA with fewer
-# steps is called there.
-FRESH = [
-    ("raters", "tweets-repeated", "plain, a third of the steps"),
-    ("amazon", "reviews-repeated", "plain, a third of the steps"),
-    ("fresh", "sums-32-label-noise", "plain, a third of the steps"),
-    ("fresh", "sums-32-clean", "plain, a third of the steps"),
-    ("tweets_batch16", "tweets-repeated", "plain, half of the steps"),
-    ("fresh_batch16", "sums-64-label-noise", "plain, half of the steps"),
-    ("confirm_batch16", "sums-64-label-noise", "plain, half of the steps"),
-]
 POOLED = [(method, fewer) for method in ("auto", "auto at plain LoRA's rate") for fewer in (False, True)]
 POOLED_SEED_CLAIMS = {
     "the loss is lower than plain LoRA's in": ("auto at plain LoRA's rate", False),
@@ -61,7 +51,7 @@ POOLED_SEED_CLAIMS = {
 TABLE = re.compile(r"^\| method \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
 NO_PROSE = re.compile(r"```.*?^```|<details>.*?</details>|`[^`]*`|\]\([^)]*\)|!\[[^\]]*\]", re.DOTALL | re.MULTILINE)
 TRIPLE = re.compile(r"([+-]\d\.\d+)\s+\[([+-]\d\.\d+),\s+([+-]\d\.\d+)\]")
-SEEDS = re.compile(r"(\d+)\s+of\s+(\d+)\s+seeds")
+SEEDS = re.compile(r"(\d+)\s+of\s+(\d+)\s+(?:seeds|draws)")
 SIZE = r"(?:\s+with\s+a\s+(rise|radius)\s+of\s+(\d\.\d+))?"
 TRIED = re.compile(rf"(\d\.\d+)(?:\s+\((\d+) %\))?{SIZE}\s+at\s+(\d(?:\.\d+)?e-\d)")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?![\w])|(?<![\w./])\d{2,}(?:\s+%)?(?![\w./]\d|\w)")
@@ -75,7 +65,7 @@ class Comparison:
     settings: CompareSettings
     rows: dict[str, Row]
     lines: list[Line]
-    beside_default: list[Line]
+    beside_default: dict[str, list[Line]]  # by what the default is called
 
 
 @cache
@@ -88,8 +78,7 @@ def comparison(name: str) -> Comparison:
         for name in DEFAULTS
         if name in settings.methods
     }
-    beside = [line for lines in by_reference.values() for line in lines]
-    return Comparison(settings, rows, build_report(RecordedPlan(settings, rows), rows), beside)
+    return Comparison(settings, rows, build_report(RecordedPlan(settings, rows), rows), by_reference)
 
 
 def mismatches(page: str) -> list[str]:
@@ -170,9 +159,10 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
             yield match, _comparisons(page, match.start()), _line_number(page, match.start())
 
     for match, sources, where in taken(TRIPLE):
+        beside = (line for source in sources for lines in source.beside_default.values() for line in lines)
         known = [] if "\n## " in page[: match.start()] else [(d.mean, d.low, d.high) for d in _pooled_differences()]
-        known += [(d.mean, d.low, d.high) for d in _differences(sources, "lines")]
-        known += [(-d.mean, -d.high, -d.low) for d in _differences(sources, "beside_default")]  # default minus others
+        known += [(d.mean, d.low, d.high) for d in _differences(line for source in sources for line in source.lines)]
+        known += [(-d.mean, -d.high, -d.low) for d in _differences(beside)]  # the default minus others
         if not any(all(_same(shown, value) for shown, value in zip(match.groups(), of, strict=True)) for of in known):
             yield match.start(), f"{where}: no method differs by {' '.join(match[0].split())}"
     for match, _, where in taken(SEEDS):
@@ -193,41 +183,39 @@ def _prose(page: str) -> Iterator[tuple[int, str]]:
             yield match.start(), f"{where}: {shown} is in no row"
 
 
-def _differences(sources: list[Comparison], which: str) -> Iterator[Difference]:
-    for source in sources:
-        for line in getattr(source, which):
-            yield from line.differences.values()
+def _differences(lines: Iterable[Line]) -> Iterator[Difference]:
+    for line in lines:
+        yield from line.differences.values()
 
 
 @cache
-def pooled(method: str, fewer: bool, metric: str, by_set: bool = False) -> Difference:
-    """Compare the default with plain LoRA, or plain LoRA with fewer steps, over the seeds of all fresh sets.
+def pooled(method: str, fewer: bool, metric: str, by_source: bool = False) -> Difference:
+    """Compare the default with plain LoRA, or plain LoRA with fewer steps, on all fresh sets of the first model.
+
+    Sets of one source on one seed are made of the same rows, so that their mean is one observation.
 
     Args:
         method (`str`): What the default is called.
         fewer (`bool`): Whether the other one has fewer steps.
         metric (`str`): The score.
-        by_set (`bool`, *optional*, defaults to `False`): Over the means of the sets, which says more of other sets.
+        by_source (`bool`, *optional*, defaults to `False`): Let each source's mean be one observation, which says
+            more of other rows.
     """
-    ours: dict[Any, float] = {}
-    theirs: dict[Any, float] = {}
-    for name, task, fewer_steps in FRESH:
-        source = comparison(name)
-        lines = {line.method: line for line in source.lines if line.task == task}
-        scores, others = (lines[of].scores[metric] for of in (method, fewer_steps if fewer else "plain"))
+    found: dict[Any, list[float]] = {}
+    for task in FRESH:
+        source = comparison(task.comparison)
+        lines = {line.method: line for line in source.lines if line.task == task.task}
+        others = lines[task.fewer if fewer else "plain"].scores.get(metric, {})
+        scores = lines[method].scores.get(metric, {}) if method in lines and source.settings.model == "smollm2" else {}
         for seed in scores.keys() & others.keys():
-            at = (task, source.settings.training.batch_size, name, seed)
-            ours[at], theirs[at] = scores[seed], others[seed]
-    if by_set:
-        ours, theirs = _by_set(ours), _by_set(theirs)
-    difference = paired_difference(ours, theirs)
+            found.setdefault((source.settings.tasks[task.task].source, seed), []).append(scores[seed] - others[seed])
+    of_draws = {at: _mean(values) for at, values in found.items()}
+    if by_source:
+        sources = {source for source, _ in of_draws}
+        of_draws = {s: _mean([value for at, value in of_draws.items() if at[0] == s]) for s in sources}
+    difference = paired_difference(of_draws, dict.fromkeys(of_draws, 0.0))
     assert difference is not None
     return difference
-
-
-def _by_set(scores: dict[Any, float]) -> dict[Any, float]:
-    """Return the means over the seeds of one task in steps of one size, whatever comparison they are in."""
-    return {of: _mean({at: score for at, score in scores.items() if at[:2] == of}) for of in {at[:2] for at in scores}}
 
 
 def _pooled_differences() -> Iterator[Difference]:
@@ -236,13 +224,13 @@ def _pooled_differences() -> Iterator[Difference]:
 
 
 def _pooled_ahead(method: str, fewer: bool) -> tuple[int, int]:
-    """Return in how many of the pooled seeds the loss is lower, and of how many."""
+    """Return on how many of the pooled draws of rows the loss is lower, and of how many."""
     values = pooled(method, fewer, "loss").values
     return sum(value < 0 for value in values.values()), len(values)
 
 
-def _mean(scores: dict[int, float]) -> float | None:
-    return sum(scores.values()) / len(scores) if scores else None
+def _mean(scores: Collection[float]) -> float:
+    return sum(scores) / len(scores)
 
 
 def _seeds_ahead(name: str, task: str, method: str, other: str) -> tuple[int, int]:
@@ -282,11 +270,11 @@ def _values(sources: list[Comparison], shown: str) -> Iterator[float]:
         for line in source.lines:
             if shown.endswith("%"):
                 shares = [line.mean(metric) for metric in SHARES]
-                shares += [_mean(line.before.get(metric, {})) for metric in SHARES]
+                shares += [_mean(of.values()) for metric in SHARES if (of := line.before.get(metric))]
                 yield from (100 * value for value in shares if value is not None)
                 continue
             yield from (value for value in (line.cost, line.total_cost) if value is not None)
             yield from (value for metric in METRICS for value in (line.mean(metric),) if value is not None)
-            yield from (value for of in line.before.values() for value in (_mean(of),) if value is not None)
+            yield from (_mean(of.values()) for of in line.before.values() if of)
             yield from line.corrected.values()
             yield max(line.scores["loss"].values(), default=math.nan)  # of the seed that went worst
