@@ -1,5 +1,6 @@
 """The tables at the top of recipes/compare/README.md, as the rows make them."""
 
+import math
 from dataclasses import replace
 
 from slsam_peft.runs.compare.report import Line
@@ -129,7 +130,8 @@ def _beside_default(comparisons: tuple[str, ...], task: str, names: tuple[str, .
     for name in comparisons:
         for line in evidence.comparison(name).beside_default.get("auto", []):
             difference = line.differences.get(metric)
-            if line.task == task and line.method in names and difference is not None and len(difference.values) > 1:
+            has_interval = difference is not None and not math.isnan(difference.low)
+            if line.task == task and line.method in names and has_interval:
                 return _triple(_turned(difference), -1 if metric == "loss" else 1)
     return ""
 

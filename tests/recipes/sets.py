@@ -27,6 +27,10 @@ FRESH = [
     Task("32 reviews, one rater's answer each", "amazon", "reviews-repeated", "auto", DROP_IN, THIRD),
     Task("32 sums, a quarter wrong", "fresh", "sums-32-label-noise", "auto", DROP_IN, THIRD),
     Task("32 sums, none wrong", "fresh", "sums-32-clean", "auto", DROP_IN, THIRD),
+    Task("32 film reviews (SST-2)", "instructions", "sentiment", "auto", "", THIRD),
+    Task("32 science questions (SciQ)", "instructions", "science", "auto", "", THIRD),
+    Task("24 yes-or-no questions on a paragraph (BoolQ)", "instructions", "reading", "auto", "", THIRD),
+    Task("16 word problems (GSM8K)", "instructions", "reasoning", "auto", "", THIRD),
     Task(SUMS, "fresh_batch16", "sums-64-label-noise", "auto", DROP_IN, HALF),
     Task(f"{SUMS}, other seeds", "confirm_batch16", "sums-64-label-noise", "auto", DROP_IN, HALF),
 ]

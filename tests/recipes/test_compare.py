@@ -36,7 +36,7 @@ from tests.recipes.commands import compare, compare_words
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 BEGUN = [path for path in RECIPES if (path.parent / "rows" / f"{path.stem}.jsonl").exists()]
-# Comparisons whose rows name a method; they grow. The names are beginnings, and whole ones where there is no row yet.
+# Comparisons whose rows name a method; they grow. The names are beginnings.
 GROWING = (
     "amazon",
     "auto",
