@@ -9,11 +9,6 @@ from typing import Any
 NEAR = 0.6
 
 
-def choices(allowed: tuple[str, ...], callable_too: bool = False) -> str:
-    """Return the allowed names as a phrase for help texts and errors."""
-    return ", ".join(f"'{name}'" for name in allowed) + (" or a callable" if callable_too else "")
-
-
 def check_name(
     what: str, value: Any, allowed: tuple[str, ...], callable_too: bool = False, method: str | None = None
 ) -> None:
@@ -30,9 +25,8 @@ def check_name(
         return
     if (callable_too and callable(value)) or (method and callable(getattr(value, method, None))):
         return
-    raise ValueError(
-        f"{what}={value!r} is not known; allowed: {choices(allowed, callable_too)}.{hint_at(value, allowed)}"
-    )
+    choices = ", ".join(f"'{name}'" for name in allowed) + (" or a callable" if callable_too else "")
+    raise ValueError(f"{what}={value!r} is not known; allowed: {choices}.{hint_at(value, allowed)}")
 
 
 def hint_at(value: Any, allowed: Iterable[str]) -> str:

@@ -37,18 +37,7 @@ from tests.recipes.commands import compare, compare_words
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 BEGUN = [path for path in RECIPES if (path.parent / "rows" / f"{path.stem}.jsonl").exists()]
 # Comparisons whose rows name a method; they grow. The names are beginnings.
-GROWING = (
-    "amazon",
-    "auto",
-    "backdoor",
-    "fresh",
-    "gemma",
-    "instructions",
-    "raters",
-    "rivals",
-    "tweets",
-    "tweets_forms",
-)
+GROWING = ("amazon", "auto", "backdoor", "fresh", "gemma", "instructions", "raters", "rivals", "tweets")
 
 
 RANDOM = "[/random] $x_{"  # a name that rich and matplotlib would take for markup
