@@ -277,4 +277,6 @@ def _values(sources: list[Comparison], shown: str) -> Iterator[float]:
             yield from (value for metric in METRICS for value in (line.mean(metric),) if value is not None)
             yield from (_mean(of.values()) for of in line.before.values() if of)
             yield from line.corrected.values()
+            if shown[0] in "+-":
+                yield from (difference.mean for difference in line.differences.values())
             yield max(line.scores["loss"].values(), default=math.nan)  # of the seed that went worst

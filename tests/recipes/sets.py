@@ -17,14 +17,20 @@ class Task(NamedTuple):
 DROP_IN, THIRD, HALF = "auto at plain LoRA's rate", "plain, a third of the steps", "plain, half of the steps"
 OLD_NAME = "auto, default rise of the loss"
 
-TWEETS, SUMS = "32 tweets, one rater's answer each", "64 sums, a quarter wrong, in steps of sixteen"
+TWEETS, REVIEWS = "32 tweets, one rater's answer each", "32 reviews, one rater's answer each"
+SUMS = "64 sums, a quarter wrong, in steps of sixteen"
 LEARNING, DOCUMENTATION = "96 sums seen four times, a quarter wrong", "96 questions seen four times, a quarter wrong"
 
 FRESH = [
     Task(TWEETS, "raters", "tweets-repeated", "auto", DROP_IN, THIRD),
     Task(f"{TWEETS}, in steps of sixteen", "tweets_batch16", "tweets-repeated", "auto", DROP_IN, HALF),
     Task(f"{TWEETS}, on Gemma 3 270M", "gemma_tweets", "tweets-repeated", "auto", DROP_IN, THIRD),
-    Task("32 reviews, one rater's answer each", "amazon", "reviews-repeated", "auto", DROP_IN, THIRD),
+    Task(f"{TWEETS}, on a 4-bit base", "nf4", "tweets-repeated", "auto", DROP_IN, THIRD),
+    Task("128 tweets, one rater's answer each, seen eight times", "larger", "tweets-128", "auto", DROP_IN, THIRD),
+    Task(REVIEWS, "amazon", "reviews-repeated", "auto", DROP_IN, THIRD),
+    Task(f"{REVIEWS}, in steps of sixteen", "amazon_batch16", "reviews-repeated", "auto", DROP_IN, HALF),
+    Task(f"{REVIEWS}, on a 4-bit base", "nf4", "reviews-repeated", "auto", DROP_IN, THIRD),
+    Task("128 reviews, one rater's answer each, seen eight times", "larger", "reviews-128", "auto", DROP_IN, THIRD),
     Task("32 sums, a quarter wrong", "fresh", "sums-32-label-noise", "auto", DROP_IN, THIRD),
     Task("32 sums, none wrong", "fresh", "sums-32-clean", "auto", DROP_IN, THIRD),
     Task("32 film reviews (SST-2)", "instructions", "sentiment", "auto", "", THIRD),

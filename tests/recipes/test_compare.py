@@ -37,7 +37,19 @@ from tests.recipes.commands import compare, compare_words
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "compare").glob("*.yaml"))
 BEGUN = [path for path in RECIPES if (path.parent / "rows" / f"{path.stem}.jsonl").exists()]
 # Comparisons whose rows name a method; they grow. The names are beginnings.
-GROWING = ("amazon", "auto", "backdoor", "fresh", "gemma", "instructions", "raters", "rivals", "tweets")
+GROWING = (
+    "amazon",
+    "auto",
+    "backdoor",
+    "fresh",
+    "gemma",
+    "instructions",
+    "larger",
+    "nf4",
+    "raters",
+    "rivals",
+    "tweets",
+)
 
 
 RANDOM = "[/random] $x_{"  # a name that rich and matplotlib would take for markup
@@ -468,7 +480,7 @@ def test_comparisons_are_on_the_page_once_they_have_rows() -> None:
     page = PAGE.read_text()
     linked = set(re.findall(r"\]\((\w+\.yaml)\)", page))
     assert linked == {path.name for path in BEGUN}
-    assert {path.stem for path in set(RECIPES) - set(BEGUN)} <= set(GROWING)
+    assert all(path.stem.startswith(GROWING) for path in set(RECIPES) - set(BEGUN))
     plots = re.findall(r"\]\((plots/\w+\.svg)\)", page)
     assert sorted(plots) == sorted(f"plots/{path.name}" for path in (PAGE.parent / "plots").iterdir())
 
@@ -485,3 +497,14 @@ def test_plots_on_the_page_are_what_their_commands_draw(command: str, tmp_path: 
     kept = (PAGE.parents[2] / stored).read_text()
     if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in kept:  # others may place a text differently
         assert (tmp_path / stored.name).read_text() == kept
+
+
+@pytest.mark.parametrize("path", BEGUN, ids=lambda path: path.stem)
+def test_the_runs_of_a_seed_are_of_one_kind_of_machine(path: Path) -> None:
+    """Differences are paired by seed: how a GPU rounds must not be one between methods."""
+    devices: dict[tuple[str, int], set[str]] = {}
+    for line in (path.parent / "rows" / f"{path.stem}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "device" in row:
+            devices.setdefault((row["task"], row["settings"]["seed"]), set()).add(row["device"])
+    assert all(len(names) == 1 for names in devices.values())
