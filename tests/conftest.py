@@ -7,6 +7,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The suite compares with references on the CPU, bit for bit: a GPU is out of sight but for the tests that need one.
+if os.environ.get("SLSAM_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Imports make half a million objects that stay. They are collected once, in `pytest_collection_finish`.
 gc.disable()

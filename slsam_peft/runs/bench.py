@@ -184,12 +184,20 @@ def _round(trainer: SFTTrainer, number: int, measured: Measured) -> None:
     with unadvised(), PeakMemory() as peak:
         trainer.train()
     trainer.remove_callback(clock)
-    if isinstance(trainer, SLSAMTrainer):  # or the modes after it pay for the gradients it keeps
-        trainer.slsam.memory.replace({})
+    _free(trainer)
     measured.seconds.append(statistics.mean(clock.seconds[1:-1]))
     measured.peak_bytes.append(peak.bytes)
     if clock.predicted:
         measured.predicted.append(statistics.mean(clock.predicted[1:-1]))
+
+
+def _free(trainer: SFTTrainer) -> None:
+    """Drop what a trainer holds on to between rounds, or the modes after it pay for it in memory."""
+    trainer.accelerator.free_memory()
+    trainer.optimizer = trainer.lr_scheduler = None  # made anew in the next round
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    if isinstance(trainer, SLSAMTrainer):
+        trainer.slsam.memory.replace({})
 
 
 def random_sequences(tokenizer: Any, count: int, length: int) -> Dataset:

@@ -1,10 +1,14 @@
 """The clock: modes in alternation on one model, each beside its prediction."""
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from trl import SFTTrainer
 
 from slsam_peft import SLSAMConfig
 from slsam_peft.algorithm.radius import Length, Offsets
@@ -15,7 +19,7 @@ from slsam_peft.cli.main import main
 from slsam_peft.cli.outputs import write_figure
 from slsam_peft.errors import UserError
 from slsam_peft.runs.bench import run_bench
-from slsam_peft.runs.bench_check import IN_PLACE, STACK, SWAP, run_check
+from slsam_peft.runs.bench_check import CHANGE, IN_PLACE, RADII, STACK, SWAP, run_check
 from slsam_peft.runs.bench_modes import MODES as ALL
 from slsam_peft.runs.bench_modes import REFERENCE, Mode, select_modes
 from tests.tiny import llama, tokenizer
@@ -57,6 +61,24 @@ def test_every_mode_is_timed_in_every_round_and_leaves_the_base_alone(tmp_path, 
     picture = tmp_path / "bench.png"
     write_figure(picture, draw(measured))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_mode_pays_for_the_optimizer_of_another(monkeypatch):
+    """Peak memory is a mode's own: optimizers are gone when the next mode trains."""
+    made, alive = [], []
+    create = SFTTrainer.create_optimizer
+
+    def watched(self, *args, **kwargs):
+        gc.collect()
+        alive.append(sum(seen() is not None for seen in made))
+        optimizer = create(self, *args, **kwargs)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(SFTTrainer, "create_optimizer", watched)
+    modes = {name: MODES[name] for name in (REFERENCE, "sam", "auto")}
+    run_bench(llama(), tokenizer(), lora_r=4, batch=2, length=12, steps=1, rounds=2, modes=modes)
+    assert alive == [0] * 6
 
 
 def test_one_sequence_at_a_time_takes_several():
@@ -113,6 +135,24 @@ def test_every_way_to_perturb_is_right():
         assert checked.good, checked
         assert checked.deviation < 0.05  # look-ahead keeps its gradient in bfloat16
         assert checked.change > 0.01
+
+
+def test_on_a_quantised_base_it_looks_at_float32_adapters(tmp_path, monkeypatch):
+    """TRL casts them to bfloat16 there, in which much of an e is rounded away; trainings cast them back by default."""
+    monkeypatch.setattr("slsam_peft.runs.bench.emulates_bfloat16", lambda: False)
+    llama(num_hidden_layers=2, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, device_map="cpu")
+    for checked in run_check(model, tokenizer(), lora_r=4, batch=2, length=12):
+        assert checked.good, checked
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_radius_grows_until_e_changes_enough(monkeypatch):
+    monkeypatch.setattr("slsam_peft.runs.bench_check.RADII", (1e-4, 1e-3, *RADII))
+    for checked in run_check(llama(num_hidden_layers=2), tokenizer(), lora_r=4, batch=2, length=12):
+        assert checked.change >= CHANGE or checked.radius == RADII[-1]
+        assert checked.radius > 1e-3
 
 
 @pytest.mark.parametrize(

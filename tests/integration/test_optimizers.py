@@ -22,7 +22,12 @@ def each_optimizer():
         if "layerwise" not in name.value and "lomo" not in name.value and name.value not in STILL:
             marks = [] if name.value in QUICK else [pytest.mark.slow]
             if name.value == "galore_adamw_8bit":
-                marks.append(pytest.mark.skipif(not torch.cuda.is_available(), reason="its step is written for CUDA"))
+                marks.append(
+                    pytest.mark.skipif(
+                        not torch.cuda.is_available(),
+                        reason="its step is written for CUDA; SLSAM_TEST_GPU=1 shows a GPU",
+                    )
+                )
             yield pytest.param(name.value, marks=marks)
 
 

@@ -149,7 +149,9 @@ def test_activation_offloading(checkpointing, tmp_path, monkeypatch):
     assert same_weights(offloaded, plain)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels are Triton kernels and need a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="Liger's kernels are Triton kernels; SLSAM_TEST_GPU=1 shows a GPU"
+)
 @pytest.mark.filterwarnings("ignore:.use_liger_kernel=True. is deprecated:FutureWarning")
 def test_liger_kernels(tmp_path):
     pytest.importorskip("liger_kernel")
