@@ -16,7 +16,7 @@ from slsam_peft.runs.compare.report import Line, build_report
 from slsam_peft.runs.compare.settings import CompareSettings
 from slsam_peft.runs.compare.statistics import Difference, paired_difference
 from slsam_peft.runs.compare.store import Row, RowStore
-from tests.recipes.sets import FRESH
+from tests.recipes.sets import FRESH, GROUPS
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "compare"
 
@@ -189,7 +189,9 @@ def _differences(lines: Iterable[Line]) -> Iterator[Difference]:
 
 
 @cache
-def pooled(method: str, fewer: bool, metric: str, by_source: bool = False) -> Difference:
+def pooled(
+    method: str, fewer: bool, metric: str, by_source: bool = False, group: str = "", fitted: bool = False
+) -> Difference | None:
     """Compare the default with plain LoRA, or plain LoRA with fewer steps, on all fresh sets of the first model.
 
     Sets of one source on one seed are made of the same rows, so that their mean is one observation.
@@ -200,10 +202,17 @@ def pooled(method: str, fewer: bool, metric: str, by_source: bool = False) -> Di
         metric (`str`): The score.
         by_source (`bool`, *optional*, defaults to `False`): Let each source's mean be one observation, which says
             more of other rows.
+        group (`str`, *optional*): One of `GROUPS`, for its sources alone.
+        fitted (`bool`, *optional*, defaults to `False`): Leave out the sets whose rows plain LoRA's rate does not fit.
+
+    Returns:
+        `Difference`: Or `None` where nothing was run.
     """
     found: dict[Any, list[float]] = {}
     for task in FRESH:
         source = comparison(task.comparison)
+        if fitted and task.low or group and source.settings.tasks[task.task].source not in GROUPS[group]:
+            continue
         lines = {line.method: line for line in source.lines if line.task == task.task}
         others = lines[task.fewer if fewer else "plain"].scores.get(metric, {})
         scores = lines[method].scores.get(metric, {}) if method in lines and source.settings.model == "smollm2" else {}
@@ -213,19 +222,26 @@ def pooled(method: str, fewer: bool, metric: str, by_source: bool = False) -> Di
     if by_source:
         sources = {source for source, _ in of_draws}
         of_draws = {s: _mean([value for at, value in of_draws.items() if at[0] == s]) for s in sources}
-    difference = paired_difference(of_draws, dict.fromkeys(of_draws, 0.0))
-    assert difference is not None
-    return difference
+    return paired_difference(of_draws, dict.fromkeys(of_draws, 0.0))
 
 
 def _pooled_differences() -> Iterator[Difference]:
+    options: list[dict[str, Any]] = [
+        {"by_source": True},
+        {"fitted": True},
+        *({"group": group} for group in ("", *GROUPS)),
+    ]
     for method, fewer in POOLED:
-        yield from (pooled(method, fewer, metric, by) for metric in ("loss", "exact") for by in (False, True))
+        for metric in ("loss", "exact", "forgetting"):
+            found = (pooled(method, fewer, metric, **option) for option in options)
+            yield from (difference for difference in found if difference is not None)
 
 
 def _pooled_ahead(method: str, fewer: bool) -> tuple[int, int]:
     """Return on how many of the pooled draws of rows the loss is lower, and of how many."""
-    values = pooled(method, fewer, "loss").values
+    difference = pooled(method, fewer, "loss")
+    assert difference is not None
+    values = difference.values
     return sum(value < 0 for value in values.values()), len(values)
 
 

@@ -2,16 +2,20 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from slsam_peft.runs.compare.report import Line
 from slsam_peft.runs.compare.statistics import Difference
 from tests.recipes import evidence
-from tests.recipes.sets import DROP_IN, FRESH, HALF, SEEN, THIRD, Task
+from tests.recipes.sets import DROP_IN, FRESH, GROUPS, HALF, SEEN, THIRD, Task
 
 HEADING = (
     "| rows | seeds | plain LoRA | default | default at plain LoRA's rate | plain LoRA, fewer steps | shown ahead |",
     "|---|---|---|---|---|---|---|",
 )
+
+
+MUCH = 0.1  # nats of other text
 
 
 def task_table(tasks: list[Task]) -> str:
@@ -60,23 +64,38 @@ def _is_ahead(line: Line) -> bool:
 
 
 def _forgets(line: Line) -> str:
-    """Return by how much more than plain LoRA it forgets, where that is sure."""
+    """Return by how much more than plain LoRA it forgets, where that is sure or much."""
     difference = line.differences.get("forgetting")
-    return f" (forgets {difference.mean:+.2f})" if difference is not None and side(difference) > 0 else ""
+    if difference is None or difference.mean <= 0 or (side(difference) <= 0 and difference.mean < MUCH):
+        return ""
+    return f" (forgets {difference.mean:+.2f}{'' if side(difference) > 0 else ', unsure'})"
 
 
 def pooled_table() -> str:
-    """Return what the fresh seeds say together."""
-    lines = [
-        "| the default | minus | draws of rows | held-out loss | exact answers |",
-        "|---|---|---|---|---|",
+    """Return what the fresh seeds say together, and each kind of rows."""
+    text = [
+        "| the default | minus | on | draws of rows | held-out loss | exact answers | forgets |",
+        "|---|---|---|---|---|---|---|",
     ]
     names = {"auto": "at a rate of its own", DROP_IN: "at plain LoRA's rate"}
     for method, fewer in evidence.POOLED:
-        loss, exact = (evidence.pooled(method, fewer, metric) for metric in ("loss", "exact"))
-        other = "plain LoRA, fewer steps" if fewer else "plain LoRA"
-        lines.append(f"| {names[method]} | {other} | {len(loss.values)} | {_triple(loss, -1)} | {_triple(exact, 1)} |")
-    return "\n".join(lines)
+        first = f"| {names[method]} | {'plain LoRA, fewer steps' if fewer else 'plain LoRA'} | "
+        text.append(_pooled_line(f"{first}all", method, fewer))
+        if not fewer:
+            text.append(_pooled_line("| | | all sets whose rows that rate fits", method, fewer, fitted=True))
+        lines = (_pooled_line(f"| | | {group}", method, fewer, group=group) for group in GROUPS)
+        text += [line for line in lines if line]
+    return "\n".join(text)
+
+
+def _pooled_line(words: str, method: str, fewer: bool, **options: Any) -> str:
+    loss, exact, forgetting = (
+        evidence.pooled(method, fewer, metric, **options) for metric in ("loss", "exact", "forgetting")
+    )
+    if loss is None or exact is None:
+        return ""
+    forgets = "" if forgetting is None else _triple(forgetting, -1)
+    return f"{words} | {len(loss.values)} | {_triple(loss, -1)} | {_triple(exact, 1)} | {forgets} |"
 
 
 def _triple(difference: Difference, better: int) -> str:
