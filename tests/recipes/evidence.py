@@ -43,6 +43,8 @@ SEED_CLAIMS = {
     "Fewer steps beat it in": [("epochs", "sums-64-label-noise", "plain, fewer steps (control)", FEWER)],
 }
 
+SLOW = 1.25e-4  # a learning rate
+
 POOLED = [(method, fewer) for method in ("auto", "auto at plain LoRA's rate") for fewer in (False, True)]
 POOLED_SEED_CLAIMS = {
     "the loss is lower than plain LoRA's in": ("auto at plain LoRA's rate", False),
@@ -190,7 +192,7 @@ def _differences(lines: Iterable[Line]) -> Iterator[Difference]:
 
 @cache
 def pooled(
-    method: str, fewer: bool, metric: str, by_source: bool = False, group: str = "", fitted: bool = False
+    method: str, fewer: bool, metric: str, by_source: bool = False, group: str = "", quick: bool = False
 ) -> Difference | None:
     """Compare the default with plain LoRA, or plain LoRA with fewer steps, on all fresh sets of the first model.
 
@@ -203,7 +205,8 @@ def pooled(
         by_source (`bool`, *optional*, defaults to `False`): Let each source's mean be one observation, which says
             more of other rows.
         group (`str`, *optional*): One of `GROUPS`, for its sources alone.
-        fitted (`bool`, *optional*, defaults to `False`): Leave out the sets whose rows plain LoRA's rate does not fit.
+        quick (`bool`, *optional*, defaults to `False`): Leave out the sets on which the rate that is best for plain
+            LoRA's loss is `SLOW` or less.
 
     Returns:
         `Difference`: Or `None` where nothing was run.
@@ -211,9 +214,10 @@ def pooled(
     found: dict[Any, list[float]] = {}
     for task in FRESH:
         source = comparison(task.comparison)
-        if fitted and task.low or group and source.settings.tasks[task.task].source not in GROUPS[group]:
-            continue
         lines = {line.method: line for line in source.lines if line.task == task.task}
+        slow = lines["plain"].chosen is None or lines["plain"].chosen.rate <= SLOW
+        if quick and slow or group and source.settings.tasks[task.task].source not in GROUPS[group]:
+            continue
         others = lines[task.fewer if fewer else "plain"].scores.get(metric, {})
         scores = lines[method].scores.get(metric, {}) if method in lines and source.settings.model == "smollm2" else {}
         for seed in scores.keys() & others.keys():

@@ -12,7 +12,6 @@ class Task(NamedTuple):
     default: str = ""  # at a rate of its own
     drop_in: str = ""  # the default at plain LoRA's rate
     fewer: str = ""  # plain LoRA with fewer steps
-    low: bool = False  # the rate that is best for plain LoRA's loss does not fit the rows
 
 
 DROP_IN, THIRD, HALF = "auto at plain LoRA's rate", "plain, a third of the steps", "plain, half of the steps"
@@ -26,28 +25,12 @@ FRESH = [
     Task(TWEETS, "raters", "tweets-repeated", "auto", DROP_IN, THIRD),
     Task(f"{TWEETS}, in steps of sixteen", "tweets_batch16", "tweets-repeated", "auto", DROP_IN, HALF),
     Task(f"{TWEETS}, on Gemma 3 270M", "gemma_tweets", "tweets-repeated", "auto", DROP_IN, THIRD),
-    Task(f"{TWEETS}, on a 4-bit base", "nf4", "tweets-repeated", "auto", DROP_IN, THIRD, low=True),
-    Task(
-        "128 tweets, one rater's answer each, seen eight times",
-        "larger",
-        "tweets-128",
-        "auto",
-        DROP_IN,
-        THIRD,
-        low=True,
-    ),
-    Task(REVIEWS, "amazon", "reviews-repeated", "auto", DROP_IN, THIRD, low=True),
+    Task(f"{TWEETS}, on a 4-bit base", "nf4", "tweets-repeated", "auto", DROP_IN, THIRD),
+    Task("128 tweets, one rater's answer each, seen eight times", "larger", "tweets-128", "auto", DROP_IN, THIRD),
+    Task(REVIEWS, "amazon", "reviews-repeated", "auto", DROP_IN, THIRD),
     Task(f"{REVIEWS}, in steps of sixteen", "amazon_batch16", "reviews-repeated", "auto", DROP_IN, HALF),
-    Task(f"{REVIEWS}, on a 4-bit base", "nf4", "reviews-repeated", "auto", DROP_IN, THIRD, low=True),
-    Task(
-        "128 reviews, one rater's answer each, seen eight times",
-        "larger",
-        "reviews-128",
-        "auto",
-        DROP_IN,
-        THIRD,
-        low=True,
-    ),
+    Task(f"{REVIEWS}, on a 4-bit base", "nf4", "reviews-repeated", "auto", DROP_IN, THIRD),
+    Task("128 reviews, one rater's answer each, seen eight times", "larger", "reviews-128", "auto", DROP_IN, THIRD),
     Task("32 sums, a quarter wrong", "fresh", "sums-32-label-noise", "auto", DROP_IN, THIRD),
     Task("32 sums, none wrong", "fresh", "sums-32-clean", "auto", DROP_IN, THIRD),
     Task("32 film reviews (SST-2)", "instructions", "sentiment", "auto", "", THIRD),
