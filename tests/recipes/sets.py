@@ -29,6 +29,7 @@ FRESH = [
     Task("128 tweets, one rater's answer each, seen eight times", "larger", "tweets-128", "auto", DROP_IN, THIRD),
     Task(REVIEWS, "amazon", "reviews-repeated", "auto", DROP_IN, THIRD),
     Task(f"{REVIEWS}, in steps of sixteen", "amazon_batch16", "reviews-repeated", "auto", DROP_IN, HALF),
+    Task(f"{REVIEWS}, on Gemma 3 270M", "gemma_reviews", "reviews-repeated", "auto", DROP_IN, THIRD),
     Task(f"{REVIEWS}, on a 4-bit base", "nf4", "reviews-repeated", "auto", DROP_IN, THIRD),
     Task("128 reviews, one rater's answer each, seen eight times", "larger", "reviews-128", "auto", DROP_IN, THIRD),
     Task("32 sums, a quarter wrong", "fresh", "sums-32-label-noise", "auto", DROP_IN, THIRD),
