@@ -230,11 +230,8 @@ def pooled(
 
 
 def _pooled_differences() -> Iterator[Difference]:
-    options: list[dict[str, Any]] = [
-        {"by_source": True},
-        {"fitted": True},
-        *({"group": group} for group in ("", *GROUPS)),
-    ]
+    options: list[dict[str, Any]] = [{"by_source": True}]
+    options += [{"group": group, "quick": quick} for group in ("", *GROUPS) for quick in (False, True)]
     for method, fewer in POOLED:
         for metric in ("loss", "exact", "forgetting"):
             found = (pooled(method, fewer, metric, **option) for option in options)
